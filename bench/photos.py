@@ -1,0 +1,88 @@
+"""The photographs that scikit-image ships inside its wheel: no download, ever.
+
+They are of mixed sizes (300 to 1411 pixels on the shorter side) and partly grey. A crop is the
+largest square, or a random one, resized to the size asked for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Never fitted on: agreement and heat maps are measured on these. The value is where the subject
+# is in the centre crop, (row, column) as fractions of its sides.
+HELD_OUT: dict[str, tuple[float, float]] = {
+    "astronaut": (0.25, 0.43),
+    "chelsea": (0.37, 0.33),
+    "coffee": (0.45, 0.50),
+    "rocket": (0.50, 0.52),
+}
+
+# The rest of the photographs, for whatever is fitted: alignment, calibration.
+OTHERS = (
+    "stereo_motorcycle",
+    "camera",
+    "retina",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "brick",
+    "grass",
+    "gravel",
+    "coins",
+    "moon",
+    "page",
+    "clock",
+    "text",
+    "cell",
+)
+
+
+def load(name: str) -> Tensor:
+    """One photograph by its name in `skimage.data`: float32 RGB [3, H, W] in 0..1."""
+    import skimage.data
+
+    pixels = getattr(skimage.data, name)()
+    if isinstance(pixels, tuple):  # a stereo pair and its disparity: the left picture
+        pixels = pixels[0]
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+
+
+def crop(photo: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
+    """A square crop of [3, H, W], resized (bicubic, antialiased) to [3, size, size] in 0..1.
+
+    Without a generator it is the largest centred square. With one it is a random square whose
+    side is 0.4 to 1 of the shorter side, at a random place, flipped left to right half the time.
+    """
+    height, width = photo.shape[-2:]
+    side = min(height, width)
+    if generator is None:
+        top, left, flip = (height - side) // 2, (width - side) // 2, False
+    else:
+        scale, down, right, coin = torch.rand(4, generator=generator).tolist()
+        side = max(1, round(side * (0.4 + 0.6 * scale)))
+        top, left = round(down * (height - side)), round(right * (width - side))
+        flip = coin < 0.5
+    square = photo[:, top : top + side, left : left + side]
+    if flip:
+        square = square.flip(-1)
+    resized = F.interpolate(square[None], (size, size), mode="bicubic", antialias=True)
+    return resized[0].clamp(0, 1)
+
+
+def centre_crops(names: tuple[str, ...], size: int) -> Tensor:
+    """The centre crops of the named photographs: [len(names), 3, size, size] in 0..1."""
+    return torch.stack([crop(load(name), size) for name in names])
+
+
+def random_crops(names: tuple[str, ...], size: int, count: int, seed: int = 0) -> Tensor:
+    """`count` random crops, the photographs taken in turn: [count, 3, size, size] in 0..1.
+
+    The same arguments give the same crops.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    photos = [load(name) for name in names]
+    return torch.stack([crop(photos[i % len(photos)], size, generator) for i in range(count)])

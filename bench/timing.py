@@ -1,0 +1,137 @@
+"""Times of compiled models against each other: outputs checked first, then rounds interleaved.
+
+`torch.utils.benchmark` times one function after another; on a machine that is shared, or that
+changes its clock, the ratio of two such times says little. Here each round times every model once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from t5fx.errors import T5Error
+
+Named = Sequence[tuple[str, nn.Module]]
+
+# Largest |compiled - eager| / |eager| (Euclidean, over the whole output) of a model that is timed.
+TOLERANCE = 1e-3
+
+
+class Spread(NamedTuple):
+    """First quartile, median and third quartile."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(*np.quantile(values, (0.25, 0.5, 0.75)).tolist())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of several models on one image.
+
+    Attributes:
+        size: side of the image in pixels.
+        num_tokens: tokens in each model's output, class token included.
+        names: of the models; the first is the reference.
+        seconds: for each model, one time a round.
+        first_calls: for each model, seconds of the call that compiled it.
+        error: the largest relative difference of a compiled output from its eager one.
+    """
+
+    size: int
+    num_tokens: int
+    names: tuple[str, ...]
+    seconds: tuple[tuple[float, ...], ...]
+    first_calls: tuple[float, ...]
+    error: float
+
+    def speedup(self, index: int) -> Spread:
+        """The first model's time over that of model `index`, round by round: above 1 is faster."""
+        pairs = zip(self.seconds[0], self.seconds[index], strict=True)
+        return Spread.of([first / other for first, other in pairs])
+
+
+@torch.no_grad()
+def time_models(
+    models: Named,
+    image: Tensor,
+    *,
+    budget: float = 12.0,
+    rounds: tuple[int, int] = (5, 40),
+    say: Callable[[str], Any] = lambda text: None,
+) -> Timing:
+    """Compiles each model with stock Inductor for one input, checks it, times all in turn.
+
+    Args:
+        models: (name, module [B, 3, H, W] -> [B, 1 + N, C]) pairs; the first is the reference.
+        image: the input, [B, 3, H, W].
+        budget: seconds that all the rounds together may take, as far as `rounds` allows.
+        rounds: the least and the most rounds.
+        say: is told what is being done.
+
+    Raises:
+        T5Error: a compiled model's output is not its eager output.
+    """
+    torch._dynamo.reset()  # static code for each size, none of it recompiled as dynamic
+    size = image.shape[-1]
+    functions, first_calls, errors, once = [], [], [], 0.0
+    for name, model in models:
+        say(f"compiling {name} at {size} px")
+        function = torch.compile(model, backend="inductor", dynamic=False)
+        compiled, first_call = _clock(function, image)
+        eager, seconds = _clock(model, image)
+        errors.append(_check(f"{name} at {size} px", compiled, eager))
+        functions.append(function)
+        first_calls.append(first_call)
+        once += seconds
+
+    say(f"timing {' and '.join(name for name, _ in models)} at {size} px")
+    count = int(np.clip(budget / once, *rounds))
+    return Timing(
+        size=size,
+        num_tokens=compiled.shape[1],
+        names=tuple(name for name, _ in models),
+        seconds=_interleave(functions, image, count),
+        first_calls=tuple(first_calls),
+        error=max(errors),
+    )
+
+
+def _clock(function: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, float]:
+    """The result of one call and the seconds that it took (on a CPU, where calls are blocking)."""
+    start = time.perf_counter()
+    result = function(image)
+    return result, time.perf_counter() - start
+
+
+def _check(what: str, compiled: Tensor, eager: Tensor) -> float:
+    """The relative difference of two outputs, if it is within the tolerance."""
+    error = ((compiled - eager).norm() / eager.norm()).item()
+    if not error <= TOLERANCE:  # a NaN too
+        raise T5Error(
+            f"expected the compiled output of {what} within {TOLERANCE:g} of the eager output, "
+            f"got a relative difference of {error:.3g}; what is wrong is not timed"
+        )
+    return error
+
+
+def _interleave(
+    functions: Sequence[Callable[[Tensor], Tensor]], image: Tensor, rounds: int
+) -> tuple[tuple[float, ...], ...]:
+    """Seconds of each function in each round, the order of the functions turned every round."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for index in range(rounds):
+        order = list(enumerate(functions))
+        for position, function in order if index % 2 else reversed(order):
+            seconds[position].append(_clock(function, image)[1])
+    return tuple(map(tuple, seconds))

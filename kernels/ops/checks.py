@@ -1,0 +1,109 @@
+"""What the arguments of the TTT node have to be, and the errors where they are not."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .errors import NodeArgumentError, require_name
+from .inner import INNER_MODELS, inner_model
+from .key_norm import KEY_NORMS
+from .locality import CONVOLVED
+from .reference import INNER_LOSSES
+
+#: Implementations that can be asked for; "auto" is the reference on every device.
+IMPLS = ("auto", "reference")
+
+
+def check_settings(*, inner: str, inner_loss: str, key_norm: str, locality: str, impl: str) -> None:
+    """Raise unless every name is a known one."""
+    require_name("inner", inner, INNER_MODELS)
+    require_name("inner_loss", inner_loss, INNER_LOSSES)
+    require_name("key_norm", key_norm, KEY_NORMS)
+    require_name("locality", locality, CONVOLVED)
+    require_name("impl", impl, IMPLS)
+
+
+def check_counts(
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    grid: Sequence[int],
+    *,
+    inner: str,
+    locality: str,
+) -> None:
+    """Raise unless there are as many weights, convolution tensors and grid axes as needed."""
+    names = inner_model(inner).weight_names
+    _expect("weights", f"{len(names)} tensors ({', '.join(names)})", len(weights), len(names))
+    convolved = CONVOLVED[locality]
+    wanted = f"{2 * len(convolved)} tensors (a weight and a bias for each of {convolved!r})"
+    _expect("conv", wanted, len(conv), 2 * len(convolved))
+    if convolved:
+        check_grid_ndim(len(grid))
+
+
+def check_grid_ndim(grid_ndim: int) -> None:
+    """Raise unless a depthwise convolution exists for that number of grid axes."""
+    if grid_ndim not in (1, 2, 3):
+        raise NodeArgumentError(f"grid: expected 1, 2 or 3 axes; got {grid_ndim}")
+
+
+def check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    *,
+    grid: Sequence[int],
+    prefix: int,
+    inner: str,
+    locality: str,
+) -> None:
+    """Raise unless dtypes are floating and shapes fit each other; names and counts are right."""
+    check_tokens(q, k, v)
+    _, heads, tokens, head_dim = q.shape
+    value_dim = v.shape[3]
+
+    model = inner_model(inner)
+    shapes = model.weight_shapes(head_dim, value_dim)
+    for name, weight, shape in zip(model.weight_names, weights, shapes, strict=True):
+        _expect_tensor(name, weight, (heads, *shape))
+
+    widths = {"q": head_dim, "k": head_dim, "v": value_dim}
+    for i, name in enumerate(CONVOLVED[locality]):
+        channels = heads * widths[name]
+        _expect_tensor(f"conv weight of {name}", conv[2 * i], (channels, 1) + (3,) * len(grid))
+        _expect_tensor(f"conv bias of {name}", conv[2 * i + 1], (channels,))
+    if CONVOLVED[locality] and (
+        prefix < 0 or any(size < 1 for size in grid) or prefix + math.prod(grid) > tokens
+    ):
+        raise NodeArgumentError(
+            "grid: expected sizes of at least 1, prefix >= 0 and prefix + prod(grid) <= N = "
+            f"{tokens}; got grid {tuple(grid)}, prefix {prefix}"
+        )
+
+
+def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q, k are [B, H, N, D] and v is [B, H, N, Dv], N at least 1, all floating."""
+    if q.dim() != 4:
+        raise NodeArgumentError(f"q: expected shape [B, H, N, D]; got {list(q.shape)}")
+    if q.shape[2] < 1:
+        raise NodeArgumentError(f"q: expected at least one token; got shape {list(q.shape)}")
+    _expect_tensor("q", q, q.shape)
+    _expect_tensor("k", k, q.shape)
+    value_dim = v.shape[-1] if v.dim() == 4 else "Dv"
+    _expect_tensor("v", v, (*q.shape[:3], value_dim))
+
+
+def _expect(name: str, wanted: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise NodeArgumentError(f"{name}: expected {wanted}; got {got}")
+
+
+def _expect_tensor(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
+    if list(tensor.shape) != list(shape):
+        sizes = ", ".join(str(size) for size in shape)
+        raise NodeArgumentError(f"{name}: expected shape [{sizes}]; got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise NodeArgumentError(f"{name}: expected a floating-point dtype; got {tensor.dtype}")

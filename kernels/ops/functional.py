@@ -1,0 +1,126 @@
+"""The node as a checked function, and what it costs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import op  # noqa: F401  (registers torch.ops.t5fx.ttt)
+from .checks import check_counts, check_settings, check_shapes
+from .errors import require_name
+from .inner import inner_model
+from .reference import INNER_LOSSES
+
+
+def ttt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor] = (),
+    *,
+    scale: float,
+    grid: Sequence[int] = (),
+    prefix: int = 0,
+    inner: str = "swiglu",
+    inner_loss: str = "dot",
+    key_norm: str = "instance",
+    key_norm_eps: float = 1.0,
+    locality: str = "dwc_qk",
+    impl: str = "auto",
+) -> Tensor:
+    """Attention's linear-time stand-in: train a small model on (k, v) for one step, apply it to q.
+
+    For each batch item and head, with the static weights W of the inner model f_W::
+
+        k <- norm(k);  q <- q + conv_q(q);  k <- k + conv_k(k)      (grid tokens only)
+        L(W) = -(s/N) sum_t v_t . f_W(k_t)             inner_loss "dot"
+        L(W) = (s/2N) sum_t |f_W(k_t) - v_t|^2         inner_loss "l2"
+        W' = W - dL/dW;  o_t = f_W'(q_t)
+
+    from "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772).
+
+    Tokens are ordered prefix, grid (row-major), suffix; N = prefix + prod(grid) + suffix. Prefix
+    and suffix tokens bypass the convolutions and take part in everything else.
+
+    Args:
+        q, k: ``[B, H, N, D]``, any floating dtype, any strides, N at least 1.
+        v: ``[B, H, N, Dv]``.
+        weights: of the inner model, in the order of ``inner_model(inner).weight_names``: for
+            "swiglu" ``[H, D, D], [H, D, D], [H, D, Dv]``.
+        conv: weight and bias of each depthwise convolution (kernel 3, zero padding 1):
+            ``[H*D, 1, 3, ...], [H*D]`` for q, then the same for k, with locality "dwc_qk";
+            ``[H*Dv, 1, 3, ...], [H*Dv]`` with "dwc_v"; nothing with "none". Channel h*D + d.
+        scale: s, the factor that the softmax gave the logits. Scales the loss, not q.
+        grid: sizes of the one, two or three spatial axes. Not read with locality "none".
+        prefix: number of tokens before the grid.
+        inner: "swiglu" f(x) = (silu(x W1) * (x W2)) W3; "mlp2" silu(x W1) W2;
+            "mlp3" silu(silu(x W1) W2) W3; "gate1" silu(x W1) * (x W2).
+        inner_loss: "dot" or "l2".
+        key_norm: "instance" (k - mean) / sqrt(var + eps) over the N tokens of a channel, biased
+            variance; "instance_center" without the division; "instance_scale" without the mean;
+            "rms", "layer" over the D channels of a token; "none".
+        key_norm_eps: eps of the key norm.
+        locality: "dwc_qk", "dwc_v" or "none".
+        impl: "auto" or "reference". "auto" is the reference on every device.
+
+    Returns:
+        ``[B, H, N, Dv]`` in q's dtype; computed in the widest of the arguments' dtypes and
+        float32, also under autocast. Differentiable any number of times in all tensors.
+
+    Raises:
+        NodeArgumentError: a ``T5Error`` and ``ValueError`` that says what was expected and got.
+
+    >>> q, k, v = torch.randn(3, 2, 6, 17, 8).unbind()
+    >>> weights = [0.02 * torch.randn(6, 8, 8) for _ in range(3)]
+    >>> ttt(q, k, v, weights, scale=8**-0.5, locality="none").shape
+    torch.Size([2, 6, 17, 8])
+    """
+    check_settings(
+        inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
+    )
+    check_counts(weights, conv, grid, inner=inner, locality=locality)
+    check_shapes(q, k, v, weights, conv, grid=grid, prefix=prefix, inner=inner, locality=locality)
+    return torch.ops.t5fx.ttt(
+        q,
+        k,
+        v,
+        list(weights),
+        list(conv),
+        scale=scale,
+        grid=list(grid),
+        prefix=prefix,
+        inner=inner,
+        inner_loss=inner_loss,
+        key_norm=key_norm,
+        key_norm_eps=key_norm_eps,
+        locality=locality,
+        impl=impl,
+    )
+
+
+def flops(
+    num_tokens: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    inner: str = "swiglu",
+    inner_loss: str = "dot",
+    num_heads: int = 1,
+    batch: int = 1,
+) -> int:
+    """FLOP of the node's matrix products, forward; a multiply-add is two.
+
+    "swiglu" with "dot" and Dv = D, the default: 18 N D^2 per head. Softmax attention has 4 N^2 D.
+    Norms, convolutions and activations, all O(N D), are not counted.
+
+    >>> flops(4096, 64) == 18 * 4096 * 64**2
+    True
+    """
+    require_name("inner_loss", inner_loss, INNER_LOSSES)
+    model = inner_model(inner)
+    value_dim = head_dim if value_dim is None else value_dim
+    per_head = model.flops(num_tokens, head_dim, value_dim)
+    if inner_loss == "l2":
+        per_head += model.output_flops(num_tokens, head_dim, value_dim)
+    return batch * num_heads * per_head

@@ -1,0 +1,162 @@
+"""The node with its parameters."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checks import check_grid_ndim, check_settings
+from .errors import NodeArgumentError
+from .functional import flops
+from .inner import inner_model
+from .locality import CONVOLVED
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class TTT(nn.Module):
+    """One attention site's TTT node: ``t5fx.kernels.ttt`` with the parameters it needs.
+
+    Parameters: ``w1``, ``w2``, ``w3`` as far as the inner model has them, ``[H, in, out]``, drawn
+    from a normal of standard deviation 0.02 cut off at +-2; ``dwc_q``, ``dwc_k`` (locality
+    "dwc_qk") or ``dwc_v`` ("dwc_v"), depthwise convolutions with PyTorch's default initialisation,
+    channel h*D + d. Fresh values depend on ``seed`` and ``name`` only: the same on every device and
+    in every dtype up to rounding; the global random state is neither read nor changed.
+
+    Args:
+        num_heads, head_dim, value_dim: H, D and Dv.
+        grid_ndim: spatial axes, 1, 2 or 3; not read with locality "none".
+        scale: s, the factor that the softmax gave the logits.
+        inner, inner_loss, key_norm, key_norm_eps, locality, impl: see ``t5fx.kernels.ttt``.
+        seed, name: choose the fresh values; give each site of a model its own name.
+
+    Raises:
+        NodeArgumentError: an unknown name or a wrong number of axes.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int,
+        grid_ndim: int,
+        *,
+        scale: float,
+        inner: str = "swiglu",
+        inner_loss: str = "dot",
+        key_norm: str = "instance",
+        key_norm_eps: float = 1.0,
+        locality: str = "dwc_qk",
+        impl: str = "auto",
+        seed: int = 0,
+        name: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(
+            inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
+        )
+        self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
+        self.grid_ndim, self.scale = grid_ndim, scale
+        self.inner, self.inner_loss = inner, inner_loss
+        self.key_norm, self.key_norm_eps = key_norm, key_norm_eps
+        self.locality, self.impl = locality, impl
+        self.seed, self.name = seed, name
+
+        model = inner_model(inner)
+        self._weight_names = model.weight_names
+        shapes = model.weight_shapes(head_dim, value_dim)
+        for weight, shape in zip(model.weight_names, shapes, strict=True):
+            empty = torch.empty(num_heads, *shape, device=device, dtype=dtype)
+            self.register_parameter(weight, nn.Parameter(empty))
+        self._conv_names = tuple(f"dwc_{letter}" for letter in CONVOLVED[locality])
+        if self._conv_names:
+            check_grid_ndim(grid_ndim)
+        for conv in self._conv_names:
+            channels = num_heads * (value_dim if conv == "dwc_v" else head_dim)
+            # Made on "meta", where its own initialisation draws no random numbers.
+            holder = _CONV[grid_ndim](
+                channels, channels, 3, padding=1, groups=channels, device="meta", dtype=dtype
+            )
+            device = torch.get_default_device() if device is None else device
+            self.add_module(conv, holder.to_empty(device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give every parameter its fresh value, for instance after ``to_empty``."""
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            digest = hashlib.sha256(f"{self.seed}:{self.name}:{name}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            fresh = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
+            if name.startswith("dwc_"):
+                # What nn.Conv does: uniform within 1/sqrt(fan in), one input channel per group.
+                bound = 1 / math.sqrt(3**self.grid_ndim)
+                fresh.uniform_(-bound, bound, generator=generator)
+            else:
+                nn.init.trunc_normal_(fresh, std=0.02, generator=generator)
+            parameter.copy_(fresh)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Sequence[int] = (),
+        prefix: int = 0,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """``[B, H, N, D]``, ``[B, H, N, D]``, ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]`` in q's dtype.
+
+        ``dropout_p`` is the linear-time analogue of dropout on attention probabilities: each token
+        loses its value in the inner loss with that probability and the others grow by
+        1 / (1 - dropout_p), one draw per batch item, head and token. The expected W' is
+        unchanged: the gradient is linear in v. The caller says whether it is training.
+        """
+        if self._conv_names and len(grid) != self.grid_ndim:
+            raise NodeArgumentError(f"grid: expected {self.grid_ndim} axes; got {tuple(grid)}")
+        if dropout_p > 0.0:
+            v = v * F.dropout(torch.ones_like(v[..., :1]), dropout_p, training=True)
+        conv = [getattr(self, name) for name in self._conv_names]
+        return torch.ops.t5fx.ttt(
+            q,
+            k,
+            v,
+            [getattr(self, name) for name in self._weight_names],
+            [tensor for module in conv for tensor in (module.weight, module.bias)],
+            scale=self.scale,
+            grid=list(grid),
+            prefix=prefix,
+            inner=self.inner,
+            inner_loss=self.inner_loss,
+            key_norm=self.key_norm,
+            key_norm_eps=self.key_norm_eps,
+            locality=self.locality,
+            impl=self.impl,
+        )
+
+    def flops(self, batch: int, tokens: int) -> int:
+        """FLOP of one forward's matrix products at these sizes; a multiply-add is two."""
+        return flops(
+            tokens,
+            self.head_dim,
+            self.value_dim,
+            inner=self.inner,
+            inner_loss=self.inner_loss,
+            num_heads=self.num_heads,
+            batch=batch,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.num_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
+            f"grid_ndim={self.grid_ndim}, scale={self.scale:.4g}, inner={self.inner!r}, "
+            f"inner_loss={self.inner_loss!r}, key_norm={self.key_norm!r}, "
+            f"key_norm_eps={self.key_norm_eps:g}, locality={self.locality!r}, impl={self.impl!r}"
+        )

@@ -1,0 +1,65 @@
+"""The operator ``torch.ops.t5fx.ttt``: one node in a captured graph.
+
+It is CompositeImplicitAutograd: a Python body of ordinary PyTorch operators. torch.export and
+Dynamo keep the call as one node; autograd (also twice, and forward mode), AOTAutograd with
+Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it. For the same
+reason it has no fake implementation, and torch accepts none for such an operator: on fake and meta
+tensors the body itself runs, so that shapes, strides and dtypes cannot differ from the real ones.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import check_counts, check_settings
+from .reference import reference
+
+QUALNAME = "t5fx::ttt"
+
+
+def _ttt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    *,
+    scale: float,
+    grid: Sequence[int],
+    prefix: int = 0,
+    inner: str = "swiglu",
+    inner_loss: str = "dot",
+    key_norm: str = "instance",
+    key_norm_eps: float = 1.0,
+    locality: str = "dwc_qk",
+    impl: str = "auto",
+) -> Tensor:
+    """The body; its annotations and defaults are the operator's schema."""
+    check_settings(
+        inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
+    )
+    check_counts(weights, conv, grid, inner=inner, locality=locality)
+    return reference(
+        q,
+        k,
+        v,
+        weights,
+        conv,
+        scale=scale,
+        grid=grid,
+        prefix=prefix,
+        inner=inner,
+        inner_loss=inner_loss,
+        key_norm=key_norm,
+        key_norm_eps=key_norm_eps,
+        locality=locality,
+    )
+
+
+torch.library.define(
+    QUALNAME,
+    torch.library.infer_schema(_ttt, mutates_args=()),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl(QUALNAME, "CompositeImplicitAutograd")(_ttt)

@@ -1,0 +1,76 @@
+"""The TTT node in plain PyTorch, in closed form: what other implementations are checked with."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .inner import inner_model
+from .key_norm import KEY_NORMS
+from .locality import add_depthwise_conv
+
+#: Inner losses: "dot" is -(s/N) sum_t v_t . f(k_t), "l2" is (s/2N) sum_t |f(k_t) - v_t|^2.
+INNER_LOSSES = ("dot", "l2")
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    *,
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    inner: str,
+    inner_loss: str,
+    key_norm: str,
+    key_norm_eps: float,
+    locality: str,
+) -> Tensor:
+    """``t5fx.kernels.ttt`` without its checks.
+
+    Computes in the widest of the arguments' dtypes and float32, also under autocast.
+    """
+    out_dtype = q.dtype
+    dtypes = [t.dtype for t in (q, k, v, *weights, *conv)]
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    with _no_autocast(q.device.type):
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        weights = [w.to(wide) for w in weights]
+        conv = [c.to(wide) for c in conv]
+
+        k = KEY_NORMS[key_norm](k, key_norm_eps)
+        if locality == "dwc_qk":
+            q = add_depthwise_conv(q, conv[0], conv[1], grid, prefix)
+            k = add_depthwise_conv(k, conv[2], conv[3], grid, prefix)
+        elif locality == "dwc_v":
+            v = add_depthwise_conv(v, conv[0], conv[1], grid, prefix)
+
+        batch, heads, tokens, _ = q.shape
+        # Pairs (batch item, head) become one leading axis. That is a view of a contiguous tensor
+        # or of a single batch item; otherwise one copy here, instead of one in every product.
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        weights = [w.expand(batch, -1, -1, -1).flatten(0, 1) for w in weights]
+
+        model = inner_model(inner)
+        hidden = model.hidden(k, weights)
+        # dL/df is rate * g; the gradient is linear in g, so the factor can wait for the small dW.
+        rate = scale / tokens
+        if inner_loss == "dot":
+            g, rate = v, -rate
+        else:
+            g = model.output(hidden, weights) - v
+        grads = model.gradient(k, hidden, weights, g)
+        updated = [w - rate * dw for w, dw in zip(weights, grads, strict=True)]
+        return model.forward(q, updated).unflatten(0, (batch, heads)).to(out_dtype)
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Switches autocast off where the device has one ("meta" has none)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

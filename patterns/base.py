@@ -1,0 +1,87 @@
+"""What a pattern is: a shape in plain PyTorch, and how its nodes bind to q, k, v and the scale.
+
+A pattern file defines one subclass of `Pattern`. Its `shape` is a plain PyTorch function; traced,
+it is the graph that the matcher looks for around each anchor, seen through everything harmless
+between its operators (casts, layout, scaling). `bind` then says what the found nodes mean, or
+refuses them with a reason of the closed set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from t5fx.canon import View
+
+
+class Refusal(Exception):
+    """A candidate that must not be rewritten: `reason` of the closed set, `detail` a sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class Operand:
+    """A tensor of q, k or v as the graph has it.
+
+    like: a node of the graph with the operand's axes: `batch` (batch and heads, in order), `token`
+    and `channel` are positions in it. node: where the value comes from, constant scales taken out:
+    `like` itself, or a tensor above it to which the layout nodes `replay` (topmost first) are to be
+    applied again.
+    """
+
+    like: fx.Node
+    batch: tuple[int, ...]
+    token: int
+    channel: int
+    node: fx.Node
+    replay: tuple[fx.Node, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return len(self.batch) + 2
+
+
+@dataclass
+class Binding:
+    """What a match means: o = softmax(scale q k^T) v, written to `output`.
+
+    output_axes: for each axis of `output`, "b" (batch or head, in order), "t" or "c".
+    dropout: probability of an active dropout of the probabilities, or the node of a dropout
+    module, or 0. temperatures: mul/div nodes that scale the scores by a learned number a head.
+    """
+
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float
+    output: fx.Node
+    output_axes: tuple[str, ...]
+    nodes: tuple[fx.Node, ...]
+    groups: int = 1
+    dropout: Any = 0.0
+    temperatures: tuple[fx.Node, ...] = ()
+
+
+class Pattern:
+    """Base of all pattern families; see the module's docstring."""
+
+    name: ClassVar[str]
+    anchor: ClassVar[str]  # canonical operator that starts the search
+
+    @staticmethod
+    def shape(*tensors: Any) -> Any:
+        """The family's graph as plain PyTorch code; arguments stand for any tensor."""
+        raise NotImplementedError
+
+    def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
+        """The meaning of the found nodes (by name in the traced `shape`).
+
+        Raises `Refusal` where they are not an attention that may be rewritten.
+        """
+        raise NotImplementedError

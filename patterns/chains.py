@@ -1,0 +1,237 @@
+"""Products of two tensors, and the chains of nodes between a product and a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from t5fx.axes import permutation, regroup_node
+from t5fx.canon import View, hint
+from t5fx.masks import harmless, interval, refusal
+from t5fx.patterns.base import Refusal
+
+PRODUCTS = ("matmul", "einsum", "baddbmm")
+_REACH = 24  # nodes between a product and a softmax that are looked through
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Positions of the query axis (rows) and the key axis (columns) in a tensor of scores."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """out[..., rows, columns] = sum over c of left[..., rows, c] right[..., c, columns]."""
+
+    left: fx.Node
+    right: fx.Node
+    rows_in_left: int
+    left_contracted: int
+    right_contracted: int
+    columns_in_right: int
+    rows: int
+    columns: int
+    rank: int
+    factor: float = 1.0
+
+    def swapped(self) -> Product:
+        """The same product with the two tensors' roles exchanged."""
+        return Product(
+            *(self.right, self.left, self.columns_in_right, self.right_contracted),
+            *(self.left_contracted, self.rows_in_left, self.columns, self.rows),
+            *(self.rank, self.factor),
+        )
+
+
+def product(view: View, node: fx.Node) -> Product:
+    """Read a matmul, bmm, einsum or baddbmm. Raises `Refusal` for other contractions."""
+    if view.op(node) == "einsum":
+        return _einsum(view, node)
+    left, right = view.inputs(node)[-2:] if len(view.inputs(node)) > 1 else view.inputs(node) * 2
+    ranks = len(view.shape(left)), len(view.shape(right))
+    rank = len(view.shape(node))
+    if min(*ranks, rank) < 2:
+        raise Refusal("not-attention", f"'{node.name}' is a product with a vector")
+    factor = 1.0
+    if view.op(node) == "baddbmm":
+        if view.arg(node, "beta", 1) != 0:
+            raise Refusal(*refusal(view, view.inputs(node)[0]))
+        factor = float(view.arg(node, "alpha", 1))
+    return Product(
+        *(left, right, ranks[0] - 2, ranks[0] - 1, ranks[1] - 2, ranks[1] - 1),
+        *(rank - 2, rank - 1, rank, factor),
+    )
+
+
+def _einsum(view: View, node: fx.Node) -> Product:
+    equation = str(node.args[0]).replace(" ", "")
+    tensors = view.inputs(node)
+    inputs, _, out = equation.partition("->")
+    terms = inputs.split(",")
+    if len(tensors) != 2 or len(terms) != 2 or not out or "." in equation:
+        raise Refusal("not-attention", f"einsum '{equation}' is no product of two tensors")
+    left, right = terms
+    summed = [c for c in left if c in right and c not in out]
+    rows = [c for c in left if c not in right]
+    columns = [c for c in right if c not in left]
+    if [len(summed), len(rows), len(columns)] != [1, 1, 1] or {*rows, *columns} - {*out}:
+        raise Refusal("not-attention", f"einsum '{equation}' is no batched matrix product")
+    c, i, j = summed[0], rows[0], columns[0]
+    return Product(
+        *(tensors[0], tensors[1], left.index(i), left.index(c), right.index(c), right.index(j)),
+        *(out.index(i), out.index(j), len(out)),
+    )
+
+
+def climb(view: View, node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Products above `node` with as many elements, each with the nodes between, topmost first."""
+    numel = _numel(view, node)
+    stack: list[tuple[fx.Node, list[fx.Node]]] = [(n, []) for n in view.inputs(node)[::-1]]
+    seen = set()
+    while stack:
+        current, path = stack.pop()
+        if current in seen or _numel(view, current) != numel:
+            continue
+        seen.add(current)
+        if view.op(current) in PRODUCTS:
+            yield current, path
+        elif len(path) < _REACH and view.op(current) not in ("softmax", "placeholder"):
+            stack += [(n, [current, *path]) for n in view.inputs(current)[::-1]]
+
+
+def descend(view: View, node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Products below `node` that read it through nodes with as many elements."""
+    numel = _numel(view, node)
+    stack: list[tuple[fx.Node, list[fx.Node]]] = [(node, [])]
+    seen = set()
+    while stack:
+        current, path = stack.pop()
+        for user in current.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if view.op(user) in PRODUCTS:
+                yield user, path
+            elif view.val(user) is not None and _numel(view, user) == numel and len(path) < _REACH:
+                stack.append((user, [*path, user]))
+
+
+def _numel(view: View, node: fx.Node) -> int:
+    total = 1
+    value = view.val(node)
+    for size in value.shape if value is not None else ():
+        total *= hint(size)
+    return total
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What happens between a product and a softmax: see `follow`."""
+
+    nodes: tuple[fx.Node, ...]
+    end: fx.Node
+    dims: Dims
+    factor: float = 1.0
+    dropout: Any = 0.0
+    temperatures: tuple[fx.Node, ...] = ()
+
+
+def follow(
+    view: View, start: fx.Node, end: fx.Node, dims: Dims, probabilities: bool = False
+) -> Chain:
+    """Judge each node between `start` and `end`, tracking the query and key axes.
+
+    Casts, layout, constant scales, learned temperatures and provably empty masks are harmless.
+    Raises `Refusal` for whatever else happens to the scores (or, past the softmax, to the
+    probabilities), and where a tensor in between is read elsewhere.
+    """
+    if probabilities:
+        paths = [path for found, path in descend(view, start) if found is end]
+    else:
+        paths = [path for found, path in climb(view, end) if found is start]
+    chain = Chain(tuple(paths[0]), start, dims)
+    for node in chain.nodes:
+        chain = replace(_step(view, node, chain, probabilities), end=node)
+    inside = {start, *chain.nodes, end}
+    for node in (start, *chain.nodes):
+        for user in node.users:
+            if user not in inside and (view.val(user) is not None or user.op == "output"):
+                what = "probabilities" if probabilities else "scores"
+                raise Refusal("probabilities-used", f"'{user.name}' reads the {what} too")
+    return chain
+
+
+def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain:
+    name = view.op(node)
+    if name in ("to", "identity"):
+        return chain
+    if name in ("reshape", "expand"):
+        return replace(chain, dims=_regrouped(view, node, chain.dims))
+    order = permutation(view, node)
+    if order is not None:
+        dims = Dims(order.index(chain.dims.rows), order.index(chain.dims.columns))
+        return replace(chain, dims=dims)
+    if name == "dropout":
+        return _dropped(view, node, chain, probabilities)
+    if probabilities:
+        raise Refusal("probabilities-used", f"'{node.name}' ({name}) changes the probabilities")
+    others = [a for a in node.args[:3] if a is not chain.end]
+    if (name in ("mul", "div") and node.args[0] is chain.end) or name == "mul":
+        return _scaled(view, node, chain, others[0])
+    if name in ("add", "sub") and (node.args[0] is chain.end or name == "add"):
+        other = others[0] if others else None
+        if not isinstance(other, fx.Node) or harmless(view, other):
+            return chain  # the same number everywhere, which softmax does not see
+        raise Refusal(*refusal(view, other))
+    if name == "masked_fill" and node.args[0] is chain.end:
+        mask = others[0]
+        if interval(view, mask, {}) == (0.0, 0.0):
+            return chain
+        raise Refusal(*refusal(view, mask))
+    if name == "where":
+        condition = node.args[0]
+        keep = (1.0, 1.0) if node.args[1] is chain.end else (0.0, 0.0)
+        if interval(view, condition, {}) == keep:
+            return chain
+        raise Refusal(*refusal(view, condition))
+    raise Refusal("scores-changed", f"'{node.name}' ({name}) changes the scores before the softmax")
+
+
+def _scaled(view: View, node: fx.Node, chain: Chain, other: Any) -> Chain:
+    """A constant factor, or a learned temperature (one number a head, moved to q)."""
+    number = view.scalar(other)
+    if number is not None:
+        scale = number if view.op(node) == "mul" else 1.0 / number
+        return replace(chain, factor=chain.factor * scale)
+    rank = len(view.shape(node))
+    shape = (1,) * (rank - len(view.shape(other))) + view.shape(other)
+    per_head = len(shape) == rank and shape[chain.dims.rows] == shape[chain.dims.columns] == 1
+    natural = rank == 4 and chain.dims == Dims(2, 3)
+    if per_head and natural and not view.depends_on_input(other):
+        return replace(chain, temperatures=(*chain.temperatures, node))
+    raise Refusal(
+        "scores-changed", f"'{node.name}' scales the scores by '{other}', which is not constant"
+    )
+
+
+def _dropped(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain:
+    p = view.arg(node, "p", 0.0)
+    if p == 0 or (node.op != "call_module" and not view.arg(node, "train", True)):
+        return chain
+    if not probabilities or chain.dropout:
+        raise Refusal("dropout-active", f"'{node.name}' drops scores, which the node has not")
+    return replace(chain, dropout=node if node.op == "call_module" else p)
+
+
+def _regrouped(view: View, node: fx.Node, dims: Dims) -> Dims:
+    groups = regroup_node(view, node)
+    place = {ins[0]: outs[0] for ins, outs in groups or () if len(ins) == len(outs) == 1}
+    if dims.rows in place and dims.columns in place:
+        return Dims(place[dims.rows], place[dims.columns])
+    raise Refusal("scores-changed", f"'{node.name}' mixes the token axes of the scores")

@@ -1,0 +1,68 @@
+"""The fused call: `scaled_dot_product_attention`, in any of its forms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from t5fx.canon import View
+from t5fx.masks import harmless, refusal
+from t5fx.patterns.base import Binding, Pattern, Refusal
+from t5fx.patterns.operands import fused_operand
+
+
+class Fused(Pattern):
+    """F.scaled_dot_product_attention, its ATen overloads and the backends they decompose to."""
+
+    name = "fused"
+    anchor = "scaled_dot_product_attention"
+
+    @staticmethod
+    def shape(q: Any, k: Any, v: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
+        node = found["scaled_dot_product_attention"]
+        query, key, value = (view.arg(node, name) for name in ("query", "key", "value"))
+        shapes = [view.shape(n) for n in (query, key, value)]
+        if view.arg(node, "is_causal", False):
+            raise Refusal("causal", "is_causal=True: each token may see only earlier ones")
+        mask = view.arg(node, "attn_mask")
+        if mask is not None and not harmless(view, mask):
+            raise Refusal(*refusal(view, mask))
+        scale = view.arg(node, "scale")
+        if scale is None:
+            if not isinstance(shapes[0][-1], int):
+                raise Refusal("head-dim", f"the size of a head is not static: {shapes[0][-1]}")
+            scale = 1.0 / math.sqrt(shapes[0][-1])
+        if not isinstance(scale, int | float):
+            raise Refusal("scores-changed", f"the scale '{scale}' is not a constant number")
+        dropout = view.arg(node, "dropout_p", 0.0) or 0.0
+        groups = 1
+        if len(shapes[0]) > 3 and shapes[0][-3] != shapes[1][-3]:
+            groups = _groups(shapes[0][-3], shapes[1][-3])
+        q, q_factor = fused_operand(view, query)
+        k, k_factor = fused_operand(view, key)
+        v, _ = fused_operand(view, value, scales=False)
+        output = _output(view, node)
+        axes = ("b",) * (len(shapes[0]) - 2) + ("t", "c")
+        return Binding(q, k, v, scale * q_factor * k_factor, output, axes, (node,), groups, dropout)
+
+
+def _groups(heads: Any, shared: Any) -> int:
+    if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared == 0:
+        return heads // shared
+    raise Refusal("head-dim", f"{heads} query heads are no multiple of {shared} key heads")
+
+
+def _output(view: View, node: fx.Node) -> fx.Node:
+    """The attention's result: the node itself, or item 0 of a backend's tuple."""
+    if view.val(node) is not None:
+        return node
+    for user in node.users:
+        if user.args[1] != 0 and user.users:
+            raise Refusal("probabilities-used", f"'{user.name}' reads the softmax's normaliser")
+    return next(user for user in node.users if user.args[1] == 0)

@@ -1,0 +1,120 @@
+"""From the operand of a product back to q, k or v: layout undone, constant scales taken out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from t5fx.axes import permutation, regroup_node
+from t5fx.canon import View
+from t5fx.patterns.base import Operand
+
+_CANONICAL = ("b", "b", "t", "c")
+
+
+@dataclass(frozen=True)
+class _State:
+    node: fx.Node
+    roles: tuple[str, ...] | None  # None: above this node the axes could not be followed
+    below: int  # number of path nodes under it
+
+
+def operand(
+    view: View, node: fx.Node, token: int, channel: int, *, scales: bool = True, climb: bool = True
+) -> tuple[Operand, float]:
+    """Find the tensor [..., N, D] behind a product's operand, and the constant scale on it.
+
+    Looks up through transposes, views and casts: to the nearest tensor in the order batch, head,
+    token, channel, and (with `scales`) past every constant factor that commutes to the product.
+    With `climb=False` the operand is taken in the layout it has.
+    """
+    roles = tuple(
+        "t" if i == token else "c" if i == channel else "b" for i in range(len(view.shape(node)))
+    )
+    states = [_State(node, roles, 0)]
+    path: list[fx.Node] = []  # from the operand upwards
+    factors: dict[fx.Node, float] = {}
+    while True:
+        state = states[-1]
+        name = view.op(state.node)
+        factor = _factor(view, state.node) if scales else None
+        if factor is not None:
+            factors[state.node] = factor
+        elif name not in ("to", "identity", "reshape", "expand") and (
+            permutation(view, state.node) is None
+        ):
+            break
+        above = view.inputs(state.node)[0]
+        path.append(state.node)
+        after = state.roles and _above(view, state.node, state.roles)
+        states.append(_State(above, after, len(path)))
+    top = max((path.index(n) + 1 for n in factors), default=0)
+    chosen = _choose(view, states, path) if climb else states[0]
+    total = 1.0
+    for value in factors.values():
+        total *= value
+    start = states[max(top, chosen.below)]
+    replay = [n for n in path[chosen.below : start.below][::-1] if n not in factors]
+    assert chosen.roles is not None
+    batch = tuple(i for i, role in enumerate(chosen.roles) if role == "b")
+    places = batch, chosen.roles.index("t"), chosen.roles.index("c")
+    found = Operand(chosen.node, *places, start.node, tuple(replay))
+    return found, total
+
+
+def fused_operand(view: View, node: fx.Node, *, scales: bool = True) -> tuple[Operand, float]:
+    """`operand` of a fused call, whose tensors are [..., N, D] already."""
+    rank = len(view.shape(node))
+    return operand(view, node, rank - 2, rank - 1, scales=scales)
+
+
+def _choose(view: View, states: list[_State], path: list[fx.Node]) -> _State:
+    """The nearest state in canonical order that no cast separates from the operand."""
+    reach = next((i for i, n in enumerate(path) if view.op(n) == "to"), len(path))
+    usable = [s for s in states[: reach + 1] if s.roles is not None]
+    for state in usable:
+        if state.roles == _CANONICAL:
+            return state
+    first = usable[0].roles or ()
+    if first.count("b") < 2:
+        return next((s for s in usable if (s.roles or ()).count("b") == 2), usable[0])
+    return usable[0]
+
+
+def _above(view: View, node: fx.Node, roles: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Roles of the input's axes, given those of a layout node's output."""
+    order = permutation(view, node)
+    if order is not None:
+        return tuple(roles[order.index(i)] for i in range(len(order)))
+    if view.op(node) in ("to", "identity", "mul", "div"):
+        return roles
+    groups = regroup_node(view, node)
+    if groups is None:
+        return None
+    result: list[Any] = [None] * len(view.shape(view.inputs(node)[0]))
+    for ins, outs in groups:
+        kinds = {roles[j] for j in outs}
+        if len(ins) == len(outs) == 1:
+            result[ins[0]] = roles[outs[0]]
+        elif kinds <= {"b"}:
+            for i in ins:
+                result[i] = "b"
+        else:
+            return None
+    return tuple(result)
+
+
+def _factor(view: View, node: fx.Node) -> float | None:
+    """The constant that a node multiplies its only tensor by, or None."""
+    name = view.op(node)
+    if name not in ("mul", "div") or len(view.inputs(node)) != 1 or len(node.args) != 2:
+        return None
+    left, right = node.args
+    if isinstance(left, fx.Node):
+        number = view.scalar(right)
+        if number is None or (name == "div" and node.kwargs.get("rounding_mode")):
+            return None
+        return number if name == "mul" else 1.0 / number
+    return view.scalar(left) if name == "mul" else None

@@ -1,0 +1,35 @@
+"""Rewrite the softmax attention of any PyTorch model into linear-time TTT nodes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t5fx.api import explain, linearize
+    from t5fx.config import LinearizeConfig
+    from t5fx.errors import T5Error
+    from t5fx.report import Report, Site
+
+__version__ = "0.1.0"
+__all__ = ["LinearizeConfig", "Report", "Site", "T5Error", "explain", "linearize"]
+
+_HOMES = {
+    "linearize": "api",
+    "explain": "api",
+    "LinearizeConfig": "config",
+    "Report": "report",
+    "Site": "report",
+    "T5Error": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: `import t5fx` itself costs nothing on top of torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"t5fx.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 't5fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,283 @@
+"""One vocabulary for the operators of torch-level and ATen graphs.
+
+`View` reads an `fx.Graph` without changing it: the canonical operator of a node (the ATen base
+name, whatever spelled it: function, method, overload or leaf module), its arguments by name, and
+its sizes as integers or symbolic expressions.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+#: Spellings of one operator -> the name used everywhere in t5fx.
+ALIASES = {
+    **dict.fromkeys(("bmm", "mm", "__matmul__", "linalg_matmul"), "matmul"),
+    **dict.fromkeys(("_softmax", "special_softmax", "_safe_softmax"), "softmax"),
+    **dict.fromkeys(("truediv", "true_divide", "divide", "__truediv__", "itruediv"), "div"),
+    **dict.fromkeys(("multiply", "__mul__", "__rmul__", "imul"), "mul"),
+    **dict.fromkeys(("__add__", "__radd__", "iadd"), "add"),
+    **dict.fromkeys(("subtract", "__sub__", "isub"), "sub"),
+    **dict.fromkeys(
+        (
+            *("view", "_unsafe_view", "view_as", "flatten", "unflatten", "unsqueeze", "squeeze"),
+            *("reshape_as", "_reshape_alias", "squeeze_", "unsqueeze_"),
+        ),
+        "reshape",
+    ),
+    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
+    **dict.fromkeys(
+        (
+            *("_to_copy", "type_as", "float", "half", "bfloat16", "double", "type"),
+            *("convert_element_type", "_autocast_to_reduced_precision"),
+            "_autocast_to_full_precision",
+        ),
+        "to",
+    ),
+    **dict.fromkeys(
+        (
+            *("clone", "contiguous", "identity", "alias", "detach", "lift_fresh_copy", "cpu"),
+            *("lift_fresh", "positive", "pin_memory", "cuda", "_conj", "detach_"),
+        ),
+        "identity",
+    ),
+    **dict.fromkeys(("native_dropout", "feature_dropout", "alpha_dropout"), "dropout"),
+    **dict.fromkeys(("native_layer_norm",), "layer_norm"),
+    **dict.fromkeys(("concat", "concatenate"), "cat"),
+    **dict.fromkeys(("split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk"), "split"),
+    **dict.fromkeys(("narrow",), "slice"),
+    **dict.fromkeys(("size", "sym_size", "shape"), "sym_size"),
+    **dict.fromkeys(("expand_as", "broadcast_to"), "expand"),
+    **dict.fromkeys(("masked_fill_",), "masked_fill"),
+    **dict.fromkeys(
+        (
+            "scaled_dot_product_flash_attention_for_cpu",
+            "scaled_dot_product_flash_attention",
+            "scaled_dot_product_efficient_attention",
+            "scaled_dot_product_cudnn_attention",
+            "scaled_dot_product_attention_math",
+            "scaled_dot_product_fused_attention_overrideable",
+        ),
+        "scaled_dot_product_attention",
+    ),
+}
+
+#: Argument names by position, for operators whose torch-level functions carry no schema.
+_NAMES = {
+    "softmax": ("input", "dim"),
+    "transpose": ("input", "dim0", "dim1"),
+    "dropout": ("input", "p", "train"),
+    "cat": ("tensors", "dim"),
+    "stack": ("tensors", "dim"),
+    "unbind": ("input", "dim"),
+    "chunk": ("input", "chunks", "dim"),
+    "split": ("input", "split_size", "dim"),
+    "select": ("input", "dim", "index"),
+    "slice": ("input", "dim", "start", "end", "step"),
+    "scaled_dot_product_attention": (
+        *("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+    ),
+}
+_SYNONYMS = {
+    **{"self": "input", "tensor": "input", "training": "train", "attn_bias": "attn_mask"},
+    **{"split_sizes": "split_size", "axis": "dim"},
+}
+_SNAKE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+class View:
+    """Canonical reading of a graph.
+
+    root resolves `call_module` and `get_attr` targets; constants those that it does not have.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, root: torch.nn.Module, constants: dict[str, Any] | None = None
+    ) -> None:
+        self.graph = graph
+        self.root = root
+        self.constants = constants or {}
+        self._ops: dict[fx.Node, str] = {}
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """Position of every node in the graph."""
+        return {node: i for i, node in enumerate(self.graph.nodes)}
+
+    def op(self, node: fx.Node) -> str:
+        """Canonical operator name of a node, or its fx kind for placeholders and the like."""
+        name = self._ops.get(node)
+        if name is None:
+            name = self._ops[node] = self._name(node)
+        return name
+
+    def module(self, node: fx.Node) -> torch.nn.Module:
+        """The leaf module that a `call_module` node calls."""
+        return self.root.get_submodule(str(node.target))
+
+    def attribute(self, node: fx.Node) -> Any:
+        """What a `get_attr` node reads, or None where it is not at hand."""
+        if str(node.target) in self.constants:
+            return self.constants[str(node.target)]
+        value: Any = self.root
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        return value
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "call_function":
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload):
+                return canonical(target._schema.name.split("::")[-1])
+            return canonical(getattr(target, "__name__", str(target)))
+        if node.op == "call_method":
+            return canonical(str(node.target))
+        if node.op == "call_module":
+            for cls in type(self.module(node)).__mro__:
+                if cls.__module__.startswith("torch.nn.modules"):
+                    return canonical(_module_name(cls.__name__))
+            return "call_module"
+        return node.op
+
+    def arg(self, node: fx.Node, name: str, default: Any = None) -> Any:
+        """Argument `name` of a node, by position, keyword, schema default or module attribute."""
+        if node.op == "call_module":
+            if name == "train":
+                return self.module(node).training
+            return node.args[0] if name == "input" else getattr(self.module(node), name, default)
+        for key, value in node.kwargs.items():
+            if _SYNONYMS.get(key, key) == name:
+                return value
+        if isinstance(node.target, torch._ops.OpOverload):
+            for i, argument in enumerate(node.target._schema.arguments):
+                if _SYNONYMS.get(argument.name, argument.name) == name:
+                    if i < len(node.args):
+                        return node.args[i]
+                    return argument.default_value if argument.has_default_value() else default
+            return default
+        if getattr(node.target, "__name__", node.target) == "narrow":
+            if name in ("start", "end"):
+                start, length = node.args[2], node.args[3]
+                return start if name == "start" else _plus(start, length)
+        names = _NAMES.get(self.op(node), ("input",))
+        if name in names and names.index(name) < len(node.args):
+            return node.args[names.index(name)]
+        return default
+
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """Tensor-valued inputs of a node, in order."""
+        return [n for n in node.all_input_nodes if self.val(n) is not None]
+
+    def val(self, node: fx.Node) -> torch.Tensor | None:
+        """The (fake) tensor that a node yields, or None."""
+        value = self.meta(node)
+        return value if isinstance(value, torch.Tensor) else None
+
+    @staticmethod
+    def meta(node: fx.Node) -> Any:
+        """What capture recorded as the value of a node: tensors, sizes, tuples or None."""
+        for key in ("val", "example_value", "tensor_meta"):
+            if key in node.meta:
+                value = node.meta[key]
+                if key == "tensor_meta" and hasattr(value, "shape"):
+                    return torch.empty(value.shape, dtype=value.dtype, device="meta")
+                return value
+        return None
+
+    def shape(self, node: fx.Node) -> tuple[Any, ...]:
+        """Sizes of a tensor node: integers, or sympy expressions where symbolic."""
+        value = self.val(node)
+        return () if value is None else tuple(expr(n) for n in value.shape)
+
+    def scalar(self, value: Any) -> float | None:
+        """A constant number: a Python scalar, or a one-element buffer or constant; else None."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, fx.Node) and self.op(value) in ("identity", "to") and value.args:
+            return self.scalar(value.args[0])
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            tensor = self.attribute(value)
+            constant = isinstance(tensor, torch.Tensor) and not tensor.requires_grad
+            if constant and tensor.numel() == 1 and tensor.dim() == 0 and not tensor.is_meta:
+                return float(tensor)
+        return None
+
+    def depends_on_input(self, node: fx.Node) -> bool:
+        """Whether the values of a node depend on the inputs of the model, not only its sizes."""
+        stack, seen = [node], set()
+        while stack:
+            current = stack.pop()
+            if current.op == "placeholder":
+                return True
+            if current not in seen and not isinstance(self.meta(current), int | torch.SymInt):
+                seen.add(current)
+                stack.extend(current.all_input_nodes)
+        return False
+
+    def pointwise(self, node: fx.Node) -> bool:
+        """Whether the operator maps each element by itself (broadcasting allowed)."""
+        return _pointwise(self.op(node))
+
+
+@cache
+def canonical(name: str) -> str:
+    """Canonical name of an operator's base name."""
+    if name in ALIASES:
+        return ALIASES[name]
+    bare = name.strip("_")
+    return ALIASES.get(bare, bare or name)
+
+
+@cache
+def _module_name(name: str) -> str:
+    snake = _SNAKE.sub("_", name).lower()
+    return snake if hasattr(torch.ops.aten, snake) else name.lower()
+
+
+@cache
+def _pointwise(name: str) -> bool:
+    if name in ("to", "identity", "dropout", "where", "masked_fill", "clamp", "square"):
+        return True
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or not hasattr(packet, "overloads"):
+        return False
+    return any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
+
+
+def expr(size: Any) -> Any:
+    """An integer, or the sympy expression of a symbolic size."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        value = size.node.expr
+        return int(value) if value.is_Integer else value
+    return size
+
+
+def hint(size: Any) -> int:
+    """The size in the captured example. Adds no guard."""
+    if isinstance(size, int):
+        return size
+    value = size.node.hint
+    return int(value if value is not None else size.node.shape_env.size_hint(size.node.expr))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are provably equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if a is b or a == b:
+        return True
+    if isinstance(a, int | float) or isinstance(b, int | float) or a is None or b is None:
+        return False  # an expression that is not a number cannot be proved equal to one
+    import sympy
+
+    return bool(sympy.expand(a - b) == 0)
+
+
+def _plus(a: Any, b: Any) -> Any:
+    return a + b if isinstance(a, int) and isinstance(b, int) else None

@@ -1,0 +1,352 @@
+"""From a model and one call of it to a graph: `torch.export`, dynamic where the model allows it.
+
+A `Capture` is an `fx.GraphModule` whose placeholders are the leaves of the call's arguments and
+whose parameters, buffers and constants are `get_attr` nodes, with what is needed to call it again:
+the shapes it is valid for and the structure of its output.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental import _config as symbolic_config
+
+from t5fx.canon import expr
+from t5fx.errors import CaptureError
+
+#: Module (child of the root) that holds the constants and subgraphs of captures.
+CONSTANTS = "captured"
+
+
+@dataclass
+class Guards:
+    """For which tensors a capture is valid: dtypes, ranks, sizes, and relations between sizes.
+
+    leaves: for each argument leaf None, or (dtype, device, sizes); a size is a number or the name
+    of a symbol. check: takes the symbols' values, says whether every relation holds.
+    """
+
+    leaves: list[tuple[torch.dtype, torch.device, tuple[int | str, ...]] | None]
+    symbols: tuple[str, ...] = ()
+    source: str = "True"
+    check: Callable[..., bool] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        names = ", ".join(self.symbols)
+        helpers: dict[str, Any] = {"Min": min, "Max": max, "Mod": lambda a, b: a % b}
+        self.check = eval(f"lambda {names}: {self.source}", {**helpers, **_math()})
+
+    def accept(self, leaves: list[Any]) -> bool:
+        values: dict[str, Any] = {}
+        for leaf, wanted in zip(leaves, self.leaves, strict=True):
+            if wanted is None:
+                continue
+            dtype, device, sizes = wanted
+            if leaf.dtype != dtype or leaf.dim() != len(sizes) or leaf.device != device:
+                return False
+            for size, want in zip(leaf.shape, sizes, strict=True):
+                if isinstance(want, str):
+                    if values.setdefault(want, size) != size:
+                        return False
+                elif size != want:
+                    return False
+        return bool(self.check(**values))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "check"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+
+@dataclass
+class Capture:
+    """A traced call; see the module's docstring. `note` says how sizes were captured, and why."""
+
+    graph: fx.Graph
+    guards: Guards
+    out_spec: Any
+    note: str
+    dynamic: bool
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+class Signature:
+    """Brings every way of writing a call of `forward` to one: arguments by name."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.signature = inspect.signature(forward)
+        kinds = {p.kind for p in self.signature.parameters.values()}
+        self.positional = bool(
+            kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}
+        )
+        self.defaults = {n: p.default for n, p in self.signature.parameters.items()}
+        self.rest = next(
+            (n for n, p in self.signature.parameters.items() if p.kind == p.VAR_KEYWORD), None
+        )
+
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) in canonical form; arguments equal to their defaults are left out.
+
+        Raises TypeError like the original for arguments that do not fit.
+        """
+        bound = self.signature.bind(*args, **kwargs)
+        if self.positional:
+            return bound.args, bound.kwargs
+        named = dict(bound.arguments)
+        if self.rest in named:
+            named.update(named.pop(self.rest))
+        return (), {n: v for n, v in named.items() if not self._is_default(n, v)}
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        default = self.defaults.get(name, inspect.Parameter.empty)
+        plain = value is None or isinstance(value, bool | int | float | str)
+        return plain and type(value) is type(default) and bool(value == default)
+
+
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
+) -> Capture:
+    """Trace `model(*args, **kwargs)`; sizes are dynamic if that takes at most `seconds`.
+
+    Past the budget, or where dynamic sizes fail, sizes are static. Raises `CaptureError` where
+    the model cannot be traced at all.
+    """
+    reason = "asked for"
+    if seconds > 0:
+        try:
+            program = _within(seconds, lambda: _export(model, args, kwargs, dynamic=True))
+            return _from_program(program, args, kwargs, "dynamic sizes", dynamic=True)
+        except _OutOfTimeError:
+            reason = f"with dynamic sizes it took more than {seconds:g} s"
+        except Exception as error:
+            reason = f"dynamic sizes failed: {_first_line(error)}"
+    try:
+        program = _within(None, lambda: _export(model, args, kwargs, dynamic=False))
+    except Exception as error:
+        raise CaptureError(
+            f"expected a model that torch.export can trace; {type(model).__name__} failed with "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    return _from_program(program, args, kwargs, f"static sizes ({reason})", dynamic=False)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
+) -> ExportedProgram:
+    # torch.export marks the tensors it is given; an aborted one would leave its marks on them.
+    args, kwargs = pytree.tree_map(_alias, (args, kwargs))
+    shapes = pytree.tree_map(_all_dims, (args, kwargs)) if dynamic else None
+    if shapes is not None:
+        names = list(inspect.signature(model.forward).parameters)
+        shapes = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+        shapes = _for_signature(model, args, shapes)
+    # Without this, a batch of one would be taken for a constant.
+    with symbolic_config.patch(backed_size_oblivious=True), torch.enable_grad():
+        return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _for_signature(model: nn.Module, args: tuple[Any, ...], shapes: dict[str, Any]) -> Any:
+    """`dynamic_shapes` wants extra positional and keyword arguments under their own names."""
+    parameters = inspect.signature(model.forward).parameters
+    result = {}
+    for name, parameter in parameters.items():
+        if parameter.kind == parameter.VAR_POSITIONAL:
+            start = list(parameters).index(name)
+            result[name] = tuple(pytree.tree_map(_all_dims, a) for a in args[start:])
+        elif parameter.kind == parameter.VAR_KEYWORD:
+            rest = {k: v for k, v in shapes.items() if k not in parameters}
+            if rest:
+                result[name] = rest
+        elif name in shapes:
+            result[name] = shapes[name]
+    return result
+
+
+def _alias(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
+
+
+def _all_dims(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+
+
+class _OutOfTimeError(BaseException):
+    """Raised inside a capture that is past its budget; no `except Exception` swallows it."""
+
+
+def _within(seconds: float | None, work: Callable[[], Any]) -> Any:
+    """Run `work` in a thread of its own and abort it after `seconds`.
+
+    The tracing modes that torch.export enters are thread-local: whatever an abort leaves behind
+    ends with the thread.
+    """
+    result: dict[str, Any] = {}
+    ready = threading.Event()
+
+    def run() -> None:
+        try:
+            result["value"] = work()
+        except BaseException as error:
+            result["error"] = error
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run, name="t5fx-capture", daemon=True)
+    thread.start()
+    if not ready.wait(seconds):
+        kind = ctypes.py_object(_OutOfTimeError)
+        while not ready.is_set():  # again after a while, should somebody have swallowed it
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), kind)
+            ready.wait(5.0)
+    thread.join()
+    if "error" in result:
+        raise result["error"]
+    return result["value"]
+
+
+def _from_program(
+    program: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    note: str,
+    dynamic: bool,
+) -> Capture:
+    """Turn lifted parameters, buffers and constants of a program into `get_attr` nodes."""
+    graph = program.graph_module.graph
+    graph.owning_module = None  # attributes are those of the model from here on
+    targets = {s.arg.name: s for s in program.graph_signature.input_specs if s.target}
+    constants: dict[str, Any] = {}
+    users = []
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in targets:
+            spec = targets[node.name]
+            target = str(spec.target)
+            if target in program.constants and spec.persistent is None:
+                name = f"c{len(constants)}"
+                target = f"{CONSTANTS}.{name}"
+                constants[target] = program.constants[str(spec.target)]
+            node.op, node.target = "get_attr", target
+            node.args, node.kwargs = (), {}
+        elif node.op == "placeholder":
+            users.append(node)
+        elif node.op == "get_attr":  # a subgraph: the body of a block without gradients, say
+            body = getattr(program.graph_module, str(node.target))
+            if all(user.target is _NO_GRAD for user in node.users):
+                for user in list(node.users):
+                    _inline(user, body)
+                graph.erase_node(node)
+            else:
+                name = f"g{len(constants)}"
+                constants[f"{CONSTANTS}.{name}"] = body
+                node.target = f"{CONSTANTS}.{name}"
+        elif "_assert_tensor_metadata" in str(node.target):
+            graph.erase_node(node)  # holds for the captured dtypes, which `Guards` checks
+    leaves = pytree.tree_leaves((args, kwargs))
+    guards = _guards(users, leaves)
+    if dynamic:
+        sizes = [w[2] for w in guards.leaves if w is not None]
+        dynamic = any(isinstance(s, str) for size in sizes for s in size)
+        shown = ", ".join(
+            f"{node.name} [{', '.join(map(str, wanted[2]))}]"
+            for node, wanted in zip(users, guards.leaves, strict=True)
+            if wanted is not None
+        )
+        note = f"dynamic sizes: {shown}" if dynamic else "static sizes (the model fixes them all)"
+    return Capture(graph, guards, program.call_spec.out_spec, note, dynamic, constants)
+
+
+_NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+def _inline(call: fx.Node, body: fx.GraphModule) -> None:
+    """Put the body of a `no_grad` (or `enable_grad`) block in the place of its call.
+
+    Attention inside such a block is then seen like any other. Whoever runs the graph restores the
+    gradient mode should an error leave it halfway.
+    """
+    graph = call.graph
+    enabled, _, *inputs = call.args
+    stacks = [n.meta["nn_module_stack"] for n in body.graph.nodes if "nn_module_stack" in n.meta]
+
+    def switch(on: Any, stack: Any) -> None:
+        node = graph.call_function(torch._C._set_grad_enabled, (on,))
+        node.meta.update({"val": None, **({"nn_module_stack": stack} if stack else {})})
+
+    with graph.inserting_before(call):
+        switch(enabled, stacks[0] if stacks else None)
+        values: dict[fx.Node, fx.Node] = {}
+        results: Any = ()
+        sources = iter(inputs)
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(sources)
+            elif node.op == "output":
+                results = fx.map_arg(node.args[0], lambda n: values[n])
+            else:
+                values[node] = graph.node_copy(node, lambda n: values[n])
+        switch(not enabled, stacks[-1] if stacks else None)
+    for item in list(call.users):
+        item.replace_all_uses_with(results[item.args[1]])
+        graph.erase_node(item)
+    graph.erase_node(call)
+
+
+def _guards(users: list[fx.Node], leaves: list[Any]) -> Guards:
+    """Read dtypes, sizes and the relations between sizes off the placeholders' fake tensors."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    wanted: list[tuple[torch.dtype, torch.device, tuple[int | str, ...]] | None] = []
+    symbols: dict[str, Any] = {}
+    environment = None
+    for node, leaf in zip(users, leaves, strict=True):
+        value = node.meta.get("val")
+        if not isinstance(leaf, torch.Tensor) or not isinstance(value, torch.Tensor):
+            wanted.append(None)
+            continue
+        sizes = tuple(n if isinstance(n, int) else str(n) for n in map(expr, value.shape))
+        for size, symbol in zip(value.shape, map(expr, value.shape), strict=True):
+            if not isinstance(symbol, int):
+                symbols.setdefault(str(symbol), symbol)
+                environment = size.node.shape_env
+        wanted.append((leaf.dtype, leaf.device, sizes))
+    relations = []
+    if environment is not None:
+        printer = PythonPrinter()
+        for name, symbol in symbols.items():
+            bounds = environment.var_to_range.get(symbol)
+            if bounds is not None and bounds.lower.is_Integer and bounds.lower > 0:
+                relations.append(f"{name} >= {int(bounds.lower)}")
+            if bounds is not None and bounds.upper.is_Integer:
+                relations.append(f"{name} <= {int(bounds.upper)}")
+        for guard in environment.guards:
+            relation = environment.replace(guard.expr)
+            free = {str(s) for s in relation.free_symbols}
+            if free and free <= set(symbols):
+                relations.append(printer.doprint(relation))
+    source = " and ".join(f"({r})" for r in dict.fromkeys(relations)) or "True"
+    return Guards(wanted, tuple(symbols), source)
+
+
+def _math() -> dict[str, Any]:
+    import math
+
+    return {"math": math, "torch": torch}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,172 @@
+"""`LinearizeConfig`: every option of the pass, as one frozen, serialisable value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from t5fx.errors import ConfigError
+
+VERSION = 1
+
+#: Domain of every field whose values are names; the first one is the default.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "inner": ("swiglu", "mlp2", "mlp3", "gate1"),
+    "inner_loss": ("dot", "l2"),
+    "key_norm": ("instance", "instance_center", "instance_scale", "rms", "layer", "none"),
+    "locality": ("dwc_qk", "dwc_v", "none"),
+    "policy": ("flops",),
+    "impl": ("auto", "reference"),
+}
+
+#: Fields that decide which sites are taken at all; an override per site may not set them.
+_GLOBAL_ONLY = ("include", "exclude", "overrides", "seed", "policy", "capture_seconds")
+
+Layout = int | Callable[..., int] | None
+Grid = tuple[int, ...] | Callable[..., tuple[int, ...]] | None
+
+
+@dataclass(frozen=True)
+class LinearizeConfig:
+    """All options of :func:`t5fx.linearize` and :func:`t5fx.explain`.
+
+    inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1".
+    inner_loss: "dot", -(s/N) sum v.f(k), or "l2", (s/2N) sum |f(k) - v|^2.
+    key_norm, key_norm_eps: normalisation of the keys before the inner step.
+    locality: where the depthwise convolutions sit: on q and k, on v, or nowhere.
+    grid, prefix, suffix: the token layout: prefix tokens, then a row-major grid of one to three
+        axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
+        of the call's arguments that returns one (evaluated at capture).
+    min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
+        rewrites where the node needs fewer FLOPs than softmax (N > 4.5 D for "swiglu").
+    include, exclude: `fnmatch` patterns of owner names, e.g. ("blocks.[0-5].*",); exclude wins.
+    overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
+        where several patterns match, later ones win.
+    policy: "flops": decide by counted FLOPs at the example's sizes.
+    impl: "auto" or "reference".
+    seed: fresh parameters depend on this number and the site's name alone.
+    capture_seconds: budget of the capture with dynamic sizes, in seconds; past it, or where it
+        fails, sizes are captured static and the report says so. 0 captures static at once.
+
+    Raises `ConfigError` for a value outside its domain.
+    """
+
+    inner: str = "swiglu"
+    inner_loss: str = "dot"
+    key_norm: str = "instance"
+    key_norm_eps: float = 1.0
+    locality: str = "dwc_qk"
+    grid: Grid = None
+    prefix: Layout = None
+    suffix: Layout = None
+    min_tokens: int | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    policy: str = "flops"
+    impl: str = "auto"
+    seed: int = 0
+    capture_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name}: expected one of {', '.join(map(repr, allowed))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if isinstance(self.grid, int):
+            object.__setattr__(self, "grid", (self.grid,))
+        if self.grid is not None and not callable(self.grid):
+            grid = tuple(self.grid)
+            object.__setattr__(self, "grid", grid)
+            if not 1 <= len(grid) <= 3 or not all(_natural(n) and n > 0 for n in grid):
+                raise ConfigError(f"grid: expected one to three positive integers, got {grid!r}")
+        for name in ("prefix", "suffix", "min_tokens"):
+            value = getattr(self, name)
+            wanted = value is None or _natural(value) or (name != "min_tokens" and callable(value))
+            if not wanted:
+                raise ConfigError(f"{name}: expected a number of tokens >= 0, got {value!r}")
+        for name in ("key_norm_eps", "capture_seconds"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed: expected an integer, got {self.seed!r}")
+        names = [f.name for f in dataclasses.fields(self) if f.name not in _GLOBAL_ONLY]
+        for pattern, changes in self.overrides.items():
+            unknown = sorted(set(changes) - set(names))
+            if unknown:
+                raise ConfigError(
+                    f"overrides[{pattern!r}]: {', '.join(unknown)} cannot be set per site; "
+                    f"expected any of {', '.join(names)}"
+                )
+            dataclasses.replace(self, overrides={}, **changes)  # checks the values
+
+    def selects(self, owner: str) -> bool:
+        """Whether the site owned by module `owner` is included and not excluded."""
+
+        def any_of(patterns: tuple[str, ...]) -> bool:
+            return any(fnmatchcase(owner, p) for p in patterns)
+
+        return any_of(self.include) and not any_of(self.exclude)
+
+    def at(self, owner: str) -> LinearizeConfig:
+        """The configuration of the site owned by module `owner`, overrides applied."""
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
+            if fnmatchcase(owner, pattern):
+                changes.update(fields)
+        return dataclasses.replace(self, overrides={}, **changes) if changes else self
+
+    @property
+    def gives_layout(self) -> bool:
+        """Whether the layout of any site is given instead of inferred."""
+        given = (self.grid, self.prefix, self.suffix)
+        names = {name for changes in self.overrides.values() for name in changes}
+        return any(v is not None for v in given) or bool(names & {"grid", "prefix", "suffix"})
+
+    def called(self, call: Callable[[Callable[..., Any]], Any]) -> LinearizeConfig:
+        """The same with each layout that is a callable replaced by what `call` makes of it."""
+
+        def values(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {n: call(v) if callable(v) else v for n, v in fields.items()}
+
+        own = {"grid": self.grid, "prefix": self.prefix, "suffix": self.suffix}
+        overrides = {pattern: values(changes) for pattern, changes in self.overrides.items()}
+        return dataclasses.replace(self, **values(own), overrides=overrides)
+
+    def to_json(self) -> str:
+        """Versioned JSON. Raises `ConfigError` where grid, prefix or suffix is a callable."""
+        data = dataclasses.asdict(self)
+        for where in (data, *data["overrides"].values()):
+            for name, value in where.items():
+                if callable(value):
+                    raise ConfigError(f"{name}: a callable has no JSON form; give a value")
+        return json.dumps({"version": VERSION, **data}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> LinearizeConfig:
+        """Inverse of `to_json`. Raises `ConfigError` for another version or unknown fields."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"expected the JSON of a LinearizeConfig: {error}") from error
+        if not isinstance(data, dict) or data.pop("version", None) != VERSION:
+            raise ConfigError(f"expected a LinearizeConfig of version {VERSION}, got {text[:60]!r}")
+        unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown fields of LinearizeConfig: {', '.join(unknown)}")
+        return cls(**data)
+
+
+def _natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

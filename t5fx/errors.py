@@ -1,0 +1,37 @@
+"""Every error that t5fx raises on purpose derives from :class:`T5Error`."""
+
+
+class T5Error(Exception):
+    """Base of all errors of t5fx; the message says what was expected and what was got."""
+
+
+class CaptureError(T5Error):
+    """The model could not be traced into one graph, or its shapes are unknown."""
+
+
+class ConfigError(T5Error, ValueError):
+    """A `LinearizeConfig` field has an unknown name or a value outside its domain."""
+
+
+class NothingRewrittenError(T5Error):
+    """`linearize` found no site that it may and should rewrite."""
+
+
+class AlreadyLinearizedError(T5Error):
+    """`linearize` was given a model that it has made itself."""
+
+
+class LayoutError(T5Error, ValueError):
+    """A given grid, prefix or suffix contradicts the number of tokens of a site."""
+
+
+class RefusedCallError(T5Error):
+    """A call of a linearized model needs something that the rewritten graph cannot do."""
+
+
+class UnavailableMethodError(T5Error, AttributeError):
+    """A method of the original model that is not proved right on the linearized one."""
+
+
+class GraphSpecError(T5Error):
+    """A rewritten graph breaks one of the invariants that `t5fx.rewrite.verify` checks (a bug)."""

@@ -1,0 +1,474 @@
+"""Where tokens come from: prefix, grid and suffix of each token axis, proved from the graph.
+
+One forward pass gives every axis of every tensor a meaning: spatial (it came out of a convolution
+or of an image), a row-major merge or a split of other axes, a concatenation of runs, features. A
+token axis whose runs hold exactly one grid has a layout; anything else is unknown, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from t5fx.axes import permutation, regroup, regroup_node
+from t5fx.canon import View, hint, same
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Meaning of one axis of a tensor.
+
+    kind: "spatial", "merge" (row-major, of `parts`), "cat" (of `parts`), "piece" (number `index`
+    of the split of `parts[0]` into `sizes`), "feature", "batch", "unit" (size one), "plain".
+    source: what made it; two axes are the same tokens iff they compare equal. data: it depends on
+    the inputs of the model, not on parameters alone. at: (node, axis) that has this size.
+    """
+
+    kind: str
+    size: Any
+    source: Any = None
+    parts: tuple[Axis, ...] = ()
+    index: int = 0
+    sizes: tuple[Any, ...] = ()
+    data: bool = field(default=True, compare=False)
+    at: tuple[fx.Node, int] | None = field(default=None, compare=False)
+    example: int = field(default=0, compare=False)
+
+    def grid(self) -> tuple[Axis, ...] | None:
+        """The spatial axes that this one is made of, outermost first, or None."""
+        if self.kind == "spatial":
+            return (self,)
+        if self.kind == "piece":
+            return (self,) if self.parts[0].kind in ("spatial", "piece") and self.spatial else None
+        if self.kind == "merge":
+            inner = [part.grid() for part in self.parts]
+            return None if None in inner else tuple(a for axes in inner for a in axes or ())
+        return None
+
+    @property
+    def spatial(self) -> bool:
+        return self.kind == "spatial" or (self.kind == "piece" and self.parts[0].spatial)
+
+    @property
+    def features(self) -> bool:
+        """Whether any part of it counts channels."""
+        return self.kind == "feature" or any(part.features for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """prefix, grid and suffix as axes (of the given sizes), in token order."""
+
+    prefix: tuple[Axis, ...]
+    grid: tuple[Axis, ...]
+    suffix: tuple[Axis, ...]
+
+
+def layout_of(axis: Axis) -> Layout | str:
+    """The layout of a token axis, or a sentence that says what is missing."""
+    runs = axis.parts if axis.kind == "cat" else (axis,)
+    grids = [i for i, run in enumerate(runs) if run.grid()]
+    if not grids:
+        return "no run of the tokens could be traced to the spatial axes of an image or convolution"
+    if len(grids) > 1:
+        return f"{len(grids)} runs of the tokens are grids; the node takes one"
+    dims = runs[grids[0]].grid() or ()
+    if len(dims) > 3:
+        return f"the tokens have {len(dims)} spatial axes; the node takes one to three"
+    return Layout(runs[: grids[0]], dims, runs[grids[0] + 1 :])
+
+
+Rule = Callable[["Axes", fx.Node], "tuple[Axis, ...] | None"]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register how the axes of an operator's output come from those of its inputs."""
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Axes:
+    """The meaning of every axis of every tensor of a graph: `axes[node][i]`."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.known: dict[fx.Node, tuple[Axis, ...]] = {}
+        self._data: dict[fx.Node, bool] = {}
+        for node in view.graph.nodes:
+            value = view.val(node)
+            sized = isinstance(View.meta(node), int | torch.SymInt)
+            inputs = (self._data[n] for n in node.all_input_nodes)
+            self._data[node] = node.op == "placeholder" or (not sized and any(inputs))
+            if value is not None:
+                self.known[node] = self._infer(node, value)
+
+    def __getitem__(self, node: fx.Node) -> tuple[Axis, ...]:
+        return self.known[node]
+
+    def _infer(self, node: fx.Node, value: torch.Tensor) -> tuple[Axis, ...]:
+        shape = self.view.shape(node)
+        name = self.view.op(node)
+        function = _RULES.get(name)
+        if function is None and self.view.pointwise(node):
+            function = _pointwise
+        axes = function(self, node) if function else None
+        if axes is None or len(axes) != len(shape):
+            axes = tuple(self.plain(node, i) for i in range(len(shape)))
+        # An axis of size one carries no tokens; a size that a rule got wrong is not believed.
+        return tuple(
+            Axis("unit", 1, data=a.data, example=1)
+            if size == 1
+            else replace(a, at=(node, i), example=hint(value.shape[i]))
+            if same(a.size, size)
+            else self.plain(node, i)
+            for i, (a, size) in enumerate(zip(axes, shape, strict=True))
+        )
+
+    def data(self, node: fx.Node) -> bool:
+        """Whether the values of a node depend on the inputs of the model, not only its sizes."""
+        return self._data[node]
+
+    def plain(self, node: fx.Node, i: int, kind: str = "plain") -> Axis:
+        """A fresh axis that `node` makes."""
+        size = self.view.shape(node)[i]
+        return Axis(kind, size, source=(node.name, i), data=self.data(node))
+
+    def fresh(self, node: fx.Node, kinds: Iterable[str]) -> tuple[Axis, ...]:
+        return tuple(self.plain(node, i, kind) for i, kind in enumerate(kinds))
+
+
+@rule("placeholder")
+def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    rank = len(axes.view.shape(node))
+    if rank >= 4:
+        return axes.fresh(node, ["batch", "feature", *["spatial"] * (rank - 2)])
+    value = axes.view.val(node)
+    last = "feature" if value is not None and value.is_floating_point() else "plain"
+    return axes.fresh(node, ["batch", "plain", last][:rank])
+
+
+@rule("get_attr")
+def _parameter(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    return tuple(replace(axes.plain(node, i), data=False) for i in range(_rank(axes, node)))
+
+
+def _pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    """Broadcast the inputs; of the axes that meet, the one that says most about tokens stays."""
+    shape = axes.view.shape(node)
+    result = []
+    for i, size in enumerate(shape):
+        meeting = []
+        for source in axes.view.inputs(node):
+            j = i - len(shape) + len(axes[source])
+            if j >= 0 and same(axes[source][j].size, size) and axes[source][j].kind != "unit":
+                meeting.append(axes[source][j])
+        result.append(_meet(meeting) if meeting else axes.plain(node, i))
+    return tuple(result)
+
+
+def _meet(meeting: list[Axis]) -> Axis:
+    best = max(meeting, key=lambda a: (a.data, _grids(a), a.kind != "plain"))  # first of equals
+    rivals = [a for a in meeting if a.data == best.data and _grids(a) and a != best]
+    if _grids(best) and any(_shape_of(a) != _shape_of(best) for a in rivals):
+        return Axis("plain", best.size, source=("conflict", *(repr(a.source) for a in meeting)))
+    return best
+
+
+def _grids(axis: Axis) -> bool:
+    return isinstance(layout_of(axis), Layout)
+
+
+def _shape_of(axis: Axis) -> tuple[Any, ...]:
+    found = layout_of(axis)
+    return tuple(a.size for a in found.grid) if isinstance(found, Layout) else ()
+
+
+@rule("transpose", "t", "mT", "permute", "movedim", "adjoint")
+def _permute(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    order = permutation(axes.view, node)
+    source = axes[axes.view.inputs(node)[0]]
+    return None if order is None else tuple(source[i] for i in order)
+
+
+@rule("reshape")
+def _reshape(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    groups = regroup_node(axes.view, node)
+    if groups is None:
+        return None
+    source = axes[axes.view.inputs(node)[0]]
+    shape = axes.view.shape(node)
+    value = axes.view.val(node)
+    result: list[Axis | None] = [None] * len(shape)
+    for ins, outs in groups:
+        parts = [source[i] for i in ins if source[i].kind != "unit"]
+        real = [j for j in outs if shape[j] != 1]
+        for j in outs:
+            result[j] = Axis("unit", 1)
+        if len(parts) == 1 and len(real) == 1:
+            result[real[0]] = parts[0]
+        elif parts and len(real) == 1:
+            result[real[0]] = merge(parts, shape[real[0]])
+        elif parts and value is not None:
+            sizes = [(shape[j], hint(value.shape[j])) for j in real]
+            whole = parts[0] if len(parts) == 1 else merge(parts, None)
+            for j, piece in zip(real, split(whole, sizes), strict=True):
+                result[j] = piece
+    return tuple(r if r is not None else axes.plain(node, i) for i, r in enumerate(result))
+
+
+def merge(parts: list[Axis], size: Any) -> Axis:
+    """Row-major merge of neighbouring axes; the pieces of one split make it whole again."""
+    parts = _heal(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if size is None:
+        size = 1
+        for part in parts:
+            size = size * part.size
+    return Axis("merge", size, parts=tuple(parts), data=any(p.data for p in parts))
+
+
+def _heal(parts: list[Axis]) -> list[Axis]:
+    healed: list[Axis] = []
+    for part in parts:
+        healed.append(part)
+        n = len(part.sizes)
+        last = healed[-n:] if part.kind == "piece" and len(healed) >= n else []
+        if last and all(
+            p.kind == "piece" and p.parts == part.parts and p.sizes == part.sizes and p.index == i
+            for i, p in enumerate(last)
+        ):
+            healed[-n:] = [part.parts[0]]
+    return healed
+
+
+def split(whole: Axis, sizes: list[tuple[Any, int]]) -> list[Axis]:
+    """Pieces of one axis, outermost first; a merge comes apart into what it was made of."""
+    exprs = tuple(size for size, _ in sizes)
+    if whole.kind == "merge":
+        hints = tuple(p.example for p in whole.parts), tuple(h for _, h in sizes)
+        groups = regroup(tuple(p.size for p in whole.parts), exprs, hints)
+        if groups is not None and len(groups) > 1:
+            pieces: list[Axis] = []
+            for ins, outs in groups:
+                inner = merge([whole.parts[i] for i in ins], None) if ins else Axis("unit", 1)
+                chosen = [sizes[j] for j in outs]
+                pieces += [inner] if len(outs) == 1 else split(inner, chosen)
+            return pieces
+    return [
+        Axis("piece", size, whole.source, (whole,), i, exprs, whole.data)
+        for i, size in enumerate(exprs)
+    ]
+
+
+@rule("cat")
+def _cat(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    tensors = [n for n in axes.view.arg(node, "tensors") if isinstance(n, fx.Node)]
+    rank = _rank(axes, node)
+    dim = (axes.view.arg(node, "dim", 0) or 0) % rank
+    result = []
+    for i in range(rank):
+        meeting = [axes[n][i] for n in tensors if len(axes[n]) == rank]
+        if i != dim:
+            result.append(_meet(meeting))
+            continue
+        runs = tuple(
+            replace(axes.plain(n, i), kind="unit", size=1) if axes[n][i].kind == "unit" else run
+            for n, run in zip(tensors, meeting, strict=True)
+        )
+        runs = tuple(part for run in runs for part in (run.parts if run.kind == "cat" else [run]))
+        whole = runs[0] if len(runs) == 1 else None
+        size = axes.view.shape(node)[i]
+        data = any(run.data for run in runs)
+        result.append(whole or Axis("cat", size, parts=runs, data=data))
+    return tuple(result)
+
+
+@rule("slice")
+def _slice(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    source = axes.view.inputs(node)[0]
+    dim = (axes.view.arg(node, "dim", 0) or 0) % _rank(axes, node)
+    bounds = (axes.view.arg(node, "start"), axes.view.arg(node, "end"))
+    result = list(axes[source])
+    result[dim] = _cut(axes, node, dim, axes[source][dim], *bounds)
+    return tuple(result)
+
+
+def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) -> Axis:
+    """The runs of a concatenation that lie between two positions."""
+    size = axes.view.shape(node)[dim]
+    if same(axis.size, size):
+        return axis
+    runs = axis.parts if axis.kind == "cat" else (axis,)
+    begin = _position(axes.view, start, axis.size, 0)
+    total: Any = 0
+    for i in range(len(runs)):
+        if same(total, begin):
+            rest: Any = 0
+            for j in range(i, len(runs)):
+                rest = rest + runs[j].size
+                if same(rest, size):
+                    kept = runs[i : j + 1]
+                    return kept[0] if len(kept) == 1 else Axis("cat", size, parts=kept)
+        total = total + runs[i].size
+    return axes.plain(node, dim)
+
+
+def _position(view: View, value: Any, size: Any, default: Any) -> Any:
+    if isinstance(value, fx.Node):
+        symbolic = View.meta(value)
+        value = symbolic.node.expr if isinstance(symbolic, torch.SymInt) else symbolic
+    if value is None:
+        return default
+    return value + size if isinstance(value, int) and value < 0 else value
+
+
+@rule("getitem")
+def _getitem(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    producer, key = node.args[0], node.args[1]
+    if not isinstance(producer, fx.Node):
+        return None
+    if axes.view.val(producer) is not None:
+        return _index(axes, node, producer, key)
+    name = axes.view.op(producer)
+    if name == "scaled_dot_product_attention" and key == 0:
+        return _attention(axes, producer)
+    if name in ("native_group_norm", "layer_norm", "native_batch_norm", "max_pool2d") and key == 0:
+        return _RULES.get(name, _normalised)(axes, producer)
+    if name not in ("unbind", "chunk", "split") or not isinstance(key, int):
+        return None
+    source = axes.view.inputs(producer)[0]
+    dim = (axes.view.arg(producer, "dim", 0) or 0) % len(axes[source])
+    result = list(axes[source])
+    if name == "unbind":
+        del result[dim]
+        return tuple(result)
+    sizes = [t.shape[dim] for t in View.meta(producer)]
+    start = sum((_expr(s) for s in sizes[: key % len(sizes)]), start=0)
+    result[dim] = _cut(axes, node, dim, axes[source][dim], start, None)
+    return tuple(result)
+
+
+def _index(axes: Axes, node: fx.Node, source: fx.Node, key: Any) -> tuple[Axis, ...] | None:
+    keys = list(key) if isinstance(key, tuple) else [key]
+    rank = len(axes[source])
+    used = sum(k is not None and k is not Ellipsis for k in keys)
+    if Ellipsis not in keys:
+        keys.append(Ellipsis)
+    at = keys.index(Ellipsis)
+    keys[at : at + 1] = [slice(None)] * (rank - used)
+    result: list[Axis] = []
+    position = 0
+    for k in keys:
+        if k is None:
+            result.append(Axis("unit", 1))
+            continue
+        if isinstance(k, slice) and k.step in (None, 1):
+            axis = axes[source][position]
+            result.append(_cut(axes, node, len(result), axis, k.start, k.stop))
+        elif not isinstance(k, int):
+            return None
+        position += 1
+    return tuple(result)
+
+
+@rule("select")
+def _select(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    source = axes[axes.view.inputs(node)[0]]
+    dim = axes.view.arg(node, "dim", 0) % len(source)
+    return source[:dim] + source[dim + 1 :]
+
+
+@rule("expand")
+def _expand(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    source = axes[axes.view.inputs(node)[0]]
+    rank = _rank(axes, node)
+    padded = (Axis("unit", 1),) * (rank - len(source)) + source
+    fresh = [axes.plain(node, i) for i in range(rank)]
+    return tuple(f if a.kind == "unit" else a for a, f in zip(padded, fresh, strict=True))
+
+
+@rule("linear")
+def _linear(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    source = axes[axes.view.inputs(node)[0]]
+    return (*source[:-1], axes.plain(node, len(source) - 1, "feature"))
+
+
+@rule("matmul", "baddbmm", "addmm")
+def _matmul(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    operands = [axes[n] for n in axes.view.inputs(node)[-2:]]
+    rank = _rank(axes, node)
+    if len(operands) != 2 or min(map(len, operands)) < 2 or rank < 2:
+        return None
+    left, right = operands
+    batch = _pointwise(axes, node)[: rank - 2]
+    if len(left) == len(right) == rank:
+        batch = tuple(a if a.kind != "unit" else b for a, b in zip(left, right, strict=True))[:-2]
+    elif len(left) == rank:
+        batch = left[:-2]
+    return (*batch, left[-2], right[-1])
+
+
+@rule("scaled_dot_product_attention")
+def _attention(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    query, value = (axes[axes.view.arg(node, name)] for name in ("query", "value"))
+    return (*query[:-1], value[-1])
+
+
+@rule("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "softmax")
+def _normalised(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    return axes[axes.view.inputs(node)[0]]
+
+
+@rule("log_softmax", "cumsum", "normalize", "native_group_norm", "linalg_vector_norm")
+def _along(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    source = axes[axes.view.inputs(node)[0]]
+    return source if len(source) == _rank(axes, node) else None
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def _convolution(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    """Spatial axes whose size a convolution keeps stay what they were; others begin anew."""
+    source = axes[axes.view.inputs(node)[0]]
+    shape = axes.view.shape(node)
+    kept = [
+        source[i]
+        if len(source) == len(shape) and same(source[i].size, size) and source[i].grid()
+        else axes.plain(node, i, "spatial")
+        for i, size in enumerate(shape)
+    ]
+    batch = source[0] if len(source) == len(shape) else axes.plain(node, 0, "batch")
+    return (batch, axes.plain(node, 1, "feature"), *kept[2:])
+
+
+@rule(
+    *("avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle"),
+    *("upsample_bicubic2d_aa", "upsample_bicubic2d", "upsample_bilinear2d_aa", "interpolate"),
+    *("upsample_bilinear2d", "upsample_nearest2d", "avg_pool3d", "max_pool2d_with_indices"),
+)
+def _resampled(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    spatial = ["spatial"] * (_rank(axes, node) - 2)
+    return axes.fresh(node, ["batch", "feature", *spatial])
+
+
+@rule("embedding")
+def _embedding(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    indices = axes[axes.view.inputs(node)[1]]
+    return (*indices, axes.plain(node, len(indices), "feature"))
+
+
+def _rank(axes: Axes, node: fx.Node) -> int:
+    return len(axes.view.shape(node)) or len(axes.view.shape(axes.view.inputs(node)[0]))
+
+
+def _expr(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr

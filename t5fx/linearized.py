@@ -1,0 +1,231 @@
+"""`Linearized`: the nn.Module that `t5fx.linearize` returns for a model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from t5fx.canon import View
+from t5fx.capture import CONSTANTS, Capture, Guards, Signature, capture
+from t5fx.config import LinearizeConfig
+from t5fx.errors import RefusedCallError
+from t5fx.kernels import TTT
+from t5fx.policy import Plan, plan
+from t5fx.report import Report
+from t5fx.rewrite import rewrite
+from t5fx.tree import Block, Mode, distribute, mirror
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass
+class Variant:
+    """One captured and rewritten form of the model, and the calls that it serves.
+
+    structure: names (and nesting) of the arguments; constants: those that are not tensors; mode:
+    number of the combination of train/eval flags and dtypes that it was captured in.
+    """
+
+    structure: Any
+    constants: tuple[Any, ...]
+    mode: int
+    guards: Guards
+    out_spec: Any
+    piece: int
+
+    def serves(self, structure: Any, leaves: list[Any], mode: int) -> bool:
+        if self.mode != mode or self.structure != structure:
+            return False
+        return self.constants == _constants(leaves) and self.guards.accept(leaves)
+
+
+class Captures:
+    """What a linearized model keeps of its captures; they are not pickled, but made again."""
+
+    def __init__(self, config: LinearizeConfig, signature: Signature) -> None:
+        self.config = config
+        self.signature = signature
+        self.variants: list[Variant] = []
+        self.modes: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "variants": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
+        new = Captures(self.config, self.signature)
+        new.variants, new.modes = list(self.variants), list(self.modes)
+        return new
+
+
+class Linearized(Block):
+    """A model whose attentions are TTT nodes: call it like the original.
+
+    Parameters and buffers have the original's names; each rewritten site adds its own under
+    `<owner>.t5`. A call whose arguments, sizes, dtypes or train/eval flags no captured graph serves
+    is captured on first use, on the same parameters. `report` says what was rewritten.
+    """
+
+    def __init__(self, template: nn.Module, config: LinearizeConfig) -> None:
+        super().__init__(template, Mode())
+        self._captures = Captures(config, Signature(template.forward))
+        self.report = Report(type(template).__name__)
+        mirror(template, self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original's forward takes and returns."""
+        captures = self._captures
+        args, kwargs = captures.signature.bind(args, kwargs)
+        structure, leaves = _flatten(args, kwargs)
+        mode = self._mode()
+        for variant in captures.variants:
+            if variant.serves(structure, leaves, mode):
+                break
+        else:
+            variant = self.capture(args, kwargs)
+        enabled = torch.is_grad_enabled()
+        try:
+            outputs = super().forward(*leaves, piece=variant.piece)
+        finally:
+            if torch.is_grad_enabled() != enabled:
+                torch._C._set_grad_enabled(enabled)
+        return pytree.tree_unflatten(outputs, variant.out_spec)
+
+    def _mode(self) -> int:
+        """Number of the present combination of train/eval flags, dtypes and devices."""
+        cell, modes = self._t5.mode, self._captures.modes
+        if cell.number is None:
+            blocks = [m for m in self.modules() if isinstance(m, Block)]
+            tensors = tuple(
+                (t.dtype, t.device)
+                for b in blocks
+                for t in (*b._parameters.values(), *b._buffers.values())
+                if t is not None
+            )
+            flags = (tuple(b.training for b in blocks), tensors)
+            if flags not in modes:
+                modes.append(flags)
+            cell.number = modes.index(flags)
+        return cell.number
+
+    @torch.compiler.disable
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        """Trace and rewrite the model for a call that no variant serves yet.
+
+        Raises `RefusedCallError` where the call needs attention that was rewritten to do what a
+        TTT node cannot, such as to mask keys.
+        """
+        template, captures = self._t5.source, self._captures
+        self._bind_template()
+        config = resolve(captures.config, args, kwargs)
+        seconds = 0.0 if config.gives_layout else config.capture_seconds
+        captured = capture(template, args, kwargs, seconds)
+        existing = {n: m for n, m in self.named_modules() if isinstance(m, TTT)}
+        view = View(captured.graph, template, captured.constants)
+        plans = plan(view, config, frozenset(existing) if existing else None)
+        if existing:
+            _refuse(plans, existing)
+        else:
+            self.report.sites = [entry.site for entry in plans]
+            self.report.capture = captured.note
+        modules = rewrite(view, plans, existing)
+        for key, module in modules.items():
+            module.train(self.get_submodule(key.rpartition(".")[0]).training)
+        self._keep_constants(captured, len(captures.variants))
+        piece = distribute(captured.graph, self, modules)
+        structure, leaves = _flatten(args, kwargs)
+        variant = Variant(
+            *(structure, _constants(leaves), self._mode(), captured.guards),
+            *(captured.out_spec, piece),
+        )
+        captures.variants.append(variant)
+        return variant
+
+    def _bind_template(self) -> None:
+        """Make the original's code see this module's tensors and train/eval flags."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                source = module._t5.source
+                for theirs, ours in (
+                    (source._parameters, module._parameters),
+                    (source._buffers, module._buffers),
+                ):
+                    theirs.update({n: ours[n] for n in theirs if n in ours})
+                source.training = module.training
+
+    def _keep_constants(self, captured: Capture, number: int) -> None:
+        if not captured.constants:
+            return
+        mode = self._t5.mode
+        if CONSTANTS not in self._modules:
+            self.add_module(CONSTANTS, Block(nn.Module(), mode))
+        holder = Block(nn.Module(), mode)
+        self.get_submodule(CONSTANTS)._modules[f"v{number}"] = holder
+        for target, value in captured.constants.items():
+            name = target.rpartition(".")[2]
+            if isinstance(value, torch.Tensor):
+                holder.register_buffer(name, value, persistent=False)
+            else:
+                for node in value.graph.nodes if isinstance(value, fx.GraphModule) else ():
+                    node.meta.clear()
+                setattr(holder, name, value)
+        for node in captured.graph.nodes:
+            if node.op == "get_attr" and node.target in captured.constants:
+                node.target = str(node.target).replace(".", f".v{number}.", 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(p.device for p in self.parameters())
+
+    def _get_name(self) -> str:
+        return f"Linearized[{self.report.model}]"
+
+
+def resolve(
+    config: LinearizeConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LinearizeConfig:
+    """The configuration with its callables of the call's arguments replaced by their values."""
+    return config.called(lambda f: f(*args, **kwargs))
+
+
+def _refuse(plans: list[Plan], existing: dict[str, nn.Module]) -> None:
+    for entry in plans:
+        site = entry.site
+        if entry.match.key in existing and site.status != "rewritten":
+            raise RefusedCallError(
+                f"this call needs '{site.fqn}', which was rewritten, to do what its TTT node "
+                f"cannot: {site.reason} ({site.detail}); call it as when it was linearized, or "
+                f"linearize again with this call as the example"
+            )
+
+
+def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Argument structure and leaves, in the order of the captured graph's placeholders."""
+    if not args and all(isinstance(v, (torch.Tensor, *_PLAIN)) for v in kwargs.values()):
+        return tuple(kwargs), list(kwargs.values())
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return repr(spec), leaves
+
+
+def _constants(leaves: list[Any]) -> tuple[Any, ...]:
+    """The leaves that are not tensors, with their types: 1, 1.0 and True are different calls."""
+    return tuple(None if isinstance(v, torch.Tensor) else (type(v), v) for v in leaves)
+
+
+def template_of(model: nn.Module, share: bool) -> nn.Module:
+    """A copy of a model whose code can be traced; its tensors are copies too, or shared."""
+    memo: dict[int, Any] = {}
+    if share:
+        tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+        memo = {id(t): t for t in tensors}
+    return copy.deepcopy(model, memo)

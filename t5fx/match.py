@@ -1,0 +1,172 @@
+"""Finds every attention of a graph: subgraph isomorphism around each anchor, then meaning.
+
+For each pattern of `t5fx.patterns` and each of its anchors (a softmax, a fused call), the
+structural operators around the anchor become a small `networkx` graph whose edges run through
+everything harmless; where the pattern's own graph is isomorphic to a part of it, the pattern binds
+the nodes to q, k, v and the scale, or refuses them with a reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import networkx as nx
+from networkx.algorithms.isomorphism import DiGraphMatcher
+from torch import fx
+
+from t5fx.canon import View
+from t5fx.patterns import patterns
+from t5fx.patterns.base import Binding, Pattern, Refusal
+from t5fx.patterns.chains import PRODUCTS, climb, descend
+
+
+@dataclass
+class Match:
+    """One anchor: bound to an attention, or refused.
+
+    owner: name of the innermost module in which both products (or the fused call) run, "" for the
+    root; key: name of the module that takes the new parameters, `<owner>.t5`, `.t5_1`, ...
+    """
+
+    anchor: fx.Node
+    pattern: str
+    binding: Binding | None
+    refusal: Refusal | None
+    owner: str
+    key: str
+
+
+def find(view: View) -> list[Match]:
+    """Every attention of the graph, and everything that looks like one, in graph order."""
+    found: list[tuple[fx.Node, str, Binding | Refusal, tuple[fx.Node, ...]]] = []
+    for pattern in patterns():
+        for anchor in [n for n in view.graph.nodes if view.op(n) == pattern.anchor]:
+            if view.meta(anchor) is not None:
+                candidate = _candidate(view, pattern, anchor)
+                if candidate is not None:
+                    found.append((anchor, pattern.name, *candidate))
+    found.sort(key=lambda entry: view.order[entry[0]])
+    matches = []
+    ordinals: Counter[tuple[str, ...]] = Counter()
+    for anchor, name, result, nodes in found:
+        owner, call = owner_of(nodes)
+        ordinal = ordinals[call]
+        ordinals[call] += 1
+        key = f"{owner}." if owner else ""
+        key += f"t5_{ordinal}" if ordinal else "t5"
+        binding, refusal = (None, result) if isinstance(result, Refusal) else (result, None)
+        matches.append(Match(anchor, name, binding, refusal, owner, key))
+    return matches
+
+
+def _candidate(
+    view: View, pattern: Pattern, anchor: fx.Node
+) -> tuple[Binding | Refusal, tuple[fx.Node, ...]] | None:
+    surroundings = _surroundings(view, anchor)
+    refused: tuple[Refusal, tuple[fx.Node, ...]] | None = None
+    for nodes in _isomorphisms(pattern, surroundings, anchor):
+        try:
+            return pattern.bind(view, nodes), tuple(nodes.values())
+        except Refusal as refusal:
+            refused = refused or (refusal, tuple(nodes.values()))
+    if refused is not None:
+        return refused
+    reads = list(surroundings.predecessors(anchor))
+    used = list(surroundings.successors(anchor))
+    if used and not reads:
+        detail = f"the softmax '{anchor.name}' weighs values by something else than q k^T"
+        return Refusal("not-attention", detail), (anchor,)
+    weights = [n for product in reads for n in view.inputs(product) if _is_weight(view, n)]
+    if reads and not weights and not used:
+        detail = f"no product sums values by the probabilities '{anchor.name}'"
+        return Refusal("probabilities-used", detail), (anchor,)
+    return None
+
+
+def _is_weight(view: View, node: fx.Node) -> bool:
+    return not view.depends_on_input(node)
+
+
+def _surroundings(view: View, anchor: fx.Node) -> nx.DiGraph:
+    """The anchor and the products next to it; an edge looks through what is harmless."""
+    graph = nx.DiGraph()
+    graph.add_node(anchor, op=view.op(anchor))
+    if view.op(anchor) == "softmax":
+        for product, _ in climb(view, anchor):
+            graph.add_node(product, op=view.op(product))
+            graph.add_edge(product, anchor)
+        for product, _ in descend(view, anchor):
+            graph.add_node(product, op=view.op(product))
+            graph.add_edge(anchor, product)
+    return graph
+
+
+def _isomorphisms(
+    pattern: Pattern, graph: nx.DiGraph, anchor: fx.Node
+) -> Iterator[dict[str, fx.Node]]:
+    wanted = _pattern_graph(type(pattern))
+    matcher = DiGraphMatcher(graph, wanted, node_match=_same_operator)
+    for mapping in matcher.subgraph_monomorphisms_iter():
+        nodes = {name: node for node, name in mapping.items()}
+        if anchor in nodes.values():
+            yield nodes
+
+
+def _same_operator(found: dict[str, str], wanted: dict[str, str]) -> bool:
+    return found["op"] == wanted["op"] or (found["op"] in PRODUCTS and wanted["op"] in PRODUCTS)
+
+
+@cache
+def _pattern_graph(pattern: type[Pattern]) -> nx.DiGraph:
+    """The graph of a pattern's plain PyTorch code, without its arguments and its output."""
+    traced = fx.symbolic_trace(pattern.shape)
+    view = View(traced.graph, traced)
+    graph = nx.DiGraph()
+    operators = [n for n in traced.graph.nodes if n.op not in ("placeholder", "output")]
+    for node in operators:
+        graph.add_node(node.name, op=view.op(node))
+        for source in node.all_input_nodes:
+            if source in operators:
+                graph.add_edge(source.name, node.name)
+    return graph
+
+
+_NO_STACK = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export gives nodes of its own
+
+
+def owner_of(nodes: tuple[fx.Node, ...]) -> tuple[str, tuple[str, ...]]:
+    """Name of the innermost module that all nodes run in, and the identity of its call."""
+    stacks = [module_stack(node) for node in nodes]
+    shared: list[tuple[str, str]] = []
+    for entries in zip(*stacks, strict=False):
+        if len(set(entries)) > 1:
+            break
+        shared.append(entries[0])
+    owner = shared[-1][1] if shared else ""
+    return owner, tuple(key for key, _ in shared)
+
+
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """(identity of the call, module name) of the calls around a node, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = []
+    for key, value in stack.items():
+        if key == _NO_STACK:
+            continue
+        path = value[0] if isinstance(value, tuple) else value
+        entries.append((str(key), module_name(str(path))))
+    return entries
+
+
+def module_name(path: str) -> str:
+    """A module's name as in `named_modules`, from the ways tracers write it."""
+    path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]|\[['\"]?([^'\"\]]+)['\"]?\]", r".\1\2", path)
+    path = path.split("@")[0]
+    for root in ("L.self", "L__self__", "self"):
+        if path == root or path.startswith(root + "."):
+            path = path[len(root) :].lstrip(".")
+    return path

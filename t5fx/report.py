@@ -1,0 +1,147 @@
+"""What was found and what was done: `Site`, `Report` and their table."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: The closed set of reasons for which a site is left as it is, each with its general meaning.
+REASONS = {
+    "cross-attention": "queries, keys and values come from different token sets",
+    "causal": "each token may see only earlier ones",
+    "masked": "a mask hides some keys",
+    "additive-bias": "a bias is added to the scores",
+    "probabilities-used": "the attention probabilities are read elsewhere or changed",
+    "grid-unknown": "the spatial grid of the tokens could not be proved",
+    "scores-changed": "the scores are changed between the product and the softmax",
+    "packed-sequence": "several sequences are packed into one",
+    "below-break-even": "too few tokens: softmax costs less than the node",
+    "head-dim": "the size of a head is unsupported",
+    "dropout-active": "dropout of the probabilities that cannot be kept",
+    "excluded": "left out by the configuration",
+    "not-attention": "looks like attention over tokens, and is not",
+}
+
+
+@dataclass
+class Site:
+    """One softmax over scores, found in the graph.
+
+    Token counts and FLOPs (a multiply-add is two; forward; whole batch, all heads) are those at
+    the example's sizes. `grid` is None where it is unknown or was not judged.
+    """
+
+    fqn: str
+    status: str  # "rewritten" | "skipped"
+    reason: str | None = None
+    detail: str = ""
+    pattern: str = ""
+    num_tokens: int | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    prefix: int | None = None
+    grid: tuple[int, ...] | None = None
+    suffix: int | None = None
+    flops_before: int | None = None
+    flops_after: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reason is not None and self.reason not in REASONS:
+            raise ValueError(f"reason: expected one of {', '.join(REASONS)}, got {self.reason!r}")
+
+
+@dataclass
+class Report:
+    """The sites of a model and how it was captured.
+
+    trainable, total: numbers of trainable and of all parameters. `capture` says whether sizes are
+    dynamic or static, and why.
+    """
+
+    model: str
+    sites: list[Site] = field(default_factory=list)
+    capture: str = ""
+    trainable: int | None = None
+    total: int | None = None
+
+    @property
+    def rewritten(self) -> list[Site]:
+        return [site for site in self.sites if site.status == "rewritten"]
+
+    @property
+    def skipped(self) -> list[Site]:
+        return [site for site in self.sites if site.status == "skipped"]
+
+    def counts(self) -> dict[str, int]:
+        """Number of skipped sites by reason."""
+        return dict(Counter(site.reason or "" for site in self.skipped))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    @property
+    def parameters(self) -> str:
+        """PEFT's line on parameters."""
+        if self.trainable is None or not self.total:
+            return ""
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {100 * self.trainable / self.total:.4f}"
+        )
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=120, color_system=None).print(self)
+        return text.getvalue().rstrip()
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        verb = f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten"
+        table = Table(title=Text(f"{self.model}: {verb}"), title_justify="left")
+        for name in ("site", "pattern"):
+            table.add_column(name, overflow="fold")
+        for name in ("tokens", "heads x dim", "prefix + grid + suffix", "GFLOP", "to"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("status", overflow="fold")
+        for site in self.sites:
+            table.add_row(
+                Text(site.fqn or "(root)"),
+                Text(site.pattern),
+                _show(site.num_tokens),
+                f"{_show(site.num_heads)} x {_show(site.head_dim)}",
+                _layout(site),
+                _giga(site.flops_before),
+                _giga(site.flops_after),
+                Text(site.status if site.reason is None else f"skipped: {site.reason}"),
+            )
+        yield table
+        for reason, count in self.counts().items():
+            details = list(dict.fromkeys(s.detail for s in self.skipped if s.reason == reason))
+            more = f" (and {len(details) - 1} other details)" if len(details) > 1 else ""
+            sentence = details[0] or REASONS[reason]
+            yield Text(f"{reason} ({count}): {sentence}{more}")
+        if self.capture:
+            yield Text(f"capture: {self.capture}")
+        if self.parameters:
+            yield Text(self.parameters)
+
+
+def _show(value: int | None) -> str:
+    return "?" if value is None else f"{value}"
+
+
+def _layout(site: Site) -> str:
+    if site.grid is None:
+        return "?"
+    return f"{_show(site.prefix)} + {'x'.join(map(str, site.grid))} + {_show(site.suffix)}"
+
+
+def _giga(flops: int | None) -> str:
+    return "?" if flops is None else f"{flops / 1e9:.3g}"

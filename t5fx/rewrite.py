@@ -1,0 +1,282 @@
+"""Puts a TTT node in the place of each planned attention, and checks the graph it leaves."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from t5fx.canon import View, expr
+from t5fx.errors import GraphSpecError
+from t5fx.kernels import TTT
+from t5fx.layout import Axis
+from t5fx.patterns.base import Binding, Operand
+from t5fx.policy import Plan
+
+#: Overloads of the ATen operators that are added to ATen graphs, where not "default".
+_OVERLOADS = {
+    **{"to": "dtype", "mul": "Tensor", "div": "Tensor", "repeat_interleave": "self_int"},
+    **{"flatten": "using_ints"},
+}
+
+
+def rewrite(view: View, plans: list[Plan], existing: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Rewrite the planned sites of `view.graph` in place.
+
+    existing: TTT modules by key that are to be used again. Returns the module of every rewritten
+    site by key (`<owner>.t5`), which is also the target of its `call_module` node; the caller puts
+    them there. Raises `GraphSpecError` where the result breaks the graph's spec (a bug of t5fx;
+    the caller's graph is a copy, so nothing is lost).
+    """
+    modules: dict[str, nn.Module] = {}
+    chosen = [entry for entry in plans if entry.site.status == "rewritten"]
+    before = _interface(view)
+    for entry in chosen:
+        key = entry.match.key
+        if key not in modules:
+            modules[key] = existing.get(key) or _module(view, entry)
+        try:
+            _replace(view, entry)
+        except Exception as error:
+            raise GraphSpecError(
+                f"site '{entry.match.owner}' could not be rewritten ({error}); leave it out with "
+                f"exclude=({entry.match.owner!r},) and report this"
+            ) from error
+        for node in reversed(entry.match.binding.nodes if entry.match.binding else ()):
+            if not node.users:
+                view.graph.erase_node(node)
+    owner, view.graph.owning_module = view.graph.owning_module, None  # it lacks the modules yet
+    view.graph.eliminate_dead_code(_impure)
+    verify(view, chosen, before)
+    view.graph.owning_module = owner
+    return modules
+
+
+def _impure(node: fx.Node) -> bool:
+    """Nodes that stay though nobody reads them: inputs and whatever may have an effect."""
+    if node.op in ("placeholder", "output", "call_module"):
+        return True
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    in_place = getattr(node.target, "__name__", "").startswith(("setitem", "iadd", "imul", "isub"))
+    return in_place or bool(node.kwargs.get("inplace")) or bool(node.is_impure())
+
+
+def _module(view: View, entry: Plan) -> TTT:
+    binding, config = entry.match.binding, entry.config
+    assert binding is not None and entry.site.num_heads and entry.site.head_dim
+    value = view.val(binding.v.like)
+    assert value is not None
+    return TTT(
+        entry.site.num_heads,
+        entry.site.head_dim,
+        int(expr(value.shape[binding.v.channel])),
+        len(entry.grid) or 1,
+        scale=binding.scale,
+        inner=config.inner,
+        inner_loss=config.inner_loss,
+        key_norm=config.key_norm,
+        key_norm_eps=config.key_norm_eps,
+        locality=config.locality if entry.grid else "none",
+        impl=config.impl,
+        seed=config.seed,
+        name=entry.match.key,
+        device=value.device,
+        dtype=_parameter_dtype(view, entry, value.dtype),
+    )
+
+
+def _parameter_dtype(view: View, entry: Plan, default: torch.dtype) -> torch.dtype:
+    """The dtype of the owner's own parameters, so that a cast of the model fits both."""
+    try:
+        owner = view.root.get_submodule(entry.match.owner)
+    except AttributeError:
+        return default
+    return next((p.dtype for p in owner.parameters() if p.is_floating_point()), default)
+
+
+def _replace(view: View, entry: Plan) -> None:
+    binding, graph = entry.match.binding, view.graph
+    assert binding is not None
+    old = binding.output
+    with graph.inserting_before(old):
+        build = _Builder(view, old)
+        q = build.canonical(binding.q)
+        k = build.canonical(binding.k)
+        v = build.canonical(binding.v)
+        for node in binding.temperatures:
+            q = build.temperature(node, q)
+        if binding.groups > 1:
+            k, v = (build.call("repeat_interleave", x, binding.groups, dim=1) for x in (k, v))
+        kwargs: dict[str, Any] = {}
+        if isinstance(binding.dropout, fx.Node):
+            kept = graph.node_copy(binding.dropout, lambda n: build.ones(v))
+            v = build.call("mul", v, kept)
+        elif binding.dropout:
+            kwargs["dropout_p"] = float(binding.dropout)
+        if entry.grid:
+            kwargs["grid"] = tuple(build.size(g) for g in entry.grid)
+            kwargs["prefix"] = build.total(entry.prefix)
+        new = build.module(entry.match.key, (q, k, v), kwargs)
+        new = build.restored(new, binding)
+        value, node_dtype = view.val(old), view.val(binding.q.like)
+        if value is not None and node_dtype is not None and value.dtype != node_dtype.dtype:
+            new = build.call("to", new, value.dtype)
+    if _type(view, new) != _type(view, old):
+        raise TypeError(f"expected {_type(view, old)} at '{old.name}', got {_type(view, new)}")
+    old.replace_all_uses_with(new)
+
+
+class _Builder:
+    """Adds nodes to a graph in the dialect that the replaced node was written in."""
+
+    def __init__(self, view: View, like: fx.Node) -> None:
+        self.view, self.graph = view, view.graph
+        self.aten = isinstance(like.target, torch._ops.OpOverload)
+        keys = ("nn_module_stack", "stack_trace", "source_fn_stack")
+        self.key = "example_value" if "example_value" in like.meta else "val"
+        self.meta = {k: like.meta[k] for k in keys if k in like.meta}
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """An operator: as an ATen overload in ATen graphs, as a method in torch-level ones."""
+        if not self.aten:
+            return self._stamp(self.graph.call_method(name, args, kwargs))
+        packet = getattr(torch.ops.aten, name)
+        target = getattr(packet, _OVERLOADS.get(name, "default"))
+        return self._stamp(self.graph.call_function(target, args, kwargs))
+
+    def module(self, target: str, args: tuple[fx.Node, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """The node itself: [B, H, N, D] twice and [B, H, N, Dv] -> [B, H, N, Dv]."""
+        node = self.graph.create_node("call_module", target, args, kwargs)
+        q, _, v = (self.view.val(n) for n in args)
+        assert q is not None and v is not None
+        return self._stamp(node, q.new_empty((*q.shape[:-1], v.shape[-1])))
+
+    def _stamp(self, node: fx.Node, value: Any = None) -> fx.Node:
+        """Give a new node what tracing would have: where it is from, and its (fake) value."""
+        node.meta.update(self.meta)
+        if value is None:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), View.meta)
+            if node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif node.op == "call_module":  # a dropout
+                value = args[0]
+            else:
+                value = node.target(*args, **kwargs)
+        node.meta[self.key] = value
+        return node
+
+    def canonical(self, operand: Operand) -> fx.Node:
+        """The operand as [B, H, N, D]."""
+        node = operand.node
+        for layout in operand.replay:
+            source = self.view.inputs(layout)[0]
+            node = self._stamp(
+                self.graph.node_copy(layout, lambda n, s=source, new=node: new if n is s else n)
+            )
+        order = (*operand.batch, operand.token, operand.channel)
+        if order != tuple(range(len(order))):
+            node = self.call("permute", node, list(order))
+        if len(operand.batch) > 2:
+            node = self.call("flatten", node, 0, len(operand.batch) - 2)
+        for _ in range(2 - len(operand.batch)):
+            node = self.call("unsqueeze", node, 0 if not operand.batch else 1)
+        return node
+
+    def restored(self, node: fx.Node, binding: Binding) -> fx.Node:
+        """[B, H, N, Dv] in the axes and the shape of the tensor that it replaces."""
+        axes = binding.output_axes
+        outer = axes.count("b")
+        batch = [i for i, kind in enumerate(axes) if kind == "b"]
+        if outer == 2:
+            places = {batch[0]: 0, batch[1]: 1, axes.index("t"): 2, axes.index("c"): 3}
+            order = [places[i] for i in range(4)]
+            return node if order == [0, 1, 2, 3] else self.call("permute", node, order)
+        q = binding.q
+        shape = [self.size_of(q.like, i) for i in q.batch] if outer == len(q.batch) else [-1]
+        shape += [self.size_of(q.like, q.token), self.view.shape(node)[3]]
+        node = self.call("reshape", node, shape)
+        order = [0] * len(axes)
+        for position, i in enumerate((*batch, axes.index("t"), axes.index("c"))):
+            order[i] = position
+        return node if order == list(range(len(axes))) else self.call("permute", node, order)
+
+    def temperature(self, node: fx.Node, q: fx.Node) -> fx.Node:
+        other = next(a for a in node.args if isinstance(a, fx.Node) and self._learned(a))
+        return self.call(self.view.op(node), q, other)
+
+    def _learned(self, node: fx.Node) -> bool:
+        return not self.view.depends_on_input(node)
+
+    def ones(self, v: fx.Node) -> fx.Node:
+        """[B, H, N, 1]: one for each token of v."""
+        first = self.call("narrow", v, -1, 0, 1)
+        return self.call("new_ones", first, self._stamp(self.graph.call_method("size", (first,))))
+
+    def size_of(self, node: fx.Node, axis: int) -> Any:
+        """A size of an existing node: a number, or a node that reads it."""
+        size = self.view.shape(node)[axis]
+        if isinstance(size, int):
+            return size
+        if not self.aten:
+            return self._stamp(self.graph.call_method("size", (node, axis)))
+        return self._stamp(self.graph.call_function(torch.ops.aten.sym_size.int, (node, axis)))
+
+    def size(self, axis: Axis | int) -> Any:
+        if isinstance(axis, int):
+            return axis
+        if axis.kind == "unit" or isinstance(axis.size, int):
+            return int(axis.size)
+        assert axis.at is not None
+        return self.size_of(*axis.at)
+
+    def total(self, axes: tuple[Axis | int, ...]) -> Any:
+        result: Any = 0
+        for size in map(self.size, axes):
+            if isinstance(result, int) and (isinstance(size, int) or result == 0):
+                result = result + size if isinstance(size, int) else size
+            else:
+                result = self._stamp(self.graph.call_function(operator.add, (result, size)))
+        return result
+
+
+def _interface(view: View) -> tuple[Any, ...]:
+    """Types of the outputs and the inputs that are read."""
+    output = next(n for n in view.graph.nodes if n.op == "output")
+    read = {n.name for n in view.graph.nodes if n.op == "placeholder" and n.users}
+    return [_type(view, node) for node in output.all_input_nodes], read
+
+
+def _type(view: View, node: fx.Node) -> tuple[Any, ...]:
+    value = view.val(node)
+    return () if value is None else (value.dtype, *view.shape(node))
+
+
+def verify(view: View, chosen: list[Plan], before: tuple[Any, ...]) -> None:
+    """The spec of a rewritten graph.
+
+    It is well formed; its outputs have the shapes and dtypes they had; every rewritten site's
+    node is there; none of the rewritten softmaxes is left; every input that was read still is.
+    """
+    graph = view.graph
+    graph.lint()
+    problems = []
+    left = set(graph.nodes)
+    targets = {n.target for n in left if n.op == "call_module"}
+    for entry in chosen:
+        if entry.match.anchor in left:
+            problems.append(f"the softmax '{entry.match.anchor.name}' is still read")
+        if entry.match.key not in targets:
+            problems.append(f"no node calls '{entry.match.key}'")
+    outputs, read = _interface(view)
+    if outputs != before[0]:
+        problems.append(f"outputs were {before[0]}, are {outputs}")
+    if before[1] - read:
+        problems.append(f"the inputs {sorted(before[1] - read)} are read no more")
+    if problems:
+        raise GraphSpecError(
+            f"the rewritten graph breaks its spec: {'; '.join(problems)}. Exclude the sites "
+            f"concerned (exclude=...) and report this"
+        )
