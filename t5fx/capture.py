@@ -148,31 +148,19 @@ def _export(
 ) -> ExportedProgram:
     # torch.export marks the tensors it is given; an aborted one would leave its marks on them.
     args, kwargs = pytree.tree_map(_alias, (args, kwargs))
-    shapes = pytree.tree_map(_all_dims, (args, kwargs)) if dynamic else None
-    if shapes is not None:
-        names = list(inspect.signature(model.forward).parameters)
-        shapes = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
-        shapes = _for_signature(model, args, shapes)
+    shapes = _dynamic_shapes(model, args, kwargs) if dynamic else None
     # Without this, a batch of one would be taken for a constant.
     with symbolic_config.patch(backed_size_oblivious=True), torch.enable_grad():
         return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _for_signature(model: nn.Module, args: tuple[Any, ...], shapes: dict[str, Any]) -> Any:
-    """`dynamic_shapes` wants extra positional and keyword arguments under their own names."""
-    parameters = inspect.signature(model.forward).parameters
-    result = {}
-    for name, parameter in parameters.items():
-        if parameter.kind == parameter.VAR_POSITIONAL:
-            start = list(parameters).index(name)
-            result[name] = tuple(pytree.tree_map(_all_dims, a) for a in args[start:])
-        elif parameter.kind == parameter.VAR_KEYWORD:
-            rest = {k: v for k, v in shapes.items() if k not in parameters}
-            if rest:
-                result[name] = rest
-        elif name in shapes:
-            result[name] = shapes[name]
-    return result
+def _dynamic_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Every size of every tensor automatic, under the names that `forward` gives its arguments."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    shapes: dict[str, Any] = pytree.tree_map(_all_dims, dict(bound.arguments))
+    return shapes
 
 
 def _alias(leaf: Any) -> Any:
@@ -320,11 +308,11 @@ def _guards(users: list[fx.Node], leaves: list[Any]) -> Guards:
             continue
         sizes = tuple(n if isinstance(n, int) else str(n) for n in map(expr, value.shape))
         for size, symbol in zip(value.shape, map(expr, value.shape), strict=True):
-            if not isinstance(symbol, int):
+            if isinstance(size, torch.SymInt) and not isinstance(symbol, int):
                 symbols.setdefault(str(symbol), symbol)
                 environment = size.node.shape_env
         wanted.append((leaf.dtype, leaf.device, sizes))
-    relations = []
+    relations: list[str] = []
     if environment is not None:
         printer = PythonPrinter()
         for name, symbol in symbols.items():

@@ -120,13 +120,17 @@ class Axes:
         function = _RULES.get(name)
         if function is None and self.view.pointwise(node):
             function = _pointwise
-        axes = function(self, node) if function else None
+        try:
+            axes = function(self, node) if function and shape else None
+        except (IndexError, KeyError, TypeError, ValueError):
+            axes = None  # a call written in a way that the rule does not know: axes unknown
         if axes is None or len(axes) != len(shape):
             axes = tuple(self.plain(node, i) for i in range(len(shape)))
-        # An axis of size one carries no tokens; a size that a rule got wrong is not believed.
+        # An axis of size one says nothing unless it is a side of a grid; a size that a rule got
+        # wrong is not believed.
         return tuple(
             Axis("unit", 1, data=a.data, example=1)
-            if size == 1
+            if size == 1 and not a.grid()
             else replace(a, at=(node, i), example=hint(value.shape[i]))
             if same(a.size, size)
             else self.plain(node, i)
@@ -208,9 +212,9 @@ def _reshape(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     shape = axes.view.shape(node)
     value = axes.view.val(node)
     result: list[Axis | None] = [None] * len(shape)
-    for ins, outs in groups:
+    for ins, outs in _with_sides(groups, source):
         parts = [source[i] for i in ins if source[i].kind != "unit"]
-        real = [j for j in outs if shape[j] != 1]
+        real = [j for j in outs if shape[j] != 1] or outs[:1]
         for j in outs:
             result[j] = Axis("unit", 1)
         if len(parts) == 1 and len(real) == 1:
@@ -223,6 +227,22 @@ def _reshape(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
             for j, piece in zip(real, split(whole, sizes), strict=True):
                 result[j] = piece
     return tuple(r if r is not None else axes.plain(node, i) for i, r in enumerate(result))
+
+
+def _with_sides(groups: Any, source: tuple[Axis, ...]) -> Any:
+    """Sides of a grid that have size one, which vanish in a reshape, join their neighbours."""
+    joined = [(list(ins), outs) for ins, outs in groups]
+    for k, (ins, outs) in enumerate(joined):
+        if outs or not ins or not all(source[i].grid() for i in ins):
+            continue
+        for other in (k + 1, k - 1):
+            beside = joined[other][0] if 0 <= other < len(joined) else []
+            if joined[other : other + 1] and joined[other][1] and beside:
+                if all(source[i].grid() for i in beside):
+                    joined[other] = (sorted(beside + ins), joined[other][1])
+                    joined[k] = ([], [])
+                    break
+    return joined
 
 
 def merge(parts: list[Axis], size: Any) -> Axis:
@@ -394,7 +414,7 @@ def _expand(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     rank = _rank(axes, node)
     padded = (Axis("unit", 1),) * (rank - len(source)) + source
     fresh = [axes.plain(node, i) for i in range(rank)]
-    return tuple(f if a.kind == "unit" else a for a, f in zip(padded, fresh, strict=True))
+    return tuple(a if same(a.size, f.size) else f for a, f in zip(padded, fresh, strict=True))
 
 
 @rule("linear")
@@ -442,7 +462,7 @@ def _convolution(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     shape = axes.view.shape(node)
     kept = [
         source[i]
-        if len(source) == len(shape) and same(source[i].size, size) and source[i].grid()
+        if len(source) == len(shape) and same(source[i].size, size) and source[i].spatial
         else axes.plain(node, i, "spatial")
         for i, size in enumerate(shape)
     ]
@@ -467,7 +487,7 @@ def _embedding(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 
 def _rank(axes: Axes, node: fx.Node) -> int:
-    return len(axes.view.shape(node)) or len(axes.view.shape(axes.view.inputs(node)[0]))
+    return len(axes.view.shape(node))
 
 
 def _expr(size: Any) -> Any:

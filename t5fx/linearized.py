@@ -124,7 +124,9 @@ class Linearized(Block):
         config = resolve(captures.config, args, kwargs)
         seconds = 0.0 if config.gives_layout else config.capture_seconds
         captured = capture(template, args, kwargs, seconds)
-        existing = {n: m for n, m in self.named_modules() if isinstance(m, TTT)}
+        existing: dict[str, nn.Module] = {
+            n: m for n, m in self.named_modules() if isinstance(m, TTT)
+        }
         view = View(captured.graph, template, captured.constants)
         plans = plan(view, config, frozenset(existing) if existing else None)
         if existing:
@@ -145,15 +147,19 @@ class Linearized(Block):
         captures.variants.append(variant)
         return variant
 
+    def _nodes(self) -> dict[str, nn.Module]:
+        return {n: m for n, m in self.named_modules() if isinstance(m, TTT)}
+
     def _bind_template(self) -> None:
         """Make the original's code see this module's tensors and train/eval flags."""
         for module in self.modules():
             if isinstance(module, Block):
                 source = module._t5.source
-                for theirs, ours in (
+                tensors: list[tuple[Any, Any]] = [
                     (source._parameters, module._parameters),
                     (source._buffers, module._buffers),
-                ):
+                ]
+                for theirs, ours in tensors:
                     theirs.update({n: ours[n] for n in theirs if n in ours})
                 source.training = module.training
 

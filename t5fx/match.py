@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher
@@ -73,6 +74,9 @@ def _candidate(
             return pattern.bind(view, nodes), tuple(nodes.values())
         except Refusal as refusal:
             refused = refused or (refusal, tuple(nodes.values()))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            unread = Refusal("not-attention", f"'{anchor.name}' could not be read: {error!r}")
+            refused = refused or (unread, tuple(nodes.values()))
     if refused is not None:
         return refused
     reads = list(surroundings.predecessors(anchor))
@@ -108,7 +112,7 @@ def _surroundings(view: View, anchor: fx.Node) -> nx.DiGraph:
 def _isomorphisms(
     pattern: Pattern, graph: nx.DiGraph, anchor: fx.Node
 ) -> Iterator[dict[str, fx.Node]]:
-    wanted = _pattern_graph(type(pattern))
+    wanted = _pattern_graph(pattern.shape)
     matcher = DiGraphMatcher(graph, wanted, node_match=_same_operator)
     for mapping in matcher.subgraph_monomorphisms_iter():
         nodes = {name: node for node, name in mapping.items()}
@@ -121,9 +125,9 @@ def _same_operator(found: dict[str, str], wanted: dict[str, str]) -> bool:
 
 
 @cache
-def _pattern_graph(pattern: type[Pattern]) -> nx.DiGraph:
+def _pattern_graph(shape: Callable[..., Any]) -> nx.DiGraph:
     """The graph of a pattern's plain PyTorch code, without its arguments and its output."""
-    traced = fx.symbolic_trace(pattern.shape)
+    traced = fx.symbolic_trace(shape)
     view = View(traced.graph, traced)
     graph = nx.DiGraph()
     operators = [n for n in traced.graph.nodes if n.op not in ("placeholder", "output")]

@@ -148,7 +148,7 @@ def _words(axis: Axis) -> str:
             source = source.parts[0]
         return f"{' x '.join(str(d.example) for d in dims)} positions of '{source.source[0]}'"
     source_name = axis.source[0] if isinstance(axis.source, tuple) else axis.kind
-    return f"{axis.example} tokens of '{source_name}'"
+    return f"{_example(axis)} tokens of '{source_name}'"
 
 
 def _layout(

@@ -22,6 +22,13 @@ _OVERLOADS = {
 }
 
 
+#: Operators whose output's strides follow from their input's.
+_STRIDED = {
+    *("permute", "transpose", "t", "mT", "slice", "select", "getitem", "unbind", "chunk", "split"),
+    *("expand", "movedim"),
+}
+
+
 def rewrite(view: View, plans: list[Plan], existing: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Rewrite the planned sites of `view.graph` in place.
 
@@ -45,13 +52,21 @@ def rewrite(view: View, plans: list[Plan], existing: dict[str, nn.Module]) -> di
                 f"exclude=({entry.match.owner!r},) and report this"
             ) from error
         for node in reversed(entry.match.binding.nodes if entry.match.binding else ()):
-            if not node.users:
-                view.graph.erase_node(node)
+            _erase(node)
     owner, view.graph.owning_module = view.graph.owning_module, None  # it lacks the modules yet
     view.graph.eliminate_dead_code(_impure)
     verify(view, chosen, before)
     view.graph.owning_module = owner
     return modules
+
+
+def _erase(node: fx.Node) -> None:
+    """Remove a node of a replaced attention, with what only checked or unpacked it."""
+    for user in list(node.users):
+        if user.target is operator.getitem or "_assert_tensor_metadata" in str(user.target):
+            _erase(user)
+    if not node.users:
+        node.graph.erase_node(node)
 
 
 def _impure(node: fx.Node) -> bool:
@@ -112,7 +127,8 @@ def _replace(view: View, entry: Plan) -> None:
             k, v = (build.call("repeat_interleave", x, binding.groups, dim=1) for x in (k, v))
         kwargs: dict[str, Any] = {}
         if isinstance(binding.dropout, fx.Node):
-            kept = graph.node_copy(binding.dropout, lambda n: build.ones(v))
+            ones = build.ones(v)
+            kept = build.again(binding.dropout, {view.inputs(binding.dropout)[0]: ones})
             v = build.call("mul", v, kept)
         elif binding.dropout:
             kwargs["dropout_p"] = float(binding.dropout)
@@ -127,6 +143,28 @@ def _replace(view: View, entry: Plan) -> None:
     if _type(view, new) != _type(view, old):
         raise TypeError(f"expected {_type(view, old)} at '{old.name}', got {_type(view, new)}")
     old.replace_all_uses_with(new)
+    _free_views(view, new)
+
+
+def _free_views(view: View, node: fx.Node) -> None:
+    """Let every `view` that the strides of a new node reach be a `reshape`.
+
+    A traced `view` relies on the strides that the attention's output had, which the node's need
+    not have; where they fit, `reshape` is a view too.
+    """
+    stack, seen = list(node.users), set()
+    while stack:
+        user = stack.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if user.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            user.target = torch.ops.aten.reshape.default
+        elif user.op == "call_method" and user.target == "view":
+            first = user.args[1:2]
+            user.target = "view" if isinstance(first and first[0], torch.dtype) else "reshape"
+        elif view.op(user) in _STRIDED or view.pointwise(user):
+            stack += user.users
 
 
 class _Builder:
@@ -154,6 +192,10 @@ class _Builder:
         assert q is not None and v is not None
         return self._stamp(node, q.new_empty((*q.shape[:-1], v.shape[-1])))
 
+    def again(self, node: fx.Node, instead: dict[fx.Node, fx.Node]) -> fx.Node:
+        """A copy of a node that reads other nodes instead of some of its inputs."""
+        return self._stamp(self.graph.node_copy(node, lambda n: instead.get(n, n)))
+
     def _stamp(self, node: fx.Node, value: Any = None) -> fx.Node:
         """Give a new node what tracing would have: where it is from, and its (fake) value."""
         node.meta.update(self.meta)
@@ -173,9 +215,7 @@ class _Builder:
         node = operand.node
         for layout in operand.replay:
             source = self.view.inputs(layout)[0]
-            node = self._stamp(
-                self.graph.node_copy(layout, lambda n, s=source, new=node: new if n is s else n)
-            )
+            node = self.again(layout, {source: node})
         order = (*operand.batch, operand.token, operand.channel)
         if order != tuple(range(len(order))):
             node = self.call("permute", node, list(order))

@@ -29,10 +29,10 @@ def add_depthwise_conv(
     on_grid = x.narrow(2, prefix, cells)
     # [B, h*D + d, *grid], channels last in memory: a view of what a packed projection returns.
     image = on_grid.transpose(1, 2).reshape(batch, *grid, heads * channels).movedim(-1, 1)
-    # Inductor cannot order the symbolic strides of a view that the backward keeps; of a copy, which
-    # it fuses away, it can.
-    image = image.clone()
-    image = _CONV[len(grid)](image, weight, bias, padding=1, groups=heads * channels)
+    # The padding is explicit because Inductor of torch 2.11 fails on a convolution's input that is
+    # a view with symbolic sizes. It is fused into whatever made x.
+    image = F.pad(image, (1, 1) * len(grid))
+    image = _CONV[len(grid)](image, weight, bias, groups=heads * channels)
     image = image.movedim(1, -1).reshape(batch, cells, heads, channels).transpose(1, 2)
     on_grid = on_grid + image
     if statically_known_true(prefix + suffix == 0):
