@@ -20,6 +20,7 @@ from t5fx.report import Report
 from t5fx.rewrite import rewrite
 
 
+@torch.inference_mode(False)
 def linearize(
     model_or_gm: nn.Module,
     args: tuple[Any, ...] = (),

@@ -166,11 +166,19 @@ def _dynamic_shapes(
 def _alias(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
+    if leaf.is_inference():
+        leaf = leaf.clone()
     return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
 def _all_dims(leaf: Any) -> Any:
-    return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+    """Every size of a tensor, but the channels of [B, N, C] and [B, C, ...], which heads need."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    sizes = dict.fromkeys(range(leaf.dim()), Dim.AUTO)
+    if leaf.is_floating_point() and leaf.dim() >= 3:
+        del sizes[2 if leaf.dim() == 3 else 1]
+    return sizes
 
 
 class _OutOfTimeError(BaseException):

@@ -113,6 +113,7 @@ class Linearized(Block):
         return cell.number
 
     @torch.compiler.disable
+    @torch.inference_mode(False)
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Trace and rewrite the model for a call that no variant serves yet.
 

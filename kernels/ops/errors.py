@@ -1,5 +1,7 @@
 """The error that a wrong argument of the node raises."""
 
+from collections.abc import Collection
+
 from t5fx.errors import T5Error
 
 
@@ -10,7 +12,7 @@ class NodeArgumentError(T5Error, ValueError):
     """
 
 
-def require_name(kind: str, value: str, valid) -> None:
+def require_name(kind: str, value: str, valid: Collection[str]) -> None:
     """Raise NodeArgumentError unless ``value`` is one of ``valid``; ``kind`` names the argument."""
     if value not in valid:
         names = ", ".join(repr(name) for name in valid)

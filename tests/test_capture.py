@@ -1,0 +1,200 @@
+"""Capturing: calls of every kind, budgets, and what is captured anew."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vits import Shape
+
+import t5fx
+from t5fx.capture import Signature, _OutOfTimeError, _within
+from t5fx.errors import CaptureError, NothingRewrittenError, RefusedCallError
+
+ALL = t5fx.LinearizeConfig(min_tokens=0)
+
+
+class Flexible(nn.Module):
+    """A model with optional arguments of every kind around one attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 2, 2)
+
+    def forward(self, x, scale: float = 1.0, mask=None, *, extra=None, as_dict=True, **more):
+        t = self.embed(x).flatten(2).transpose(1, 2).unsqueeze(1)
+        out = F.scaled_dot_product_attention(t, t, t, attn_mask=mask) * scale
+        if extra is not None:
+            out = out + extra[0] * extra[1]["b"]
+        for value in more.values():
+            out = out + value
+        return {"out": out, "none": None} if as_dict else (out, scale)
+
+
+def test_calls_of_every_kind():
+    torch.manual_seed(0)
+    model, x = Flexible().eval(), torch.randn(2, 3, 8, 8)
+    lin = t5fx.linearize(model, (x,), config=ALL)
+    base = lin(x)["out"]
+    assert lin(x)["none"] is None
+    captured = lin._captures.variants
+    for call in (lambda: lin(x=x), lambda: lin(x, 1.0), lambda: lin(x, mask=None, as_dict=True)):
+        assert torch.equal(call()["out"], base)
+    assert len(captured) == 1
+    torch.testing.assert_close(lin(x, scale=2.0)["out"], 2 * base)
+    out, scale = lin(x, 3.0, as_dict=False)
+    torch.testing.assert_close(out, 3 * base)
+    assert scale == 3.0
+    nested = lin(x, extra=[torch.ones(1), {"b": torch.full((1,), 5.0)}])["out"]
+    torch.testing.assert_close(nested, base + 5)
+    torch.testing.assert_close(lin(x, bonus=torch.ones(1))["out"], base + 1)
+    count = len(captured)
+    lin(x, extra=[torch.zeros(1), {"b": torch.zeros(1)}])
+    lin(x, 3.0, as_dict=False)
+    assert len(captured) == count == 5
+    with pytest.raises(TypeError):
+        lin()
+    with pytest.raises(RefusedCallError, match="masked"):
+        lin(x, mask=torch.rand(16, 16) > 0.5)
+    assert torch.equal(lin(x)["out"], base)
+
+
+def test_varargs():
+    class Model(nn.Module):
+        def forward(self, *images, weight=1.0):
+            t = torch.cat(images, 1).flatten(2).transpose(1, 2).unsqueeze(1)
+            return F.scaled_dot_product_attention(t, t, t) * weight
+
+    a, b = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    lin = t5fx.linearize(Model(), (a, b), config=ALL)
+    assert lin(a, b).shape == (2, 1, 9, 8)
+    torch.testing.assert_close(lin(a, b, weight=2.0), 2 * lin(a, b))
+
+
+def test_blocks_without_gradients_are_looked_into():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.head = Shape(depth=1).model(), nn.Linear(16, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.frozen(x)
+            return self.head(x)
+
+    images = Shape().images()
+    lin = t5fx.linearize(Model().eval(), (images,), config=ALL)
+    assert [s.fqn for s in lin.report.rewritten] == ["frozen.blocks.0.attn"]
+    lin(images).sum().backward()
+    assert lin.head.weight.grad is not None
+    assert lin.frozen.blocks[0].attn.t5.w1.grad is None
+    assert torch.is_grad_enabled()
+    broken = torch.ones_like(images)[:, :2]
+    with pytest.raises(Exception, match=r"channel|size|shape"):
+        lin(broken)
+    assert torch.is_grad_enabled()
+
+
+def test_explain_captures_static_and_linearize_dynamic():
+    model, images = Shape().model(), Shape().images()
+    assert "static" in t5fx.explain(model, (images,)).capture
+    lin = t5fx.linearize(model, (images,), config=ALL)
+    assert lin.report.capture.startswith("dynamic sizes: images [s")
+
+
+def test_what_dynamic_sizes_cannot_do_is_captured_static():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = Shape(depth=1).model()
+
+        def forward(self, x):
+            if type(x.shape[2]) is not int:
+                raise ValueError("sizes must be numbers")
+            return self.vit(x)
+
+    images = Shape().images()
+    lin = t5fx.linearize(Fixed().eval(), (images,), config=ALL)
+    assert lin.report.capture == "static sizes (dynamic sizes failed: sizes must be numbers)"
+    assert lin(images).shape == Fixed()(images).shape
+    assert lin(images[:1]).shape[0] == 1
+
+
+def test_the_budget_aborts_cleanly():
+    alive = threading.active_count()
+
+    def forever():
+        while True:
+            with contextlib.suppress(Exception):
+                sum(range(1000))
+
+    with pytest.raises(_OutOfTimeError):
+        _within(0.2, forever)
+    assert threading.active_count() == alive
+    config = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=1e-3)
+    lin = t5fx.linearize(Shape().model(), (Shape().images(),), config=config)
+    assert "more than 0.001 s" in lin.report.capture
+    images = Shape().images()
+    assert t5fx.linearize(Shape().model(), (images,), config=ALL)(images).isfinite().all()
+
+
+def test_threads_may_call_and_capture_at_once():
+    model = Shape(depth=1).model()
+    lin = t5fx.linearize(model, (Shape().images(),), config=ALL)
+    inputs = [torch.randn(2, 3, 4 * n, 8) for n in range(2, 6)]
+    expected = [lin(x) for x in inputs]
+    results = [None] * len(inputs)
+
+    def work(i):
+        results[i] = lin(inputs[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_contexts():
+    images = Shape().images()
+    with torch.no_grad():
+        lin = t5fx.linearize(Shape().model(), (images,), config=ALL)
+        assert not lin(images).requires_grad
+    assert lin(images).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(lin(images), lin(images))
+        fresh = t5fx.linearize(Shape().model(), (images.clone(),), config=ALL)
+    fresh(images).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lin(images)
+    torch.testing.assert_close(out.float(), lin(images), rtol=0.1, atol=0.1)
+
+
+def test_signature_brings_calls_to_one_form():
+    signature = Signature(Flexible().forward)
+    x = torch.zeros(1)
+    assert signature.bind((x, 1.0), {"mask": None}) == ((), {"x": x})
+    assert signature.bind((), {"more": 2, "scale": 2.0, "x": x})[1].keys() == {"x", "scale", "more"}
+    assert signature.bind((x, 1), {})[1] == {"x": x, "scale": 1}  # an int is not the default 1.0
+
+
+def test_errors_say_what_to_do():
+    images = Shape().images()
+    with pytest.raises(CaptureError, match=r"write \(x,\)"):
+        t5fx.linearize(Shape().model(), images)
+    with pytest.raises(CaptureError, match=r"expected an nn\.Module"):
+        t5fx.explain(lambda x: x, (images,))
+    with pytest.raises(NothingRewrittenError, match="min_tokens=0"):
+        t5fx.linearize(Shape().model(), (images,))
+    with pytest.raises(NothingRewrittenError, match="found none"):
+        t5fx.linearize(nn.Linear(2, 2), (torch.zeros(1, 2),))
+
+    class Untraceable(nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(CaptureError, match="Untraceable failed with"):
+        t5fx.linearize(Untraceable(), (images,))

@@ -1,0 +1,173 @@
+"""What must never be rewritten, and the reason that each case gets."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import t5fx
+from t5fx.report import REASONS, Site
+
+ALL = t5fx.LinearizeConfig(min_tokens=0)
+X = torch.randn(2, 3, 8, 8)
+
+
+class Attention(nn.Module):
+    """One attention on 16 patch tokens, spelled by the function that it is given."""
+
+    def __init__(self, attend, other=False):
+        super().__init__()
+        self.embed, self.embed_other = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(3, 8, 2, 2)
+        self.bias = nn.Parameter(torch.zeros(2, 16, 16))
+        self.temperature = nn.Parameter(torch.ones(2, 1, 1))
+        self.mix = nn.Linear(2, 2)
+        self.register_buffer("factor", torch.tensor(0.5))
+        self.attend = attend
+
+    def tokens(self, embed, x):
+        x = embed(x).flatten(2).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+
+    def forward(self, x):
+        return self.attend(self, self.tokens(self.embed, x), x)
+
+
+def soft(scores, v):
+    return scores.softmax(-1) @ v
+
+
+def mixed(m, t):
+    return m.mix(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def twice(p, t):
+    return p @ t, p.mean(1)
+
+
+CASES = {
+    "cross-attention": lambda m, t, x: F.scaled_dot_product_attention(
+        t, m.tokens(m.embed_other, x), t
+    ),
+    "cross-attention values": lambda m, t, x: soft(t @ t.mT, t.flip(2)),
+    "cross-attention rolled": lambda m, t, x: soft(t @ t.roll(1, 2).mT, t.roll(1, 2)),
+    "cross-attention pooled": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t[:, :, ::2], t[:, :, ::2]
+    ),
+    "cross-attention one": lambda m, t, x: F.scaled_dot_product_attention(t[:, :, :1], t, t),
+    "causal": lambda m, t, x: F.scaled_dot_product_attention(t, t, t, is_causal=True),
+    "causal mask": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=torch.ones(16, 16, dtype=torch.bool).tril()
+    ),
+    "causal fill": lambda m, t, x: soft(
+        (t @ t.mT).masked_fill(torch.ones(16, 16).triu(1) > 0, -math.inf), t
+    ),
+    "causal positions": lambda m, t, x: soft(
+        torch.where(torch.arange(16)[:, None] >= torch.arange(16), t @ t.mT, -math.inf), t
+    ),
+    "masked": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=(x.flatten(1)[:, :16] > 0)[:, None, None]
+    ),
+    "masked fill": lambda m, t, x: soft(
+        (t @ t.mT).masked_fill((x.flatten(1)[:, :16] > 0)[:, None, None], -1e9), t
+    ),
+    "additive-bias": lambda m, t, x: F.scaled_dot_product_attention(t, t, t, attn_mask=m.bias),
+    "additive-bias sum": lambda m, t, x: soft(t @ t.mT + m.bias, t),
+    "scores-changed talking": lambda m, t, x: soft(mixed(m, t @ t.mT), t),
+    "scores-changed cap": lambda m, t, x: soft(5 * torch.tanh(t @ t.mT / 5), t),
+    "scores-changed data": lambda m, t, x: soft((t @ t.mT) * x.mean(), t),
+    "probabilities-used talking": lambda m, t, x: mixed(m, (t @ t.mT).softmax(-1)) @ t,
+    "probabilities-used twice": lambda m, t, x: (lambda p: (p @ t, p.mean(1)))(
+        (t @ t.mT).softmax(-1)
+    ),
+    "not-attention axis": lambda m, t, x: (t @ t.mT).softmax(1) @ t,
+    "not-attention channels": lambda m, t, x: t @ (t.mT @ t).softmax(-1),
+    "not-attention linear": lambda m, t, x: t.softmax(-1) @ (t.softmax(-2).mT @ t),
+    "grid-unknown": lambda m, t, x: (lambda u: F.scaled_dot_product_attention(u, u, u))(
+        t[:, :, torch.randperm(16)]
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reason(case):
+    report = t5fx.explain(Attention(CASES[case]).eval(), (X,), config=ALL)
+    assert report.rewritten == []
+    assert case.split()[0] in {s.reason for s in report.sites}, [
+        (s.reason, s.detail) for s in report.sites
+    ]
+    assert all(len(site.detail) > 20 for site in report.sites)
+
+
+HARMLESS = {
+    "0-d buffer": lambda m, t, x: soft((t @ t.mT) * m.factor, t),
+    "both roots": lambda m, t, x: soft((t * 0.5**0.5) @ (t * 0.5**0.5).mT, t),
+    "division": lambda m, t, x: soft(t @ (t / 2).mT, t),
+    "fused on a scaled query": lambda m, t, x: F.scaled_dot_product_attention(
+        t * 2, t, t, scale=0.25
+    ),
+    "before the layout": lambda m, t, x: soft((t.transpose(1, 2) * 0.5).transpose(1, 2) @ t.mT, t),
+    "keys first": lambda m, t, x: ((t @ t.mT) * 0.5).softmax(-2).mT @ t,
+    "empty masks": lambda m, t, x: soft((t @ t.mT) * 0.5 + torch.zeros(16, 16), t),
+    "true masks": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=torch.arange(16)[None] >= 0
+    ),
+    "casts": lambda m, t, x: soft(((t @ t.mT) * 0.5).double(), t.double()).float(),
+    "a constant added": lambda m, t, x: soft((t @ t.mT) * 0.5 + 3.0, t),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_harmless_spellings_equal_the_fused_one(case):
+    model = Attention(HARMLESS[case]).eval()
+    lin = t5fx.linearize(model, (X,), config=ALL)
+    twin = Attention(lambda m, t, x: F.scaled_dot_product_attention(t, t, t)).eval()
+    twin.load_state_dict(model.state_dict())
+    expected = t5fx.linearize(twin, (X,), config=ALL)(X)
+    torch.testing.assert_close(lin(X), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_learned_temperature_stays_in_the_query():
+    model = Attention(lambda m, t, x: soft((t @ t.mT) * 0.5 * m.temperature.exp(), t)).eval()
+    twin = Attention(
+        lambda m, t, x: F.scaled_dot_product_attention(t * m.temperature.exp(), t, t)
+    ).eval()
+    twin.load_state_dict(model.state_dict())
+    a, b = (t5fx.linearize(m, (X,), config=ALL) for m in (model, twin))
+    torch.testing.assert_close(a(X), b(X), rtol=1e-5, atol=1e-6)
+    a(X).sum().backward()
+    assert a.temperature.grad.abs().sum() > 0
+
+
+def test_reasons_are_a_closed_set():
+    with pytest.raises(ValueError, match="expected one of"):
+        Site("a", "skipped", reason="because")
+    assert {case.split()[0] for case in CASES} <= REASONS.keys()
+
+
+def test_packed_tokens_need_a_grid_and_take_one():
+    class Packed(nn.Module):
+        def forward(self, x):
+            t = x.unsqueeze(1)
+            return F.scaled_dot_product_attention(t, t, t)
+
+    x = torch.randn(2, 20, 8)
+    (site,) = t5fx.explain(Packed(), (x,), config=ALL).sites
+    assert site.reason == "grid-unknown"
+    given = t5fx.LinearizeConfig(min_tokens=0, grid=(3, 6), prefix=2)
+    lin = t5fx.linearize(Packed(), (x,), config=given)
+    assert (lin.report.sites[0].prefix, lin.report.sites[0].suffix) == (2, 0)
+    called = t5fx.LinearizeConfig(min_tokens=0, grid=lambda x: (x.shape[1] // 2, 2))
+    lin = t5fx.linearize(Packed(), (x,), config=called)
+    assert lin.report.sites[0].grid == (10, 2)
+    lin(torch.randn(2, 32, 8))
+    assert lin.t5.dwc_q.weight.shape == (8, 1, 3, 3)
+    without = t5fx.LinearizeConfig(min_tokens=0, locality="none")
+    lin = t5fx.linearize(Packed(), (x,), config=without)
+    y = lin(x)
+    order = torch.randperm(20)
+    torch.testing.assert_close(lin(x[:, order]), y[:, :, order], rtol=1e-4, atol=1e-6)
+    wrong = t5fx.LinearizeConfig(min_tokens=0, grid=(5, 5))
+    with pytest.raises(t5fx.T5Error, match="20 tokens, got"):
+        t5fx.linearize(Packed(), (x,), config=wrong)

@@ -1,0 +1,96 @@
+"""Report, configuration and the cost model."""
+
+import json
+
+import pytest
+import torch
+from vits import Shape
+
+import t5fx
+from t5fx.errors import ConfigError
+
+
+def test_report_table_and_data():
+    shape = Shape(depth=2)
+    config = t5fx.LinearizeConfig(min_tokens=0, exclude=("blocks.1.*",))
+    report = t5fx.explain(shape.model(), (shape.images(),), config=config)
+    text = str(report)
+    for part in ("blocks.0.attn", "1 + 3x4 + 0", "2 x 8", "skipped: excluded", "trainable params:"):
+        assert part in text
+    assert "1 of 2 attention sites rewritten" in text
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["sites"][1]["reason"] == "excluded"
+    assert report.counts() == {"excluded": 1}
+
+
+def test_flops_and_break_even():
+    """Softmax has 4 N^2 D, the node 18 N D^2: they meet at N = 4.5 D."""
+    for grid, status in (((5, 7), "skipped"), ((6, 6), "skipped"), ((5, 8), "rewritten")):
+        shape = Shape(depth=1, class_token=False, grid=grid)  # D = 8: even at 36
+        (site,) = t5fx.explain(shape.model(), (shape.images(),)).sites
+        n, heads, batch = shape.tokens, shape.heads, shape.batch
+        assert site.flops_before == 4 * n * n * 8 * heads * batch
+        assert site.flops_after == 18 * n * 8 * 8 * heads * batch
+        assert site.status == status
+    assert (
+        "from 36 on"
+        in t5fx.explain(Shape(depth=1).model(), (Shape(depth=1).images(),)).sites[0].detail
+    )
+    fewer = t5fx.LinearizeConfig(min_tokens=13)
+    assert t5fx.explain(Shape().model(), (Shape().images(),), config=fewer).rewritten
+    more = t5fx.LinearizeConfig(min_tokens=14)
+    assert not t5fx.explain(Shape().model(), (Shape().images(),), config=more).rewritten
+
+
+def test_the_measured_flops_of_the_node_are_the_reported_ones():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = Shape(depth=1)
+    images = shape.images()
+    config = t5fx.LinearizeConfig(min_tokens=0, locality="none", capture_seconds=0)
+    lin = t5fx.linearize(shape.model(), (images,), config=config)
+    counted = {}
+    for model in (shape.model(), lin):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(images)
+        counted[model is lin] = counter.get_total_flops()
+    (site,) = lin.report.sites
+    assert counted[True] - counted[False] == site.flops_after - site.flops_before
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"inner": "mlp9"},
+        {"inner_loss": "l3"},
+        {"key_norm": "batch"},
+        {"locality": "conv"},
+        {"grid": (0, 3)},
+        {"grid": (1, 2, 3, 4)},
+        {"prefix": -1},
+        {"min_tokens": 1.5},
+        {"key_norm_eps": -1.0},
+        {"seed": "0"},
+        {"impl": "cuda"},
+        {"overrides": {"*": {"seed": 3}}},
+        {"overrides": {"*": {"inner": "mlp9"}}},
+    ],
+)
+def test_wrong_configurations_are_refused(field):
+    with pytest.raises(ConfigError, match=r"expected|cannot"):
+        t5fx.LinearizeConfig(**field)
+
+
+def test_configuration_round_trip():
+    config = t5fx.LinearizeConfig(grid=(3, 4), overrides={"blocks.0.*": {"inner": "mlp2"}})
+    assert t5fx.LinearizeConfig.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match="version 1"):
+        t5fx.LinearizeConfig.from_json(config.to_json().replace('"version": 1', '"version": 9'))
+    with pytest.raises(ConfigError, match="unknown fields"):
+        t5fx.LinearizeConfig.from_json('{"version": 1, "colour": 3}')
+    with pytest.raises(ConfigError, match="JSON"):
+        t5fx.LinearizeConfig.from_json("{")
+    with pytest.raises(ConfigError, match="callable"):
+        t5fx.LinearizeConfig(grid=lambda x: (1, 1)).to_json()
+    assert config.at("blocks.0.attn").inner == "mlp2"
+    assert config.at("blocks.1.attn").inner == "swiglu"
