@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,12 +33,14 @@ class Guards:
     """For which tensors a capture is valid: dtypes, ranks, sizes, and relations between sizes.
 
     leaves: for each argument leaf None, or (dtype, device, sizes); a size is a number or the name
-    of a symbol. check: takes the symbols' values, says whether every relation holds.
+    of a symbol. check: takes the symbols' values, says whether every relation holds. pinned: a
+    relation leaves a symbol only one value.
     """
 
     leaves: list[tuple[torch.dtype, torch.device, tuple[int | str, ...]] | None]
     symbols: tuple[str, ...] = ()
     source: str = "True"
+    pinned: bool = False
     check: Callable[..., bool] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +130,14 @@ def capture(
     reason = "asked for"
     if seconds > 0:
         try:
+            start = time.monotonic()
             program = _within(seconds, lambda: _export(model, args, kwargs, dynamic=True))
+            captured = _from_program(program, args, kwargs, "dynamic sizes", dynamic=True)
+            if not captured.guards.pinned:
+                return captured
+            # The model fixes a size of one that was kept dynamic; without it, all is simpler.
+            rest = seconds - (time.monotonic() - start)
+            program = _within(rest, lambda: _export(model, args, kwargs, dynamic=True, ones=False))
             return _from_program(program, args, kwargs, "dynamic sizes", dynamic=True)
         except _OutOfTimeError:
             reason = f"with dynamic sizes it took more than {seconds:g} s"
@@ -144,13 +154,17 @@ def capture(
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: bool,
+    ones: bool = True,
 ) -> ExportedProgram:
+    """torch.export; with `ones`, sizes of one are dynamic too (by default it takes them static)."""
     # torch.export marks the tensors it is given; an aborted one would leave its marks on them.
     args, kwargs = pytree.tree_map(_alias, (args, kwargs))
     shapes = _dynamic_shapes(model, args, kwargs) if dynamic else None
-    # Without this, a batch of one would be taken for a constant.
-    with symbolic_config.patch(backed_size_oblivious=True), torch.enable_grad():
+    with symbolic_config.patch(backed_size_oblivious=ones), torch.enable_grad():
         return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -321,6 +335,7 @@ def _guards(users: list[fx.Node], leaves: list[Any]) -> Guards:
                 environment = size.node.shape_env
         wanted.append((leaf.dtype, leaf.device, sizes))
     relations: list[str] = []
+    pinned = False
     if environment is not None:
         printer = PythonPrinter()
         for name, symbol in symbols.items():
@@ -334,8 +349,11 @@ def _guards(users: list[fx.Node], leaves: list[Any]) -> Guards:
             free = {str(s) for s in relation.free_symbols}
             if free and free <= set(symbols):
                 relations.append(printer.doprint(relation))
+                pinned |= (
+                    relation.is_Equality and relation.rhs.is_Integer and relation.lhs.is_Symbol
+                )
     source = " and ".join(f"({r})" for r in dict.fromkeys(relations)) or "True"
-    return Guards(wanted, tuple(symbols), source)
+    return Guards(wanted, tuple(symbols), source, pinned)
 
 
 def _math() -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 It is CompositeImplicitAutograd: a Python body of ordinary PyTorch operators. torch.export and
 Dynamo keep the call as one node; autograd (also twice, and forward mode), AOTAutograd with
-Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it. For the same
-reason it has no fake implementation, and torch accepts none for such an operator: on fake and meta
-tensors the body itself runs, so that shapes, strides and dtypes cannot differ from the real ones.
+Inductor, torch.func, FLOP counters and ``ExportedProgram.run_decompositions`` look through it. For
+the same reason it has no fake implementation, and torch accepts none for such an operator: on fake
+and meta tensors the body itself runs, so that shapes, strides and dtypes cannot differ from the
+real ones.
 """
 
 from collections.abc import Sequence
@@ -63,3 +64,5 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl(QUALNAME, "CompositeImplicitAutograd")(_ttt)
+# torch.func.vmap does not look through a composite operator made in Python unless told to.
+torch.library.impl(QUALNAME, "FuncTorchBatchedDecomposition")(_ttt)
