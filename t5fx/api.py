@@ -67,7 +67,7 @@ def linearize(
     else:
         result = Linearized(template, config)
         bound = result._captures.signature.bind(arguments, keywords)
-        result.capture(*bound)
+        result.capture(*bound, result._mode())
         report = result.report
     if not report.rewritten:
         raise NothingRewrittenError(_nothing(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from t5fx.policy import Plan, plan
 from t5fx.report import Report
 from t5fx.rewrite import rewrite
 from t5fx.tree import Block, Mode, distribute, mirror
+
+#: Tracing swaps a model's tensors for fake ones: one capture at a time.
+_CAPTURING = threading.RLock()
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -86,7 +90,7 @@ class Linearized(Block):
             if variant.serves(structure, leaves, mode):
                 break
         else:
-            variant = self.capture(args, kwargs)
+            variant = self.capture(args, kwargs, mode)
         enabled = torch.is_grad_enabled()
         try:
             outputs = super().forward(*leaves, piece=variant.piece)
@@ -114,12 +118,22 @@ class Linearized(Block):
 
     @torch.compiler.disable
     @torch.inference_mode(False)
-    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], mode: int) -> Variant:
         """Trace and rewrite the model for a call that no variant serves yet.
 
         Raises `RefusedCallError` where the call needs attention that was rewritten to do what a
         TTT node cannot, such as to mask keys.
         """
+        structure, leaves = _flatten(args, kwargs)
+        with _CAPTURING:
+            for variant in self._captures.variants:  # of another thread, in the meantime
+                if variant.serves(structure, leaves, mode):
+                    return variant
+            return self._capture(args, kwargs, structure, leaves)
+
+    def _capture(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Any, leaves: list[Any]
+    ) -> Variant:
         template, captures = self._t5.source, self._captures
         self._bind_template()
         config = resolve(captures.config, args, kwargs)
@@ -140,7 +154,6 @@ class Linearized(Block):
             module.train(self.get_submodule(key.rpartition(".")[0]).training)
         self._keep_constants(captured, len(captures.variants))
         piece = distribute(captured.graph, self, modules)
-        structure, leaves = _flatten(args, kwargs)
         variant = Variant(
             *(structure, _constants(leaves), self._mode(), captured.guards),
             *(captured.out_spec, piece),

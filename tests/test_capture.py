@@ -1,6 +1,7 @@
 """Capturing: calls of every kind, budgets, and what is captured anew."""
 
 import contextlib
+import copy
 import threading
 
 import pytest
@@ -142,9 +143,10 @@ def test_the_budget_aborts_cleanly():
 
 def test_threads_may_call_and_capture_at_once():
     model = Shape(depth=1).model()
-    lin = t5fx.linearize(model, (Shape().images(),), config=ALL)
-    inputs = [torch.randn(2, 3, 4 * n, 8) for n in range(2, 6)]
-    expected = [lin(x) for x in inputs]
+    static = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0)
+    lin = t5fx.linearize(model, (Shape().images(),), config=static)
+    inputs = [torch.randn(2, 3, 4 * n, 8) for n in (2, 3, 2, 3)]
+    expected = [copy.deepcopy(lin)(x) for x in inputs]
     results = [None] * len(inputs)
 
     def work(i):
@@ -156,6 +158,7 @@ def test_threads_may_call_and_capture_at_once():
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert len(lin._captures.variants) == 3
 
 
 def test_contexts():
