@@ -51,6 +51,10 @@ class Operand:
 class Binding:
     """What a match means: o = softmax(scale q k^T) v, written to `output`.
 
+    heads: which of the operands' outer axes counts heads, None for a single head; merged: number
+    of heads where batch items and heads share that axis, heads innermost. Both are filled in once
+    the axes of the graph are known.
+
     output_axes: for each axis of `output`, "b" (batch or head, in order), "t" or "c".
     dropout: probability of an active dropout of the probabilities, or the node of a dropout
     module, or 0. temperatures: mul/div nodes that scale the scores by a learned number a head.
@@ -66,6 +70,8 @@ class Binding:
     groups: int = 1
     dropout: Any = 0.0
     temperatures: tuple[fx.Node, ...] = ()
+    heads: int | None = None
+    merged: int = 1
 
 
 class Pattern:

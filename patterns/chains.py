@@ -53,7 +53,7 @@ def product(view: View, node: fx.Node) -> Product:
     """Read a matmul, bmm, einsum or baddbmm. Raises `Refusal` for other contractions."""
     if view.op(node) == "einsum":
         return _einsum(view, node)
-    left, right = view.inputs(node)[-2:] if len(view.inputs(node)) > 1 else view.inputs(node) * 2
+    left, right = view.inputs(node)[-2:] if view.op(node) == "baddbmm" else _factors(view, node)
     ranks = len(view.shape(left)), len(view.shape(right))
     rank = len(view.shape(node))
     if min(*ranks, rank) < 2:
@@ -67,6 +67,15 @@ def product(view: View, node: fx.Node) -> Product:
         *(left, right, ranks[0] - 2, ranks[0] - 1, ranks[1] - 2, ranks[1] - 1),
         *(rank - 2, rank - 1, rank, factor),
     )
+
+
+def _factors(view: View, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    names = ("mat2", "other", "vec2")
+    left = view.arg(node, "input")
+    right = next((a for n in names if (a := view.arg(node, n)) is not None), None)
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        raise Refusal("not-attention", f"'{node.name}' could not be read as a product")
+    return left, right
 
 
 def _einsum(view: View, node: fx.Node) -> Product:
@@ -83,6 +92,9 @@ def _einsum(view: View, node: fx.Node) -> Product:
     if [len(summed), len(rows), len(columns)] != [1, 1, 1] or {*rows, *columns} - {*out}:
         raise Refusal("not-attention", f"einsum '{equation}' is no batched matrix product")
     c, i, j = summed[0], rows[0], columns[0]
+    batches = ["".join(x for x in term if x not in (c, i, j)) for term in (left, right, out)]
+    if len(set(batches)) > 1:
+        raise Refusal("not-attention", f"einsum '{equation}' exchanges batch and heads")
     return Product(
         *(tensors[0], tensors[1], left.index(i), left.index(c), right.index(c), right.index(j)),
         *(out.index(i), out.index(j), len(out)),
@@ -177,6 +189,12 @@ def _reads(view: View, user: fx.Node) -> bool:
 def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain:
     name = view.op(node)
     if name in ("to", "identity"):
+        value = view.val(node)
+        if value is None or not value.is_floating_point():
+            what = "probabilities-used" if probabilities else "scores-changed"
+            raise Refusal(
+                what, f"'{node.name}' casts to {value.dtype if value is not None else '?'}"
+            )
         return chain
     if name in ("reshape", "expand"):
         return replace(chain, dims=_regrouped(view, node, chain.dims))
@@ -188,34 +206,42 @@ def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain
         return _dropped(view, node, chain, probabilities)
     if probabilities:
         raise Refusal("probabilities-used", f"'{node.name}' ({name}) changes the probabilities")
-    others = [a for a in node.args[:3] if a is not chain.end]
-    if (name in ("mul", "div") and node.args[0] is chain.end) or name == "mul":
-        return _scaled(view, node, chain, others[0])
-    if name in ("add", "sub") and (node.args[0] is chain.end or name == "add"):
-        other = others[0] if others else None
+    changed = Refusal("scores-changed", f"'{node.name}' ({name}) changes the scores")
+    first, second = view.arg(node, "input"), view.arg(node, "other")
+    if name in ("add", "sub", "mul", "div"):
+        if first is second or node.kwargs.get("rounding_mode") or second is None:
+            raise changed
+        leads = first is chain.end
+        if not leads and name in ("sub", "div"):
+            raise changed
+        other = second if leads else first
+        if name in ("mul", "div"):
+            return _scaled(view, node, chain, other)
         if not isinstance(other, fx.Node) or harmless(view, other):
             return chain  # the same number everywhere, which softmax does not see
         raise Refusal(*refusal(view, other))
-    if name == "masked_fill" and node.args[0] is chain.end:
-        mask = others[0]
+    if name == "masked_fill" and first is chain.end:
+        mask = view.arg(node, "mask")
         if interval(view, mask, {}) == (0.0, 0.0):
             return chain
         raise Refusal(*refusal(view, mask))
-    if name == "where":
-        condition = node.args[0]
-        keep = (1.0, 1.0) if node.args[1] is chain.end else (0.0, 0.0)
-        if interval(view, condition, {}) == keep:
+    if name == "where" and chain.end in (first, second):
+        condition = view.arg(node, "condition")
+        keep = (1.0, 1.0) if first is chain.end else (0.0, 0.0)
+        if first is not second and interval(view, condition, {}) == keep:
             return chain
         raise Refusal(*refusal(view, condition))
-    raise Refusal("scores-changed", f"'{node.name}' ({name}) changes the scores before the softmax")
+    raise changed
 
 
 def _scaled(view: View, node: fx.Node, chain: Chain, other: Any) -> Chain:
     """A constant factor, or a learned temperature (one number a head, moved to q)."""
     number = view.scalar(other)
-    if number is not None:
+    if number is not None and (number or view.op(node) == "mul"):
         scale = number if view.op(node) == "mul" else 1.0 / number
         return replace(chain, factor=chain.factor * scale)
+    if not isinstance(other, fx.Node):
+        raise Refusal("scores-changed", f"'{node.name}' divides the scores by zero")
     rank = len(view.shape(node))
     shape = (1,) * (rank - len(view.shape(other))) + view.shape(other)
     per_head = len(shape) == rank and shape[chain.dims.rows] == shape[chain.dims.columns] == 1

@@ -9,7 +9,7 @@ from torch import fx
 
 from t5fx.axes import permutation, regroup_node
 from t5fx.canon import View
-from t5fx.patterns.base import Operand
+from t5fx.patterns.base import Operand, Refusal
 
 _CANONICAL = ("b", "b", "t", "c")
 
@@ -38,13 +38,13 @@ def operand(
     factors: dict[fx.Node, float] = {}
     while True:
         state = states[-1]
-        name = view.op(state.node)
+        in_place = view.mutated(state.node)
         factor = _factor(view, state.node) if scales else None
+        if factor is not None and in_place:
+            raise Refusal("scores-changed", f"'{state.node.name}' scales queries or keys in place")
         if factor is not None:
             factors[state.node] = factor
-        elif name not in ("to", "identity", "reshape", "expand") and (
-            permutation(view, state.node) is None
-        ):
+        elif not _layout(view, state.node):
             break
         above = view.inputs(state.node)[0]
         path.append(state.node)
@@ -60,6 +60,8 @@ def operand(
     assert chosen.roles is not None
     batch = tuple(i for i, role in enumerate(chosen.roles) if role == "b")
     places = batch, chosen.roles.index("t"), chosen.roles.index("c")
+    if view.mutated(start.node, after=start.node):
+        raise Refusal("scores-changed", f"'{start.node.name}' is changed in place later")
     found = Operand(chosen.node, *places, start.node, tuple(replay))
     return found, total
 
@@ -106,15 +108,27 @@ def _above(view: View, node: fx.Node, roles: tuple[str, ...]) -> tuple[str, ...]
     return tuple(result)
 
 
+def _layout(view: View, node: fx.Node) -> bool:
+    """Whether a node only moves or casts the values of one floating-point tensor."""
+    value = view.val(node)
+    if value is None or not value.is_floating_point():
+        return False
+    return view.op(node) in ("to", "identity", "reshape", "expand") or (
+        permutation(view, node) is not None
+    )
+
+
 def _factor(view: View, node: fx.Node) -> float | None:
     """The constant that a node multiplies its only tensor by, or None."""
     name = view.op(node)
-    if name not in ("mul", "div") or len(view.inputs(node)) != 1 or len(node.args) != 2:
+    if name not in ("mul", "div"):
         return None
-    left, right = node.args
-    if isinstance(left, fx.Node):
+    left, right = view.arg(node, "input"), view.arg(node, "other")
+    if left is right or view.val(node) is None:
+        return None
+    if isinstance(left, fx.Node) and view.shape(left) == view.shape(node):
         number = view.scalar(right)
-        if number is None or (name == "div" and node.kwargs.get("rounding_mode")):
+        if number is None or (name == "div" and (node.kwargs.get("rounding_mode") or not number)):
             return None
         return number if name == "mul" else 1.0 / number
     return view.scalar(left) if name == "mul" else None

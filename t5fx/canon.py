@@ -40,12 +40,12 @@ ALIASES = {
     ),
     **dict.fromkeys(
         (
-            *("clone", "contiguous", "identity", "alias", "detach", "lift_fresh_copy", "cpu"),
-            *("lift_fresh", "positive", "pin_memory", "cuda", "_conj", "detach_"),
+            *("clone", "contiguous", "identity", "alias", "lift_fresh_copy"),
+            *("lift_fresh", "positive", "pin_memory", "cuda", "cpu"),
         ),
         "identity",
     ),
-    **dict.fromkeys(("native_dropout", "feature_dropout", "alpha_dropout"), "dropout"),
+    **dict.fromkeys(("native_dropout",), "dropout"),
     **dict.fromkeys(("native_layer_norm",), "layer_norm"),
     **dict.fromkeys(("concat", "concatenate"), "cat"),
     **dict.fromkeys(("split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk"), "split"),
@@ -71,6 +71,8 @@ _NAMES = {
     "softmax": ("input", "dim"),
     "transpose": ("input", "dim0", "dim1"),
     "dropout": ("input", "p", "train"),
+    "masked_fill": ("input", "mask", "value"),
+    "where": ("condition", "input", "other"),
     "cat": ("tensors", "dim"),
     "stack": ("tensors", "dim"),
     "unbind": ("input", "dim"),
@@ -165,7 +167,7 @@ class View:
             if name in ("start", "end"):
                 start, length = node.args[2], node.args[3]
                 return start if name == "start" else _plus(start, length)
-        names = _NAMES.get(self.op(node), ("input",))
+        names = _NAMES.get(self.op(node), ("input", "other"))
         if name in names and names.index(name) < len(node.args):
             return node.args[names.index(name)]
         return default
@@ -199,14 +201,63 @@ class View:
         """A constant number: a Python scalar, or a one-element buffer or constant; else None."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        if isinstance(value, fx.Node) and self.op(value) in ("identity", "to") and value.args:
+        if isinstance(value, fx.Node) and self.op(value) in _SAME_NUMBER and value.args:
             return self.scalar(value.args[0])
         if isinstance(value, fx.Node) and value.op == "get_attr":
             tensor = self.attribute(value)
-            constant = isinstance(tensor, torch.Tensor) and not tensor.requires_grad
-            if constant and tensor.numel() == 1 and tensor.dim() == 0 and not tensor.is_meta:
+            constant = isinstance(tensor, torch.Tensor) and not isinstance(
+                tensor, torch.nn.Parameter
+            )
+            if constant and tensor.numel() == 1 and not tensor.is_meta and not self.mutated(value):
                 return float(tensor)
-        return None
+        return self._folded(value) if isinstance(value, fx.Node) else None
+
+    def _folded(self, node: fx.Node) -> float | None:
+        """The value of a one-element tensor that the graph computes from constant numbers."""
+        name, value = self.op(node), self.val(node)
+        known = name in (
+            "full",
+            "sqrt",
+            "rsqrt",
+            "pow",
+            "mul",
+            "div",
+            "reciprocal",
+            "scalar_tensor",
+        )
+        if not known or value is None or value.numel() != 1 or self.mutated(node):
+            return None
+        if name in ("full", "scalar_tensor"):
+            return self.scalar(node.args[-1])
+        numbers = [self.scalar(a) for a in node.args[:2]]
+        if None in numbers or not numbers:
+            return None
+        tensors = [torch.tensor(n, dtype=torch.float64) for n in numbers if n is not None]
+        return float(getattr(torch, name)(*tensors))
+
+    @cached_property
+    def _mutations(self) -> dict[fx.Node, int]:
+        """Where each tensor that is changed in place (through any view of it) last is."""
+        found: dict[fx.Node, int] = {}
+        for node in self.graph.nodes:
+            for changed in _changed(node):
+                found[self._base(changed)] = self.order[node]
+                found[self._base(node)] = self.order[node]
+        return found
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        """The tensor that a node is a view of, as far as layout and in-place operators tell."""
+        while True:
+            aliases = self.op(node) in _VIEWS and "clone" not in str(node.target)
+            aliases = aliases or bool(_changed(node))
+            if not aliases or not node.args or not isinstance(node.args[0], fx.Node):
+                return node
+            node = node.args[0]
+
+    def mutated(self, node: fx.Node, after: fx.Node | None = None) -> bool:
+        """Whether a tensor is changed in place anywhere, or after node `after` has run."""
+        last = self._mutations.get(self._base(node), -1)
+        return last >= 0 if after is None else last > self.order[after]
 
     def depends_on_input(self, node: fx.Node) -> bool:
         """Whether the values of a node depend on the inputs of the model, not only its sizes."""
@@ -223,6 +274,35 @@ class View:
     def pointwise(self, node: fx.Node) -> bool:
         """Whether the operator maps each element by itself (broadcasting allowed)."""
         return _pointwise(self.op(node))
+
+
+_SAME_NUMBER = ("identity", "to", "detach")
+
+#: Operators that are folded where all they read are constant numbers.
+_FOLDED = {"full", "scalar_tensor", "sqrt", "rsqrt", "pow", "mul", "div", "reciprocal"}
+
+#: Operators whose output may be a view of their input.
+_VIEWS = {
+    *("reshape", "expand", "permute", "transpose", "t", "mT", "slice", "select", "getitem"),
+    *("unbind", "chunk", "split", "detach", "identity", "to", "movedim"),
+}
+
+
+def _changed(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node changes in place."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        if not schema.is_mutable or schema.name == "aten::detach_":
+            return []
+        arguments = zip(schema.arguments, node.args, strict=False)
+        written = [a for s, a in arguments if s.alias_info is not None and s.alias_info.is_write]
+    else:
+        name = str(getattr(node.target, "__name__", node.target))
+        method = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+        operator = name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ipow")
+        function = node.op == "call_function" and (operator or bool(node.kwargs.get("inplace")))
+        written = list(node.args[:1]) if method or function else []
+    return [a for a in written if isinstance(a, fx.Node)]
 
 
 @cache
@@ -242,7 +322,7 @@ def _module_name(name: str) -> str:
 
 @cache
 def _pointwise(name: str) -> bool:
-    if name in ("to", "identity", "dropout", "where", "masked_fill", "clamp", "square"):
+    if name in ("to", "identity", "detach", "dropout", "where", "masked_fill", "clamp"):
         return True
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or not hasattr(packet, "overloads"):

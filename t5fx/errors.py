@@ -21,10 +21,6 @@ class AlreadyLinearizedError(T5Error):
     """`linearize` was given a model that it has made itself."""
 
 
-class LayoutError(T5Error, ValueError):
-    """A given grid, prefix or suffix contradicts the number of tokens of a site."""
-
-
 class RefusedCallError(T5Error):
     """A call of a linearized model needs something that the rewritten graph cannot do."""
 

@@ -23,7 +23,9 @@ class Axis:
     """Meaning of one axis of a tensor.
 
     kind: "spatial", "merge" (row-major, of `parts`), "cat" (of `parts`), "piece" (number `index`
-    of the split of `parts[0]` into `sizes`), "feature", "batch", "unit" (size one), "plain".
+    of the split of `parts[0]` into `sizes`), "picked" (`parts[0]`, in a tensor that holds only what
+    position `index` of another axis, `source`, held), "feature", "batch", "repeat" (of one
+    position), "unit" (size one), "plain".
     source: what made it; two axes are the same tokens iff they compare equal. data: it depends on
     the inputs of the model, not on parameters alone. at: (node, axis) that has this size.
     """
@@ -42,6 +44,8 @@ class Axis:
         """The spatial axes that this one is made of, outermost first, or None."""
         if self.kind == "spatial":
             return (self,)
+        if self.kind == "picked":
+            return self.parts[0].grid()
         if self.kind == "piece":
             return (self,) if self.parts[0].kind in ("spatial", "piece") and self.spatial else None
         if self.kind == "merge":
@@ -51,7 +55,8 @@ class Axis:
 
     @property
     def spatial(self) -> bool:
-        return self.kind == "spatial" or (self.kind == "piece" and self.parts[0].spatial)
+        whole = self.parts[0].spatial if self.kind in ("piece", "picked") else False
+        return self.kind == "spatial" or whole
 
     @property
     def features(self) -> bool:
@@ -70,6 +75,8 @@ class Layout:
 
 def layout_of(axis: Axis) -> Layout | str:
     """The layout of a token axis, or a sentence that says what is missing."""
+    while axis.kind == "picked":
+        axis = axis.parts[0]
     runs = axis.parts if axis.kind == "cat" else (axis,)
     grids = [i for i, run in enumerate(runs) if run.grid()]
     if not grids:
@@ -129,7 +136,7 @@ class Axes:
         # An axis of size one says nothing unless it is a side of a grid; a size that a rule got
         # wrong is not believed.
         return tuple(
-            Axis("unit", 1, data=a.data, example=1)
+            replace(a, kind="unit", size=1, parts=(), sizes=(), at=(node, i), example=1)
             if size == 1 and not a.grid()
             else replace(a, at=(node, i), example=hint(value.shape[i]))
             if same(a.size, size)
@@ -152,12 +159,18 @@ class Axes:
 
 @rule("placeholder")
 def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    """The first axis counts batch items, the same in all inputs; the others are undecided.
+
+    Only [B, N, C] has its channels last for sure; of [B, C, H, W], [B, H, W, C], [B, T, N, C] the
+    operators that read them tell.
+    """
     rank = len(axes.view.shape(node))
-    if rank >= 4:
-        return axes.fresh(node, ["batch", "feature", *["spatial"] * (rank - 2)])
     value = axes.view.val(node)
-    last = "feature" if value is not None and value.is_floating_point() else "plain"
-    return axes.fresh(node, ["batch", "plain", last][:rank])
+    floating = value is not None and value.is_floating_point()
+    last = "feature" if floating and rank == 3 else "plain"
+    kinds = ["plain"] * (rank - 1) + [last] if rank > 1 else ["plain"]
+    first = replace(axes.plain(node, 0, "batch"), source="batch")
+    return (first, *axes.fresh(node, kinds)[1:])
 
 
 @rule("get_attr")
@@ -173,14 +186,16 @@ def _pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
         meeting = []
         for source in axes.view.inputs(node):
             j = i - len(shape) + len(axes[source])
-            if j >= 0 and same(axes[source][j].size, size) and axes[source][j].kind != "unit":
+            if j >= 0 and same(axes[source][j].size, size):
                 meeting.append(axes[source][j])
-        result.append(_meet(meeting) if meeting else axes.plain(node, i))
+        known = [a for a in meeting if a.kind != "unit"] or [a for a in meeting if a.source]
+        result.append(_meet(known) if known else (meeting or [axes.plain(node, i)])[0])
     return tuple(result)
 
 
 def _meet(meeting: list[Axis]) -> Axis:
-    best = max(meeting, key=lambda a: (a.data, _grids(a), a.kind != "plain"))  # first of equals
+    weight = {"repeat": 0, "plain": 1}
+    best = max(meeting, key=lambda a: (a.data, _grids(a), weight.get(a.kind, 2)))  # first of equals
     rivals = [a for a in meeting if a.data == best.data and _grids(a) and a != best]
     if _grids(best) and any(_shape_of(a) != _shape_of(best) for a in rivals):
         return Axis("plain", best.size, source=("conflict", *(repr(a.source) for a in meeting)))
@@ -217,7 +232,9 @@ def _reshape(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         real = [j for j in outs if shape[j] != 1] or outs[:1]
         for j in outs:
             result[j] = Axis("unit", 1)
-        if len(parts) == 1 and len(real) == 1:
+        if len(ins) == len(outs) == 1:
+            result[outs[0]] = source[ins[0]]
+        elif len(parts) == 1 and len(real) == 1:
             result[real[0]] = parts[0]
         elif parts and len(real) == 1:
             result[real[0]] = merge(parts, shape[real[0]])
@@ -284,6 +301,14 @@ def split(whole: Axis, sizes: list[tuple[Any, int]]) -> list[Axis]:
                 chosen = [sizes[j] for j in outs]
                 pieces += [inner] if len(outs) == 1 else split(inner, chosen)
             return pieces
+        last, inner = whole.parts[-1], exprs[-1]
+        if isinstance(last.size, int) and isinstance(inner, int) and last.size > inner:
+            if last.size % inner == 0:  # [B, H * D] seen as [B * H, D]
+                outer = last.size // inner
+                pair = split(last, [(outer, outer), (inner, inner)])
+                rest = merge([*whole.parts[:-1], pair[0]], None)
+                front = [rest] if len(sizes) == 2 else split(rest, sizes[:-1])
+                return [*front, pair[1]]
     return [
         Axis("piece", size, whole.source, (whole,), i, exprs, whole.data)
         for i, size in enumerate(exprs)
@@ -302,8 +327,11 @@ def _cat(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
             result.append(_meet(meeting))
             continue
         runs = tuple(
-            replace(axes.plain(n, i), kind="unit", size=1) if axes[n][i].kind == "unit" else run
+            replace(axes.plain(n, i), kind="unit", size=1)
+            if run.kind == "unit" and run.source is None
+            else run
             for n, run in zip(tensors, meeting, strict=True)
+            if run.size != 0
         )
         runs = tuple(part for run in runs for part in (run.parts if run.kind == "cat" else [run]))
         whole = runs[0] if len(runs) == 1 else None
@@ -319,6 +347,9 @@ def _slice(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     dim = (axes.view.arg(node, "dim", 0) or 0) % _rank(axes, node)
     bounds = (axes.view.arg(node, "start"), axes.view.arg(node, "end"))
     result = list(axes[source])
+    if axes.view.arg(node, "step", 1) not in (1, None):
+        result[dim] = axes.plain(node, dim)
+        return tuple(result)
     result[dim] = _cut(axes, node, dim, axes[source][dim], *bounds)
     return tuple(result)
 
@@ -340,7 +371,7 @@ def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) 
                     kept = runs[i : j + 1]
                     return kept[0] if len(kept) == 1 else Axis("cat", size, parts=kept)
         total = total + runs[i].size
-    return axes.plain(node, dim)
+    return axes.plain(node, dim, "feature" if axis.features else "plain")
 
 
 def _position(view: View, value: Any, size: Any, default: Any) -> Any:
@@ -370,8 +401,7 @@ def _getitem(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     dim = (axes.view.arg(producer, "dim", 0) or 0) % len(axes[source])
     result = list(axes[source])
     if name == "unbind":
-        del result[dim]
-        return tuple(result)
+        return _pick(axes[source], dim, key)
     sizes = [t.shape[dim] for t in View.meta(producer)]
     start = sum((_expr(s) for s in sizes[: key % len(sizes)]), start=0)
     result[dim] = _cut(axes, node, dim, axes[source][dim], start, None)
@@ -388,24 +418,46 @@ def _index(axes: Axes, node: fx.Node, source: fx.Node, key: Any) -> tuple[Axis, 
     keys[at : at + 1] = [slice(None)] * (rank - used)
     result: list[Axis] = []
     position = 0
+    picks: list[tuple[Axis, int]] = []
     for k in keys:
         if k is None:
             result.append(Axis("unit", 1))
             continue
+        axis = axes[source][position]
         if isinstance(k, slice) and k.step in (None, 1):
-            axis = axes[source][position]
             result.append(_cut(axes, node, len(result), axis, k.start, k.stop))
-        elif not isinstance(k, int):
+        elif isinstance(k, int):
+            picks.append((axis, k))
+        else:
             return None
         position += 1
+    for axis, k in picks:
+        result = list(_picked(tuple(result), axis, k))
     return tuple(result)
+
+
+def _pick(source: tuple[Axis, ...], dim: int, index: int) -> tuple[Axis, ...]:
+    """The axes of a tensor without axis `dim`, of which one position was taken."""
+    return _picked(source[:dim] + source[dim + 1 :], source[dim], index)
+
+
+def _picked(rest: tuple[Axis, ...], axis: Axis, index: int) -> tuple[Axis, ...]:
+    """Remember which position was taken, but for q, k and v out of one projection's features."""
+    if axis.features or axis.kind == "unit":
+        return rest
+    return tuple(
+        a
+        if a.features or a.kind == "unit"
+        else Axis("picked", a.size, (axis,), (a,), index, data=a.data, example=a.example)
+        for a in rest
+    )
 
 
 @rule("select")
 def _select(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes[axes.view.inputs(node)[0]]
     dim = axes.view.arg(node, "dim", 0) % len(source)
-    return source[:dim] + source[dim + 1 :]
+    return _pick(source, dim, axes.view.arg(node, "index"))
 
 
 @rule("expand")
@@ -413,7 +465,7 @@ def _expand(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes[axes.view.inputs(node)[0]]
     rank = _rank(axes, node)
     padded = (Axis("unit", 1),) * (rank - len(source)) + source
-    fresh = [axes.plain(node, i) for i in range(rank)]
+    fresh = [axes.plain(node, i, "repeat") for i in range(rank)]
     return tuple(a if same(a.size, f.size) else f for a, f in zip(padded, fresh, strict=True))
 
 
@@ -435,7 +487,8 @@ def _matmul(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         batch = tuple(a if a.kind != "unit" else b for a, b in zip(left, right, strict=True))[:-2]
     elif len(left) == rank:
         batch = left[:-2]
-    return (*batch, left[-2], right[-1])
+    weights = not axes.data(axes.view.inputs(node)[-1])
+    return (*batch, left[-2], axes.plain(node, rank - 1, "feature") if weights else right[-1])
 
 
 @rule("scaled_dot_product_attention")

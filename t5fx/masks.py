@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 _SAME = {
     *("reshape", "expand", "identity", "permute", "transpose", "slice", "select", "repeat"),
-    *("unbind", "getitem", "t", "mT", "roll", "flip"),
+    *("unbind", "getitem", "t", "mT", "roll", "flip", "detach"),
 }
 _FILLED = {
     **{"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0},
@@ -53,7 +53,8 @@ def interval(view: View, value: Any, memo: dict[fx.Node, Interval | None]) -> In
         return None
     if value not in memo:
         memo[value] = None
-        memo[value] = _interval(view, value, memo)
+        if not view.mutated(value):
+            memo[value] = _interval(view, value, memo)
     return memo[value]
 
 
@@ -123,13 +124,26 @@ def _arange(node: fx.Node) -> Interval | None:
 
 
 def _constant(view: View, node: fx.Node) -> Interval | None:
+    """Bounds of a constant; of a buffer only if no checkpoint can replace it."""
     value = view.attribute(node)
+    if str(node.target) not in view.constants and _persistent(view, str(node.target)):
+        return None
     constant = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
     fake = type(value).__name__ == "FakeTensor" or (constant and value.is_meta)
     if not constant or fake or not value.numel() or value.is_complex():
         return None
     numbers = value.detach().double()
     return (float(numbers.min()), float(numbers.max()))
+
+
+def _persistent(view: View, target: str) -> bool:
+    owner, _, name = target.rpartition(".")
+    try:
+        module = view.root.get_submodule(owner)
+    except AttributeError:
+        return False
+    traced = name.startswith(("_tensor_constant", "lifted_tensor"))  # tracers keep constants so
+    return name in module._buffers and name not in module._non_persistent_buffers_set and not traced
 
 
 def _hull(a: Interval | None, b: Interval | None) -> Interval | None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from t5fx.canon import View, expr, hint, same
 from t5fx.config import LinearizeConfig
-from t5fx.errors import LayoutError
 from t5fx.kernels import flops
 from t5fx.layout import Axes, Axis, layout_of
 from t5fx.match import Match, find
@@ -53,7 +52,41 @@ def plan(view: View, config: LinearizeConfig, keep: frozenset[str] | None = None
             site.status = "rewritten"
         except Refusal as refusal:
             site.reason, site.detail = refusal.reason, refusal.detail
+    _agree(plans)
     return plans
+
+
+def _agree(plans: list[Plan]) -> None:
+    """A module that is called more than once has one node: its calls are rewritten all or none."""
+    by_key: dict[str, list[Plan]] = {}
+    for entry in plans:
+        by_key.setdefault(entry.match.key, []).append(entry)
+    for calls in by_key.values():
+        first = calls[0]
+        for other in calls[1:]:
+            if (objection := _objection(first, other)) is None:
+                continue
+            for entry in calls:
+                if entry.site.status == "rewritten":
+                    entry.site.status = "skipped"
+                    entry.site.reason, entry.site.detail = objection
+            break
+
+
+def _objection(first: Plan, other: Plan) -> tuple[str, str] | None:
+    for entry in (first, other):
+        if entry.site.status != "rewritten":
+            detail = f"another call of this module cannot be rewritten: {entry.site.detail}"
+            return entry.site.reason or "not-attention", detail
+    one, two = first.match.binding, other.match.binding
+    assert one is not None and two is not None
+    if not math.isclose(one.scale, two.scale, rel_tol=1e-6):
+        return "scores-changed", f"calls of this module scale by {one.scale} and by {two.scale}"
+    sizes = [(e.site.num_heads, e.site.head_dim, len(e.grid)) for e in (first, other)]
+    if sizes[0] != sizes[1]:
+        detail = f"calls of this module differ in heads, head size, grid axes: {sizes}"
+        return "grid-unknown", detail
+    return None
 
 
 def _judge(view: View, axes: Axes, entry: Plan, keep: frozenset[str] | None) -> None:
@@ -65,8 +98,10 @@ def _judge(view: View, axes: Axes, entry: Plan, keep: frozenset[str] | None) -> 
         assert match.refusal is not None
         raise match.refusal
     binding = match.binding
+    _arrange(view, axes, binding)
     _measure(view, site, binding, config)
     _same_tokens(view, axes, binding)
+    _independent(view, binding)
     if keep is None and not config.selects(match.owner):
         raise Refusal("excluded", "left out by `include` or `exclude`")
     if keep is not None and match.key not in keep:
@@ -77,9 +112,47 @@ def _judge(view: View, axes: Axes, entry: Plan, keep: frozenset[str] | None) -> 
         _pays(site, config)
 
 
+def _independent(view: View, binding: Binding) -> None:
+    """None of q, k and v may be computed from the attention's own scores."""
+    first = min(view.order[node] for node in binding.nodes)
+    stack = [binding.q.node, binding.k.node, binding.v.node]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node in binding.nodes:
+            raise Refusal("probabilities-used", f"q, k or v is computed from '{node.name}'")
+        if node not in seen and view.order[node] > first:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+
+
+def _arrange(view: View, axes: Axes, binding: Binding) -> None:
+    """Find the heads among the outer axes of the queries: the axis that features were split into.
+
+    Raises `Refusal` where several axes are, or where batch items lie inside the heads.
+    """
+    outer = [axes[binding.q.like][i] for i in binding.q.batch]
+    heads = [i for i, axis in enumerate(outer) if axis.features]
+    if len(heads) > 1:
+        raise Refusal("head-dim", f"{len(heads)} axes count heads: {', '.join(map(_words, outer))}")
+    if not heads:
+        binding.heads, binding.merged = None, 1
+        return
+    axis = outer[heads[0]]
+    binding.heads, binding.merged = heads[0], 1
+    mixed = axis.kind == "merge" and not all(part.features for part in axis.parts)
+    if mixed:
+        inner = axis.parts[-1]
+        if not inner.features or any(part.features for part in axis.parts[:-1]):
+            raise Refusal("head-dim", f"the heads in {_words(axis)} are not innermost")
+        if not isinstance(inner.size, int):
+            raise Refusal("head-dim", f"the number of heads is not static: {inner.size}")
+        binding.merged = inner.size
+
+
 def _measure(view: View, site: Site, binding: Binding, config: LinearizeConfig) -> None:
     """Fill in the sizes and the FLOPs of both forms."""
-    q, k, v = (_sizes(view, o) for o in (binding.q, binding.k, binding.v))
+    q, k, v = (_sizes(view, o, binding) for o in (binding.q, binding.k, binding.v))
     site.num_tokens, site.num_heads, site.head_dim = q.tokens, q.heads, q.channels
     for name, operand in (("q", binding.q), ("k", binding.k), ("v", binding.v)):
         value = view.val(operand.like)
@@ -101,13 +174,16 @@ class _Sizes:
     channels: int
 
 
-def _sizes(view: View, operand: Operand) -> _Sizes:
+def _sizes(view: View, operand: Operand, binding: Binding) -> _Sizes:
     value = view.val(operand.like)
     assert value is not None
     shape = [hint(n) for n in value.shape]
     outer = [shape[i] for i in operand.batch]
-    heads = outer[-1] if len(outer) > 1 else 1
-    return _Sizes(math.prod(outer) // heads, heads, shape[operand.token], shape[operand.channel])
+    heads = 1 if binding.heads is None else outer[binding.heads]
+    if binding.merged > 1:
+        heads = binding.merged
+    batch = math.prod(outer) // max(heads, 1)
+    return _Sizes(batch, heads, shape[operand.token], shape[operand.channel])
 
 
 def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
@@ -123,19 +199,29 @@ def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
         if axis != query or not same(axis.size, query.size):
             detail = f"the {name} are {_words(axis)}, the queries {_words(query)}"
             raise Refusal("cross-attention", detail)
-    outer = {name: _outer(view, o) for name, o in operands.items()}
-    shared = list(outer["queries"])
-    if binding.groups > 1:
-        shared[-1] //= binding.groups
+    outer = {n: [axes[o.like][i] for i in o.batch] for n, o in operands.items()}
     for name in ("keys", "values"):
-        sizes = outer[name]
-        if len(sizes) != len(shared) or not all(map(same, sizes, shared)):
-            detail = f"batch and heads of the {name} are {sizes}, of the queries {outer['queries']}"
+        pairs = zip(outer["queries"], outer[name], strict=False)
+        if len(outer[name]) != len(outer["queries"]) or not all(_together(*pair) for pair in pairs):
+            theirs = ", ".join(map(_words, outer[name]))
+            ours = ", ".join(map(_words, outer["queries"]))
+            detail = f"batch and heads of the {name} are ({theirs}), of the queries ({ours})"
             raise Refusal("cross-attention", detail)
 
 
-def _outer(view: View, operand: Operand) -> list[Any]:
-    return [view.shape(operand.like)[i] for i in operand.batch]
+def _together(query: Axis, other: Axis) -> bool:
+    """Whether position i of one outer axis meets position i of the other for the same item.
+
+    Heads come from different projections; there only their number has to fit, which the product
+    itself ensures. Everything else must be one and the same axis.
+    """
+    if query == other:
+        return True
+    if query.kind == other.kind == "merge" and len(query.parts) == len(other.parts):
+        return all(map(_together, query.parts, other.parts))
+    if query.features or other.kind == "repeat":
+        return query.features and (other.features or other.kind in ("repeat", "unit"))
+    return False
 
 
 def _words(axis: Axis) -> str:
@@ -178,9 +264,10 @@ def _layout(
     if suffix is None:
         suffix = rest - prefix
     if prefix < 0 or suffix < 0 or prefix + suffix != rest:
-        raise LayoutError(
-            f"site '{site.fqn}': expected prefix + grid + suffix = {site.num_tokens} tokens, got "
-            f"{prefix} + {'x'.join(map(str, grid))} + {suffix}"
+        raise Refusal(
+            "grid-unknown",
+            f"expected prefix + grid + suffix = {site.num_tokens} tokens, got "
+            f"{prefix} + {'x'.join(map(str, grid))} + {suffix}",
         )
     site.prefix, site.grid, site.suffix = prefix, grid, suffix
     return (prefix,), grid

@@ -118,9 +118,7 @@ def _replace(view: View, entry: Plan) -> None:
     old = binding.output
     with graph.inserting_before(old):
         build = _Builder(view, old)
-        q = build.canonical(binding.q)
-        k = build.canonical(binding.k)
-        v = build.canonical(binding.v)
+        q, k, v = (build.canonical(o, binding) for o in (binding.q, binding.k, binding.v))
         for node in binding.temperatures:
             q = build.temperature(node, q)
         if binding.groups > 1:
@@ -167,6 +165,11 @@ def _free_views(view: View, node: fx.Node) -> None:
             stack += user.users
 
 
+def _heads_last(count: int, heads: int | None) -> list[int]:
+    """Outer axes in the order batch..., heads."""
+    return sorted(range(count), key=lambda i: i == heads)
+
+
 class _Builder:
     """Adds nodes to a graph in the dialect that the replaced node was written in."""
 
@@ -210,38 +213,47 @@ class _Builder:
         node.meta[self.key] = value
         return node
 
-    def canonical(self, operand: Operand) -> fx.Node:
+    def canonical(self, operand: Operand, binding: Binding) -> fx.Node:
         """The operand as [B, H, N, D]."""
         node = operand.node
         for layout in operand.replay:
             source = self.view.inputs(layout)[0]
             node = self.again(layout, {source: node})
-        order = (*operand.batch, operand.token, operand.channel)
-        if order != tuple(range(len(order))):
-            node = self.call("permute", node, list(order))
-        if len(operand.batch) > 2:
-            node = self.call("flatten", node, 0, len(operand.batch) - 2)
-        for _ in range(2 - len(operand.batch)):
-            node = self.call("unsqueeze", node, 0 if not operand.batch else 1)
-        return node
+        outer = [operand.batch[i] for i in _heads_last(len(operand.batch), binding.heads)]
+        order = [*outer, operand.token, operand.channel]
+        if order != list(range(len(order))):
+            node = self.call("permute", node, order)
+        if binding.merged > 1:
+            tokens = self.size_of(operand.like, operand.token)
+            channels = self.view.shape(operand.like)[operand.channel]
+            return self.call("reshape", node, [-1, binding.merged, tokens, channels])
+        batch = len(outer) - (binding.heads is not None)
+        if batch > 1:
+            node = self.call("flatten", node, 0, batch - 1)
+        if batch == 0:
+            node = self.call("unsqueeze", node, 0)
+        return node if binding.heads is not None else self.call("unsqueeze", node, 1)
 
     def restored(self, node: fx.Node, binding: Binding) -> fx.Node:
         """[B, H, N, Dv] in the axes and the shape of the tensor that it replaces."""
+        q, width = binding.q, self.view.shape(node)[3]
+        order = _heads_last(len(q.batch), binding.heads)
+        tokens = self.size_of(q.like, q.token)
+        if len(order) != 2 or binding.heads is None or binding.merged > 1:
+            sizes = [self.size_of(q.like, q.batch[i]) for i in order]
+            node = self.call("reshape", node, [*sizes, tokens, width])
+        back = [order.index(i) for i in range(len(order))]  # outer axes as the query has them
         axes = binding.output_axes
-        outer = axes.count("b")
-        batch = [i for i, kind in enumerate(axes) if kind == "b"]
-        if outer == 2:
-            places = {batch[0]: 0, batch[1]: 1, axes.index("t"): 2, axes.index("c"): 3}
-            order = [places[i] for i in range(4)]
-            return node if order == [0, 1, 2, 3] else self.call("permute", node, order)
-        q = binding.q
-        shape = [self.size_of(q.like, i) for i in q.batch] if outer == len(q.batch) else [-1]
-        shape += [self.size_of(q.like, q.token), self.view.shape(node)[3]]
-        node = self.call("reshape", node, shape)
-        order = [0] * len(axes)
-        for position, i in enumerate((*batch, axes.index("t"), axes.index("c"))):
-            order[i] = position
-        return node if order == list(range(len(axes))) else self.call("permute", node, order)
+        outer = [i for i, kind in enumerate(axes) if kind == "b"]
+        if len(outer) != len(order):  # batch and heads were one axis, seen apart further up
+            if back != sorted(back):
+                node = self.call("permute", node, [*back, len(back), len(back) + 1])
+            node = self.call("reshape", node, [-1, tokens, width])
+            back = [0]
+        places = dict(zip(outer, back, strict=True))
+        places |= {axes.index("t"): len(back), axes.index("c"): len(back) + 1}
+        final = [places[i] for i in range(len(axes))]
+        return node if final == sorted(final) else self.call("permute", node, final)
 
     def temperature(self, node: fx.Node, q: fx.Node) -> fx.Node:
         other = next(a for a in node.args if isinstance(a, fx.Node) and self._learned(a))
@@ -285,7 +297,8 @@ class _Builder:
 def _interface(view: View) -> tuple[Any, ...]:
     """Types of the outputs and the inputs that are read."""
     output = next(n for n in view.graph.nodes if n.op == "output")
-    read = {n.name for n in view.graph.nodes if n.op == "placeholder" and n.users}
+    inputs = [n for n in view.graph.nodes if n.op == "placeholder" and view.val(n) is not None]
+    read = {n.name for n in inputs if n.users}
     return [_type(view, node) for node in output.all_input_nodes], read
 
 

@@ -74,8 +74,9 @@ class Block(nn.Module):
         return self._t5.pieces[piece](self, *inputs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        changes = name == "training" and self.__dict__.get(name) is not value
         super().__setattr__(name, value)
-        if name == "training" and "_t5" in self.__dict__:
+        if changes and "_t5" in self.__dict__:  # torch.compile writes the flag that is there
             self._t5.mode.number = None
 
     def __getattr__(self, name: str) -> Any:

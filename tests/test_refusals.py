@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import t5fx
+from t5fx.kernels import TTT
 from t5fx.report import REASONS, Site
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
@@ -42,6 +43,16 @@ def mixed(m, t):
     return m.mix(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def pair(frames):
+    return F.scaled_dot_product_attention(frames[0], frames[1], frames[1])
+
+
+def blinded():
+    mask = torch.zeros(16, 16)
+    mask[:, 0] = -math.inf
+    return mask
+
+
 def twice(p, t):
     return p @ t, p.mean(1)
 
@@ -56,6 +67,15 @@ CASES = {
         t, t[:, :, ::2], t[:, :, ::2]
     ),
     "cross-attention one": lambda m, t, x: F.scaled_dot_product_attention(t[:, :, :1], t, t),
+    "cross-attention halves": lambda m, t, x: F.scaled_dot_product_attention(t[:1], t[1:], t[1:]),
+    "cross-attention frames": lambda m, t, x: pair(t.unflatten(0, (2, 1)).unbind(0)),
+    "cross-attention next": lambda m, t, x: F.scaled_dot_product_attention(t, t.roll(1, 0), t),
+    "cross-attention heads": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t.transpose(0, 1), t.transpose(0, 1)
+    ),
+    "cross-attention steps": lambda m, t, x: F.scaled_dot_product_attention(
+        t, torch.cat([t, t], 2)[:, :, ::2], t
+    ),
     "causal": lambda m, t, x: F.scaled_dot_product_attention(t, t, t, is_causal=True),
     "causal mask": lambda m, t, x: F.scaled_dot_product_attention(
         t, t, t, attn_mask=torch.ones(16, 16, dtype=torch.bool).tril()
@@ -69,6 +89,7 @@ CASES = {
     "masked": lambda m, t, x: F.scaled_dot_product_attention(
         t, t, t, attn_mask=(x.flatten(1)[:, :16] > 0)[:, None, None]
     ),
+    "masked in place": lambda m, t, x: soft(t @ t.mT + blinded(), t),
     "masked fill": lambda m, t, x: soft(
         (t @ t.mT).masked_fill((x.flatten(1)[:, :16] > 0)[:, None, None], -1e9), t
     ),
@@ -77,6 +98,13 @@ CASES = {
     "scores-changed talking": lambda m, t, x: soft(mixed(m, t @ t.mT), t),
     "scores-changed cap": lambda m, t, x: soft(5 * torch.tanh(t @ t.mT / 5), t),
     "scores-changed data": lambda m, t, x: soft((t @ t.mT) * x.mean(), t),
+    "scores-changed in place": lambda m, t, x: soft(t.clone().mul_(0.5) @ t.mT, t),
+    "scores-changed floor": lambda m, t, x: soft(
+        torch.div(t @ t.mT, 2.0, rounding_mode="floor"), t
+    ),
+    "scores-changed integers": lambda m, t, x: soft((t @ t.mT).to(torch.int32).float(), t),
+    "probabilities-used detached": lambda m, t, x: (t @ t.mT).softmax(-1).detach() @ t,
+    "probabilities-used values": lambda m, t, x: (lambda p: p @ (p @ t))((t @ t.mT).softmax(-1)),
     "probabilities-used talking": lambda m, t, x: mixed(m, (t @ t.mT).softmax(-1)) @ t,
     "probabilities-used twice": lambda m, t, x: (lambda p: (p @ t, p.mean(1)))(
         (t @ t.mT).softmax(-1)
@@ -109,6 +137,9 @@ HARMLESS = {
     ),
     "before the layout": lambda m, t, x: soft((t.transpose(1, 2) * 0.5).transpose(1, 2) @ t.mT, t),
     "keys first": lambda m, t, x: ((t @ t.mT) * 0.5).softmax(-2).mT @ t,
+    "square root of a tensor": lambda m, t, x: soft((t @ t.mT) / torch.sqrt(torch.tensor(4.0)), t),
+    "a full tensor": lambda m, t, x: soft((t @ t.mT) / torch.full([], 4.0**0.5), t),
+    "scores added": lambda m, t, x: soft(((t @ t.mT) * 0.5).add(torch.zeros(1)), t),
     "empty masks": lambda m, t, x: soft((t @ t.mT) * 0.5 + torch.zeros(16, 16), t),
     "true masks": lambda m, t, x: F.scaled_dot_product_attention(
         t, t, t, attn_mask=torch.arange(16)[None] >= 0
@@ -138,6 +169,62 @@ def test_a_learned_temperature_stays_in_the_query():
     torch.testing.assert_close(a(X), b(X), rtol=1e-5, atol=1e-6)
     a(X).sum().backward()
     assert a.temperature.grad.abs().sum() > 0
+
+
+def test_calls_of_one_module_are_rewritten_all_or_none():
+    class Model(nn.Module):
+        def __init__(self, scales):
+            super().__init__()
+            self.attention, self.scales = Attention(lambda m, t, x: t), scales
+            self.attention.forward = lambda x, s: F.scaled_dot_product_attention(x, x, x, scale=s)
+
+        def forward(self, x):
+            t = self.attention.tokens(self.attention.embed, x)
+            return [self.attention(t, s) for s in self.scales]
+
+    assert len(t5fx.explain(Model((0.5, 0.5)), (X,), config=ALL).rewritten) == 2
+    report = t5fx.explain(Model((0.5, 0.25)), (X,), config=ALL)
+    assert [s.reason for s in report.sites] == ["scores-changed"] * 2
+
+
+HEADS = {
+    "heads first": lambda m, x: m.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 3, 0, 1, 4),
+    "batch and heads flat": lambda m, x: (
+        m.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).reshape(3, -1, x.shape[1], 4)
+    ),
+    "tokens first": lambda m, x: (
+        m.qkv(x.transpose(0, 1))
+        .reshape(x.shape[1], x.shape[0], 3, 8)
+        .permute(2, 0, 1, 3)
+        .reshape(3, x.shape[1], -1, 4)
+        .transpose(1, 2)
+    ),
+    "one head": lambda m, x: m.qkv(x).reshape(*x.shape[:2], 3, 8).permute(2, 0, 1, 3),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_heads_are_found_wherever_they_are(case, monkeypatch):
+    """With the node replaced by softmax, the rewritten model is the original again."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.qkv = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = HEADS[case](self, self.embed(x).flatten(2).transpose(1, 2)).unbind(0)
+            return soft((q @ k.transpose(-2, -1)) * 0.3, v)
+
+    x = torch.randn(3, 3, 8, 8)
+    model = Model().eval()
+    lin = t5fx.linearize(model, (x,), config=ALL)
+    (site,) = lin.report.sites
+    assert (site.num_heads, site.grid) == ((1 if case == "one head" else 2), (4, 4))
+    monkeypatch.setattr(
+        TTT, "forward", lambda self, q, k, v, **layout: soft(self.scale * q @ k.mT, v)
+    )
+    torch.testing.assert_close(lin(x), model(x))
 
 
 def test_reasons_are_a_closed_set():
