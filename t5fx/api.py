@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,13 +46,13 @@ def linearize(
     Returns:
         For an nn.Module an nn.Module with the same call signature and return type, the original
         parameter names and its train/eval flags; for a GraphModule a GraphModule. `.report` says
-        what was done. The given model is not changed.
+        what was done. The given model is not changed; its forward and backward hooks are not
+        taken over: register them on the returned one.
 
     Raises:
         NothingRewrittenError: no site was rewritten; says why, and what would change it.
         AlreadyLinearizedError: the model has TTT nodes already.
         CaptureError: the model cannot be traced, or shapes are missing.
-        LayoutError: a given grid, prefix or suffix contradicts a site's number of tokens.
         T5Error: base of all of these.
     """
     config, arguments, keywords = _arguments(model_or_gm, args, kwargs, config)
@@ -116,6 +117,11 @@ def _arguments(
         raise CaptureError(
             f"args: expected a tuple of the call's arguments, got a tensor of shape "
             f"{tuple(args.shape)}; write (x,) instead of x"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise CaptureError(
+            f"kwargs: expected a mapping of names to arguments, got a {type(kwargs).__name__}; "
+            f"positional arguments belong in args"
         )
     if config is not None and not isinstance(config, LinearizeConfig):
         raise ConfigError(f"config: expected a LinearizeConfig, got {type(config).__name__}")

@@ -8,10 +8,14 @@ the shapes it is valid for and the structure of its output.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import inspect
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,13 +146,13 @@ def capture(
         except _OutOfTimeError:
             reason = f"with dynamic sizes it took more than {seconds:g} s"
         except Exception as error:
-            reason = f"dynamic sizes failed: {_first_line(error)}"
+            reason = f"dynamic sizes failed: {first_line(error)}"
     try:
         program = _within(None, lambda: _export(model, args, kwargs, dynamic=False))
     except Exception as error:
         raise CaptureError(
             f"expected a model that torch.export can trace; {type(model).__name__} failed with "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return _from_program(program, args, kwargs, f"static sizes ({reason})", dynamic=False)
 
@@ -164,8 +168,21 @@ def _export(
     # torch.export marks the tensors it is given; an aborted one would leave its marks on them.
     args, kwargs = pytree.tree_map(_alias, (args, kwargs))
     shapes = _dynamic_shapes(model, args, kwargs) if dynamic else None
-    with symbolic_config.patch(backed_size_oblivious=ones), torch.enable_grad():
-        return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    hook = model.register_forward_hook(_register_outputs)
+    try:
+        with symbolic_config.patch(backed_size_oblivious=ones), torch.enable_grad():
+            return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    finally:
+        hook.remove()
+
+
+def _register_outputs(_model: nn.Module, _args: Any, outputs: Any) -> None:
+    """Make pytree nodes of the plain dataclasses that a model returns, for torch.export."""
+    for leaf in pytree.tree_leaves(outputs):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            if type(leaf) not in pytree.SUPPORTED_NODES:  # two of a kind
+                pytree.register_dataclass(type(leaf))
+            _register_outputs(_model, _args, leaf)
 
 
 def _dynamic_shapes(
@@ -199,34 +216,34 @@ class _OutOfTimeError(BaseException):
     """Raised inside a capture that is past its budget; no `except Exception` swallows it."""
 
 
+_workers = [ThreadPoolExecutor(1, thread_name_prefix="t5fx-capture")]
+
+
 def _within(seconds: float | None, work: Callable[[], Any]) -> Any:
-    """Run `work` in a thread of its own and abort it after `seconds`.
+    """Run `work` in a thread kept for it and abort it after `seconds`.
 
-    The tracing modes that torch.export enters are thread-local: whatever an abort leaves behind
-    ends with the thread.
+    The tracing modes that torch.export enters are thread-local: an aborted capture's thread is not
+    used again, so whatever it left behind harms nobody. No thread ends, since torch 2.11 keeps
+    pointers into the one that first used fake tensors.
     """
-    result: dict[str, Any] = {}
-    ready = threading.Event()
+    thread: dict[str, int] = {}
 
-    def run() -> None:
-        try:
-            result["value"] = work()
-        except BaseException as error:
-            result["error"] = error
-        finally:
-            ready.set()
+    def run() -> Any:
+        thread["ident"] = threading.get_ident()
+        return work()
 
-    thread = threading.Thread(target=run, name="t5fx-capture", daemon=True)
-    thread.start()
-    if not ready.wait(seconds):
-        kind = ctypes.py_object(_OutOfTimeError)
-        while not ready.is_set():  # again after a while, should somebody have swallowed it
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), kind)
-            ready.wait(5.0)
-    thread.join()
-    if "error" in result:
-        raise result["error"]
-    return result["value"]
+    future = _workers[-1].submit(run)
+    try:
+        return future.result(seconds)
+    except FutureTimeoutError:
+        if future.done():
+            raise
+    _workers.append(ThreadPoolExecutor(1, thread_name_prefix="t5fx-capture"))
+    kind = ctypes.py_object(_OutOfTimeError)
+    while not future.done():  # again after a while, should somebody have swallowed it
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread["ident"]), kind)
+        wait([future], 5.0)
+    return future.result()
 
 
 def _from_program(
@@ -237,6 +254,7 @@ def _from_program(
     dynamic: bool,
 ) -> Capture:
     """Turn lifted parameters, buffers and constants of a program into `get_attr` nodes."""
+    _inline_blocks(program.graph_module)
     graph = program.graph_module.graph
     graph.owning_module = None  # attributes are those of the model from here on
     targets = {s.arg.name: s for s in program.graph_signature.input_specs if s.target}
@@ -254,16 +272,10 @@ def _from_program(
             node.args, node.kwargs = (), {}
         elif node.op == "placeholder":
             users.append(node)
-        elif node.op == "get_attr":  # a subgraph: the body of a block without gradients, say
-            body = getattr(program.graph_module, str(node.target))
-            if all(user.target is _NO_GRAD for user in node.users):
-                for user in list(node.users):
-                    _inline(user, body)
-                graph.erase_node(node)
-            else:
-                name = f"g{len(constants)}"
-                constants[f"{CONSTANTS}.{name}"] = body
-                node.target = f"{CONSTANTS}.{name}"
+        elif node.op == "get_attr":  # a subgraph: a branch of a condition, say
+            name = f"g{len(constants)}"
+            constants[f"{CONSTANTS}.{name}"] = getattr(program.graph_module, str(node.target))
+            node.target = f"{CONSTANTS}.{name}"
         elif "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)  # holds for the captured dtypes, which `Guards` checks
     leaves = pytree.tree_leaves((args, kwargs))
@@ -281,39 +293,115 @@ def _from_program(
 
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
-def _inline(call: fx.Node, body: fx.GraphModule) -> None:
-    """Put the body of a `no_grad` (or `enable_grad`) block in the place of its call.
+def _inline_blocks(owner: fx.GraphModule) -> None:
+    """Put the bodies of `no_grad`, `enable_grad` and `autocast` blocks in the place of their calls.
 
     Attention inside such a block is then seen like any other. Whoever runs the graph restores the
-    gradient mode should an error leave it halfway.
+    modes should an error leave it halfway.
     """
-    graph = call.graph
-    enabled, _, *inputs = call.args
-    stacks = [n.meta["nn_module_stack"] for n in body.graph.nodes if "nn_module_stack" in n.meta]
+    for node in list(owner.graph.nodes):
+        if node.op != "get_attr" or not node.users:
+            continue
+        if all(user.target in (_NO_GRAD, _AUTOCAST) for user in node.users):
+            body = getattr(owner, str(node.target))
+            _inline_blocks(body)
+            if any(user.target is _AUTOCAST for user in node.users) and not _can_inline(body):
+                continue
+            for user in list(node.users):
+                _inline(owner, user, body)
+            owner.graph.erase_node(node)
 
-    def switch(on: Any, stack: Any) -> None:
-        node = graph.call_function(torch._C._set_grad_enabled, (on,))
+
+def _can_inline(body: fx.GraphModule) -> bool:
+    """Whether to inline an autocast block: where Dynamo cannot follow, only for its attention."""
+    if hasattr(torch.amp.autocast_mode, "_UnmanagedAutocast"):  # not in torch 2.11
+        return True
+    names = (str(node.target) for node in body.graph.nodes)
+    return any("softmax" in name or "scaled_dot_product" in name for name in names)
+
+
+def _inline(owner: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
+    """Replace one call of a block by the nodes of its body, with its mode set around them."""
+    graph = owner.graph
+    stack = _shared_stack(body)
+
+    def switch(function: Callable[..., Any], *args: Any) -> fx.Node:
+        node = graph.call_function(function, args)
         node.meta.update({"val": None, **({"nn_module_stack": stack} if stack else {})})
+        return node
 
     with graph.inserting_before(call):
-        switch(enabled, stacks[0] if stacks else None)
         values: dict[fx.Node, fx.Node] = {}
         results: Any = ()
+        if call.target is _NO_GRAD:
+            enabled, _, *inputs = call.args
+            switch(torch._C._set_grad_enabled, enabled)
+        else:
+            *setting, _ = call.args[:5]
+            inputs = list(call.args[5:])
+            mode = switch(torch.amp.autocast_mode._enter_autocast, *setting)
         sources = iter(inputs)
         for node in body.graph.nodes:
             if node.op == "placeholder":
-                values[node] = next(sources)
+                values[node] = next(sources)  # type: ignore[assignment]
             elif node.op == "output":
                 results = fx.map_arg(node.args[0], lambda n: values[n])
             else:
                 values[node] = graph.node_copy(node, lambda n: values[n])
-        switch(not enabled, stacks[-1] if stacks else None)
+                if node.op == "get_attr":  # a subgraph of the body's own
+                    values[node].target = f"{call.name}_{node.target}"
+                    setattr(owner, f"{call.name}_{node.target}", getattr(body, str(node.target)))
+        if call.target is _NO_GRAD:
+            switch(torch._C._set_grad_enabled, not enabled)
+        else:
+            switch(torch.amp.autocast_mode._exit_autocast, mode)
     for item in list(call.users):
         item.replace_all_uses_with(results[item.args[1]])
         graph.erase_node(item)
     graph.erase_node(call)
+
+
+def _shared_stack(body: fx.GraphModule) -> dict[str, Any]:
+    """The module calls around all of a block: where its mode is set and where it is left."""
+    stacks = [n.meta["nn_module_stack"] for n in body.graph.nodes if n.meta.get("nn_module_stack")]
+    levels = zip(*(stack.items() for stack in stacks), strict=False)
+    return dict(
+        level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)
+    )
+
+
+class AutocastState:
+    """The autocast modes at some point, to come back to after an error inside a captured block.
+
+    depth: how many autocast blocks are open; torch drops its cast weights when the last one ends.
+    """
+
+    def __init__(self, devices: tuple[str, ...]) -> None:
+        self.depth = torch.autocast_increment_nesting() - 1
+        torch.autocast_decrement_nesting()
+        self.cache = torch.is_autocast_cache_enabled()
+        self.modes = [
+            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices
+        ]
+
+    @staticmethod
+    def devices(graph: fx.Graph) -> tuple[str, ...]:
+        """The devices whose autocast mode a captured graph sets."""
+        enter = torch.amp.autocast_mode._enter_autocast
+        return tuple(dict.fromkeys(str(n.args[0]) for n in graph.nodes if n.target is enter))
+
+    def restore(self) -> None:
+        open_blocks = torch.autocast_increment_nesting() - self.depth
+        for _ in range(open_blocks):
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(self.cache)
+        for device, enabled, dtype in self.modes:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 def _guards(users: list[fx.Node], leaves: list[Any]) -> Guards:
@@ -362,5 +450,6 @@ def _math() -> dict[str, Any]:
     return {"math": math, "torch": torch}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

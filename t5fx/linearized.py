@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 import threading
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +16,9 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from t5fx.canon import View
-from t5fx.capture import CONSTANTS, Capture, Guards, Signature, capture
+from t5fx.capture import CONSTANTS, AutocastState, Capture, Guards, Signature, capture, first_line
 from t5fx.config import LinearizeConfig
-from t5fx.errors import RefusedCallError
+from t5fx.errors import CaptureError, RefusedCallError
 from t5fx.kernels import TTT
 from t5fx.policy import Plan, plan
 from t5fx.report import Report
@@ -32,7 +36,8 @@ class Variant:
     """One captured and rewritten form of the model, and the calls that it serves.
 
     structure: names (and nesting) of the arguments; constants: those that are not tensors; mode:
-    number of the combination of train/eval flags and dtypes that it was captured in.
+    number of the combination of train/eval flags and dtypes that it was captured in; autocast: the
+    devices whose autocast mode it sets for a while.
     """
 
     structure: Any
@@ -41,6 +46,7 @@ class Variant:
     guards: Guards
     out_spec: Any
     piece: int
+    autocast: tuple[str, ...]
 
     def serves(self, structure: Any, leaves: list[Any], mode: int) -> bool:
         if self.mode != mode or self.structure != structure:
@@ -72,13 +78,24 @@ class Linearized(Block):
     Parameters and buffers have the original's names; each rewritten site adds its own under
     `<owner>.t5`. A call whose arguments, sizes, dtypes or train/eval flags no captured graph serves
     is captured on first use, on the same parameters. `report` says what was rewritten.
+
+    Threads that need the same capture wait for one another. A capture is no time for other threads
+    to run models, though: torch.export patches `nn.Module` for the whole process.
     """
 
     def __init__(self, template: nn.Module, config: LinearizeConfig) -> None:
         super().__init__(template, Mode())
         self._captures = Captures(config, Signature(template.forward))
         self.report = Report(type(template).__name__)
+        self.__class__ = _with_signature(self._captures.signature)
         mirror(template, self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__class__ = _with_signature(self._captures.signature)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original's forward takes and returns."""
@@ -92,8 +109,14 @@ class Linearized(Block):
         else:
             variant = self.capture(args, kwargs, mode)
         enabled = torch.is_grad_enabled()
+        watched = variant.autocast and not torch.compiler.is_compiling()
+        autocast = AutocastState(variant.autocast) if watched else None
         try:
             outputs = super().forward(*leaves, piece=variant.piece)
+        except BaseException:
+            if autocast is not None:
+                autocast.restore()
+            raise
         finally:
             if torch.is_grad_enabled() != enabled:
                 torch._C._set_grad_enabled(enabled)
@@ -116,7 +139,11 @@ class Linearized(Block):
             cell.number = modes.index(flags)
         return cell.number
 
-    @torch.compiler.disable
+    @torch.compiler.disable(
+        reason="no captured graph of this linearized model serves this call: call the model once "
+        "without torch.compile, in this train/eval mode and with arguments like these, then "
+        "compile it"
+    )
     @torch.inference_mode(False)
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], mode: int) -> Variant:
         """Trace and rewrite the model for a call that no variant serves yet.
@@ -135,10 +162,9 @@ class Linearized(Block):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Any, leaves: list[Any]
     ) -> Variant:
         template, captures = self._t5.source, self._captures
-        self._bind_template()
         config = resolve(captures.config, args, kwargs)
         seconds = 0.0 if config.gives_layout else config.capture_seconds
-        captured = capture(template, args, kwargs, seconds)
+        captured = self._trace(template, args, kwargs, seconds)
         existing: dict[str, nn.Module] = {
             n: m for n, m in self.named_modules() if isinstance(m, TTT)
         }
@@ -156,15 +182,35 @@ class Linearized(Block):
         piece = distribute(captured.graph, self, modules)
         variant = Variant(
             *(structure, _constants(leaves), self._mode(), captured.guards),
-            *(captured.out_spec, piece),
+            *(captured.out_spec, piece, AutocastState.devices(captured.graph)),
         )
         captures.variants.append(variant)
         return variant
 
+    def _trace(
+        self, template: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
+    ) -> Capture:
+        """`capture`; once a first call was captured, a failure is about the call, not the model."""
+        stand_ins: dict[int, Any] = {}
+        self._bind_template(lambda tensor: _whole(tensor, stand_ins))
+        try:
+            return capture(template, args, kwargs, seconds)
+        except CaptureError as error:
+            cause = error.__cause__
+            if not self.report.sites or cause is None:
+                raise
+            raise CaptureError(
+                f"this call of {type(template).__name__} could not be captured: expected arguments "
+                f"that the model takes, got {type(cause).__name__} from it: {first_line(cause)}"
+            ) from cause
+        finally:
+            if stand_ins:
+                self._bind_template(lambda tensor: tensor)
+
     def _nodes(self) -> dict[str, nn.Module]:
         return {n: m for n, m in self.named_modules() if isinstance(m, TTT)}
 
-    def _bind_template(self) -> None:
+    def _bind_template(self, seen_as: Callable[[Any], Any]) -> None:
         """Make the original's code see this module's tensors and train/eval flags."""
         for module in self.modules():
             if isinstance(module, Block):
@@ -174,7 +220,7 @@ class Linearized(Block):
                     (source._buffers, module._buffers),
                 ]
                 for theirs, ours in tensors:
-                    theirs.update({n: ours[n] for n in theirs if n in ours})
+                    theirs.update({n: seen_as(ours[n]) for n in theirs if n in ours})
                 source.training = module.training
 
     def _keep_constants(self, captured: Capture, number: int) -> None:
@@ -211,11 +257,50 @@ class Linearized(Block):
         return f"Linearized[{self.report.model}]"
 
 
+def _blank() -> Linearized:
+    return Linearized.__new__(Linearized)
+
+
+def _with_signature(signature: Signature) -> type[Linearized]:
+    """The class `Linearized` with the original's signature on `forward`.
+
+    `inspect` reads the signature of a method off its class; torch.export and Trainer ask `inspect`.
+    """
+    original = Linearized.forward
+    forward = types.FunctionType(
+        original.__code__, original.__globals__, "forward", None, original.__closure__
+    )
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    wanted = signature.signature
+    forward.__signature__ = wanted.replace(parameters=[itself, *wanted.parameters.values()])  # type: ignore[attr-defined]
+    forward.__doc__, forward.__qualname__ = original.__doc__, original.__qualname__
+    members = {"forward": forward, "__module__": __name__, "__doc__": Linearized.__doc__}
+    return type("Linearized", (Linearized,), members)
+
+
 def resolve(
     config: LinearizeConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LinearizeConfig:
     """The configuration with its callables of the call's arguments replaced by their values."""
     return config.called(lambda f: f(*args, **kwargs))
+
+
+def _whole(tensor: Any, stand_ins: dict[int, Any]) -> Any:
+    """A tensor, or for one that FSDP has split an empty one of its full size, to trace with.
+
+    Outside the modules whose forward runs FSDP leaves only its own part of a parameter, as a
+    DTensor, which does not mix with the whole ones.
+    """
+    split = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    if not isinstance(tensor, split):
+        return tensor
+    if id(tensor) not in stand_ins:
+        empty = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        parameter = isinstance(tensor, nn.Parameter)
+        stand_ins[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+    return stand_ins[id(tensor)]
 
 
 def _refuse(plans: list[Plan], existing: dict[str, nn.Module]) -> None:
@@ -238,14 +323,53 @@ def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[A
 
 
 def _constants(leaves: list[Any]) -> tuple[Any, ...]:
-    """The leaves that are not tensors, with their types: 1, 1.0 and True are different calls."""
-    return tuple(None if isinstance(v, torch.Tensor) else (type(v), v) for v in leaves)
+    """The leaves that are not tensors, with their types: 1, 1.0 and True are different calls.
+
+    A NaN, unequal to itself, becomes None: a call with another NaN is the same call.
+    """
+    return tuple(
+        None if isinstance(v, torch.Tensor) else (type(v), None if _is_nan(v) else v)
+        for v in leaves
+    )
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
 
 
 def template_of(model: nn.Module, share: bool) -> nn.Module:
-    """A copy of a model whose code can be traced; its tensors are copies too, or shared."""
+    """A copy of a model whose code can be traced; its tensors are copies too, or shared.
+
+    It has none of the model's hooks, which are for the user's data and not for a trace's; but a
+    GraphModule, which is transformed and not traced, keeps them. Raises `CaptureError` where a
+    model cannot be copied.
+    """
     memo: dict[int, Any] = {}
     if share:
         tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
         memo = {id(t): t for t in tensors}
-    return copy.deepcopy(model, memo)
+    try:
+        template = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"expected a model that copy.deepcopy can copy; {type(model).__name__} failed with "
+            f"{type(error).__name__}: {error}; a module that keeps computed tensors, as the old "
+            f"torch.nn.utils.weight_norm does, needs remove_weight_norm first, or "
+            f"torch.nn.utils.parametrizations"
+        ) from error
+    for module in () if isinstance(model, fx.GraphModule) else template.modules():
+        _remove_hooks(module)
+    return template
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Remove what runs around a forward, but torch's own hooks that compute a weight."""
+    own = {
+        key
+        for key, hook in module._forward_pre_hooks.items()
+        if type(hook).__module__.startswith("torch.nn.utils.")
+    }
+    for name, hooks in vars(module).items():
+        if name.startswith(("_forward_", "_backward_")) and "hooks" in name:
+            for key in [k for k in hooks if k not in own]:
+                del hooks[key]
