@@ -15,6 +15,8 @@ from t5fx.errors import AlreadyLinearizedError
 from t5fx.kernels import TTT, ttt
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
+#: Sums that torch 2.11 and 2.15 both give.
+FRESH = {"w1": -0.043036, "dwc_k.weight": -0.951142}
 STATIC = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0)
 
 
@@ -182,6 +184,13 @@ def test_fresh_parameters_depend_on_seed_and_name_alone():
         assert not torch.equal(a[name], c[name]), name
         other = name.replace("blocks.0", "blocks.1")
         assert not torch.equal(b[name], b[other]), name
+
+
+def test_fresh_parameters_are_the_same_on_every_version_of_torch():
+    node = TTT(2, 8, 8, 2, scale=1.0, seed=3, name="blocks.0.attn.t5")
+    assert node.w1.std().item() == pytest.approx(0.02, rel=0.2)
+    assert node.w1.sum().item() == pytest.approx(FRESH["w1"], abs=1e-5)
+    assert node.dwc_k.weight.sum().item() == pytest.approx(FRESH["dwc_k.weight"], abs=1e-4)
 
 
 @given(shapes)

@@ -82,8 +82,7 @@ class TTT(nn.Module):
             holder = _CONV[grid_ndim](
                 channels, channels, 3, padding=1, groups=channels, device="meta", dtype=dtype
             )
-            device = torch.get_default_device() if device is None else device
-            self.add_module(conv, holder.to_empty(device=device))
+            self.add_module(conv, holder.to_empty(device=empty.device))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -100,7 +99,10 @@ class TTT(nn.Module):
                 bound = 1 / math.sqrt(3**self.grid_ndim)
                 fresh.uniform_(-bound, bound, generator=generator)
             else:
-                nn.init.trunc_normal_(fresh, std=0.02, generator=generator)
+                # nn.init.trunc_normal_ draws differently from version to version of torch.
+                uniform = torch.empty(fresh.shape, dtype=torch.float64, device="cpu")
+                uniform.uniform_(-1, 1, generator=generator)
+                fresh = (0.02 * math.sqrt(2) * uniform.erfinv()).clamp(-2, 2)
             parameter.copy_(fresh)
 
     def forward(

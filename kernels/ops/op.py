@@ -1,7 +1,7 @@
 """The operator ``torch.ops.t5fx.ttt``: one node in a captured graph.
 
 It is CompositeImplicitAutograd: a Python body of ordinary PyTorch operators. torch.export and
-Dynamo keep the call as one node; autograd (also twice, and forward mode), AOTAutograd with
+Dynamo keep the call as one node; autograd (any number of times), AOTAutograd with
 Inductor, torch.func, FLOP counters and ``ExportedProgram.run_decompositions`` look through it. For
 the same reason it has no fake implementation, and torch accepts none for such an operator: on fake
 and meta tensors the body itself runs, so that shapes, strides and dtypes cannot differ from the
