@@ -10,8 +10,9 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from t5fx.calls import Signature
 from t5fx.canon import View
-from t5fx.capture import Signature, capture
+from t5fx.capture import capture
 from t5fx.config import LinearizeConfig
 from t5fx.errors import AlreadyLinearizedError, CaptureError, ConfigError, NothingRewrittenError
 from t5fx.kernels import TTT

@@ -15,8 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from t5fx.blocks import AutocastState
+from t5fx.calls import Guards, Signature
 from t5fx.canon import View
-from t5fx.capture import CONSTANTS, AutocastState, Capture, Guards, Signature, capture, first_line
+from t5fx.capture import CONSTANTS, Capture, capture, first_line
 from t5fx.config import LinearizeConfig
 from t5fx.errors import CaptureError, RefusedCallError
 from t5fx.kernels import TTT

@@ -12,10 +12,11 @@ from typing import Any
 from t5fx.canon import View, expr, hint, same
 from t5fx.config import LinearizeConfig
 from t5fx.kernels import flops
-from t5fx.layout import Axes, Axis, layout_of
+from t5fx.layout import Axes
 from t5fx.match import Match, find
 from t5fx.patterns.base import Binding, Operand, Refusal
 from t5fx.report import Site
+from t5fx.tokens import Axis, layout_of
 
 
 @dataclass

@@ -11,9 +11,9 @@ from torch import fx, nn
 from t5fx.canon import View, expr
 from t5fx.errors import GraphSpecError
 from t5fx.kernels import TTT
-from t5fx.layout import Axis
 from t5fx.patterns.base import Binding, Operand
 from t5fx.policy import Plan
+from t5fx.tokens import Axis
 
 #: Overloads of the ATen operators that are added to ATen graphs, where not "default".
 _OVERLOADS = {

@@ -15,7 +15,7 @@ from torch.export import Dim
 from vits import Shape
 
 import t5fx
-from t5fx.capture import AutocastState
+from t5fx.blocks import AutocastState
 from t5fx.errors import CaptureError
 from t5fx.linearized import _constants
 

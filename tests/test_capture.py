@@ -11,7 +11,8 @@ from torch import nn
 from vits import Shape
 
 import t5fx
-from t5fx.capture import Signature, _OutOfTimeError, _within
+from t5fx.calls import Signature
+from t5fx.capture import _OutOfTimeError, _within
 from t5fx.errors import CaptureError, NothingRewrittenError, RefusedCallError
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)

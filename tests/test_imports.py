@@ -19,12 +19,15 @@ ORDER = [
     "t5fx.canon",
     "t5fx.axes",
     "t5fx.masks",
+    "t5fx.calls",
+    "t5fx.blocks",
     "t5fx.capture",
     "t5fx.patterns.base",
     "t5fx.patterns.operands",
     "t5fx.patterns.chains",
     "t5fx.patterns",  # a pattern each
     "t5fx.match",
+    "t5fx.tokens",
     "t5fx.layout",
     "t5fx.kernels",  # policy asks what a node costs; nothing before it knows of the node
     "t5fx.policy",
