@@ -102,7 +102,7 @@ class TTT(nn.Module):
                 # nn.init.trunc_normal_ draws differently from version to version of torch.
                 uniform = torch.empty(fresh.shape, dtype=torch.float64, device="cpu")
                 uniform.uniform_(-1, 1, generator=generator)
-                fresh = (0.02 * math.sqrt(2) * uniform.erfinv()).clamp(-2, 2).float().float()
+                fresh = (0.02 * math.sqrt(2) * uniform.erfinv()).clamp(-2, 2).float()
             parameter.copy_(fresh)
 
     def forward(
