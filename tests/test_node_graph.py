@@ -120,6 +120,9 @@ def test_torch_func_sees_through_the_operator():
     per_sample = torch.func.vmap(grad, in_dims=(None, 0, 0, 0))(weights[0], q, k, v)
     one_by_one = [grad(weights[0], *qkv) for qkv in zip(q, k, v, strict=True)]
     close(per_sample, torch.stack(one_by_one))
+    # Without a transform between them, vmap meets the operator itself.
+    losses = torch.func.vmap(loss, in_dims=(None, 0, 0, 0))(weights[0], q, k, v)
+    close(losses, torch.stack([loss(weights[0], *qkv) for qkv in zip(q, k, v, strict=True)]))
 
 
 def test_meta_tensors():
