@@ -193,7 +193,7 @@ def test_the_operator_and_the_module_know_their_names_too(name):
 def test_the_module_asks_for_its_implementation():
     module = make()
     module.impl = "x"
-    with pytest.raises(NodeArgumentError, match="impl: expected one of .* got 'x'"):
+    with pytest.raises(NodeArgumentError, match=r"impl: expected one of .* got 'x'"):
         module(*qkv(), (2, 3), 1)
 
 
