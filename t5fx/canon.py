@@ -215,17 +215,7 @@ class View:
     def _folded(self, node: fx.Node) -> float | None:
         """The value of a one-element tensor that the graph computes from constant numbers."""
         name, value = self.op(node), self.val(node)
-        known = name in (
-            "full",
-            "sqrt",
-            "rsqrt",
-            "pow",
-            "mul",
-            "div",
-            "reciprocal",
-            "scalar_tensor",
-        )
-        if not known or value is None or value.numel() != 1 or self.mutated(node):
+        if name not in _FOLDED or value is None or value.numel() != 1 or self.mutated(node):
             return None
         if name in ("full", "scalar_tensor"):
             return self.scalar(node.args[-1])

@@ -167,9 +167,7 @@ class Linearized(Block):
         config = resolve(captures.config, args, kwargs)
         seconds = 0.0 if config.gives_layout else config.capture_seconds
         captured = self._trace(template, args, kwargs, seconds)
-        existing: dict[str, nn.Module] = {
-            n: m for n, m in self.named_modules() if isinstance(m, TTT)
-        }
+        existing = self._nodes()
         view = View(captured.graph, template, captured.constants)
         plans = plan(view, config, frozenset(existing) if existing else None)
         if existing:
