@@ -6,15 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from t5fx.adapters import adapter
     from t5fx.api import explain, linearize
     from t5fx.config import LinearizeConfig
     from t5fx.errors import T5Error
     from t5fx.report import Report, Site
 
 __version__ = "0.1.0"
-__all__ = ["LinearizeConfig", "Report", "Site", "T5Error", "explain", "linearize"]
+__all__ = ["LinearizeConfig", "Report", "Site", "T5Error", "adapter", "explain", "linearize"]
 
 _HOMES = {
+    "adapter": "adapters",
     "linearize": "api",
     "explain": "api",
     "LinearizeConfig": "config",

@@ -18,7 +18,7 @@ from t5fx.errors import AlreadyLinearizedError, CaptureError, ConfigError, Nothi
 from t5fx.kernels import TTT
 from t5fx.linearized import Linearized, resolve, template_of
 from t5fx.policy import plan
-from t5fx.report import Report
+from t5fx.report import Report, why_nothing
 from t5fx.rewrite import rewrite
 
 
@@ -72,7 +72,7 @@ def linearize(
         result.capture(*bound, result._mode())
         report = result.report
     if not report.rewritten:
-        raise NothingRewrittenError(_nothing(report))
+        raise NothingRewrittenError(why_nothing(report))
     _count(report, result)
     return result
 
@@ -175,28 +175,3 @@ def _count(report: Report, model: nn.Module) -> None:
     parameters = list(model.parameters())
     report.total = sum(p.numel() for p in parameters)
     report.trainable = sum(p.numel() for p in parameters if p.requires_grad)
-
-
-#: What would change the outcome, for reasons where a setting can.
-_SETTINGS = {
-    "below-break-even": "LinearizeConfig(min_tokens=0), or an example with more tokens",
-    "grid-unknown": "LinearizeConfig(grid=..., prefix=...), or locality='none'",
-    "excluded": "`include` and `exclude`",
-}
-
-
-def _nothing(report: Report) -> str:
-    if not report.sites:
-        return (
-            f"expected at least one attention in {report.model}, found none: no "
-            f"scaled_dot_product_attention and no softmax between two products in its graph"
-        )
-    counts = ", ".join(f"{n} x {reason}" for reason, n in report.counts().items())
-    ranked = sorted(report.skipped, key=lambda s: s.reason not in _SETTINGS)
-    nearest = ranked[0]
-    setting = _SETTINGS.get(nearest.reason or "", "")
-    advice = f"; to change that: {setting}" if setting else ""
-    return (
-        f"rewrote none of {len(report.sites)} attention sites of {report.model} ({counts}). "
-        f"Nearest: '{nearest.fqn}', {nearest.reason}: {nearest.detail}{advice}"
-    )

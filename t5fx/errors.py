@@ -31,3 +31,15 @@ class UnavailableMethodError(T5Error, AttributeError):
 
 class GraphSpecError(T5Error):
     """A rewritten graph breaks one of the invariants that `t5fx.rewrite.verify` checks (a bug)."""
+
+
+class AdapterError(T5Error):
+    """The new parameters of a compiled model are not there, do not fit, or are not unique."""
+
+
+class UntrainedWarning(UserWarning):
+    """A model runs with new parameters that nobody has trained or loaded."""
+
+
+class NothingRewrittenWarning(UserWarning):
+    """backend="t5" left a graph as it is."""

@@ -169,7 +169,7 @@ class Linearized(Block):
         captured = self._trace(template, args, kwargs, seconds)
         existing = self._nodes()
         view = View(captured.graph, template, captured.constants)
-        plans = plan(view, config, frozenset(existing) if existing else None)
+        plans = plan(view, config, lambda m: m.key in existing if existing else None)
         if existing:
             _refuse(plans, existing)
         else:
@@ -242,6 +242,11 @@ class Linearized(Block):
         for node in captured.graph.nodes:
             if node.op == "get_attr" and node.target in captured.constants:
                 node.target = str(node.target).replace(".", f".v{number}.", 1)
+
+    @property
+    def linearize_config(self) -> LinearizeConfig:
+        """The options that it was made with."""
+        return self._captures.config
 
     @property
     def dtype(self) -> torch.dtype:

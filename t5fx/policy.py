@@ -6,11 +6,13 @@ Legality is judged before the grid, the grid before cost; the first objection is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from t5fx.canon import View, expr, hint, same
 from t5fx.config import LinearizeConfig
+from t5fx.errors import GraphSpecError
 from t5fx.kernels import flops
 from t5fx.layout import Axes
 from t5fx.match import Match, find
@@ -33,11 +35,18 @@ class Plan:
     grid: tuple[Axis | int, ...] = ()
 
 
-def plan(view: View, config: LinearizeConfig, keep: frozenset[str] | None = None) -> list[Plan]:
+def _undecided(match: Match) -> bool | None:
+    return None
+
+
+def plan(
+    view: View, config: LinearizeConfig, decided: Callable[[Match], bool | None] = _undecided
+) -> list[Plan]:
     """Judge every attention of a graph.
 
-    keep: keys of the sites to rewrite, decided before; they are judged again for legality and
-    layout, not for selection and cost, and all others are left.
+    decided: what an earlier graph of the same model decided about a site: True, it is rewritten
+    (and judged again for legality and layout, but not for selection and cost); False, it is left;
+    None, nothing yet.
     """
     matches = find(view)
     axes = Axes(view) if matches else None
@@ -49,10 +58,17 @@ def plan(view: View, config: LinearizeConfig, keep: frozenset[str] | None = None
         plans.append(entry)
         assert axes is not None
         try:
-            _judge(view, axes, entry, keep)
+            _judge(view, axes, entry, decided(match))
             site.status = "rewritten"
         except Refusal as refusal:
             site.reason, site.detail = refusal.reason, refusal.detail
+        except Exception as error:
+            if config.selects(match.owner):
+                raise GraphSpecError(
+                    f"site '{match.owner}' could not be judged ({type(error).__name__}: {error}); "
+                    f"leave it out with exclude=({match.owner!r},) and report this"
+                ) from error
+            site.reason, site.detail = "excluded", "left out by `include` or `exclude`"
     _agree(plans)
     return plans
 
@@ -90,7 +106,7 @@ def _objection(first: Plan, other: Plan) -> tuple[str, str] | None:
     return None
 
 
-def _judge(view: View, axes: Axes, entry: Plan, keep: frozenset[str] | None) -> None:
+def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None) -> None:
     match, site, config = entry.match, entry.site, entry.config
     if match.binding is None:
         value = view.val(match.anchor)
@@ -103,13 +119,13 @@ def _judge(view: View, axes: Axes, entry: Plan, keep: frozenset[str] | None) -> 
     _measure(view, site, binding, config)
     _same_tokens(view, axes, binding)
     _independent(view, binding)
-    if keep is None and not config.selects(match.owner):
+    if decided is None and not config.selects(match.owner):
         raise Refusal("excluded", "left out by `include` or `exclude`")
-    if keep is not None and match.key not in keep:
-        raise Refusal("excluded", "was not rewritten when the model was linearized")
+    if decided is False:
+        raise Refusal("excluded", "not one of the sites that were rewritten before")
     tokens = axes[binding.q.like][binding.q.token]
     entry.prefix, entry.grid = _layout(tokens, site, config)
-    if keep is None:
+    if decided is None:
         _pays(site, config)
 
 

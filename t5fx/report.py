@@ -145,3 +145,29 @@ def _layout(site: Site) -> str:
 
 def _giga(flops: int | None) -> str:
     return "?" if flops is None else f"{flops / 1e9:.3g}"
+
+
+#: What would change the outcome, for reasons where a setting can.
+_SETTINGS = {
+    "below-break-even": "LinearizeConfig(min_tokens=0), or an example with more tokens",
+    "grid-unknown": "LinearizeConfig(grid=..., prefix=...), or locality='none'",
+    "excluded": "`include` and `exclude`",
+}
+
+
+def why_nothing(report: Report) -> str:
+    """Why no site was rewritten: counts by reason, the nearest miss, and what would change it."""
+    if not report.sites:
+        return (
+            f"expected at least one attention in {report.model}, found none: no "
+            f"scaled_dot_product_attention and no softmax between two products in its graph"
+        )
+    counts = ", ".join(f"{n} x {reason}" for reason, n in report.counts().items())
+    ranked = sorted(report.skipped, key=lambda s: s.reason not in _SETTINGS)
+    nearest = ranked[0]
+    setting = _SETTINGS.get(nearest.reason or "", "")
+    advice = f"; to change that: {setting}" if setting else ""
+    return (
+        f"rewrote none of {len(report.sites)} attention sites of {report.model} ({counts}). "
+        f"Nearest: '{nearest.fqn}', {nearest.reason}: {nearest.detail}{advice}"
+    )

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
+from t5fx.blocks import INSIDE
 from t5fx.canon import View, expr
 from t5fx.errors import GraphSpecError
 from t5fx.kernels import TTT
@@ -79,28 +81,33 @@ def _impure(node: fx.Node) -> bool:
     return in_place or bool(node.kwargs.get("inplace")) or bool(node.is_impure())
 
 
-def _module(view: View, entry: Plan) -> TTT:
+def settings(view: View, entry: Plan) -> dict[str, Any]:
+    """The arguments of a site's `TTT`, but for its name, dtype and device."""
     binding, config = entry.match.binding, entry.config
     assert binding is not None and entry.site.num_heads and entry.site.head_dim
-    value = view.val(binding.v.like)
+    return {
+        "num_heads": entry.site.num_heads,
+        "head_dim": entry.site.head_dim,
+        "value_dim": int(view.shape(binding.v.like)[binding.v.channel]),
+        "grid_ndim": len(entry.grid) or 1,
+        "scale": binding.scale,
+        "inner": config.inner,
+        "inner_loss": config.inner_loss,
+        "key_norm": config.key_norm,
+        "key_norm_eps": config.key_norm_eps,
+        "locality": config.locality if entry.grid else "none",
+        "impl": config.impl,
+        "seed": config.seed,
+    }
+
+
+def _module(view: View, entry: Plan) -> TTT:
+    assert entry.match.binding is not None
+    value = view.val(entry.match.binding.v.like)
     assert value is not None
-    return TTT(
-        entry.site.num_heads,
-        entry.site.head_dim,
-        int(expr(value.shape[binding.v.channel])),
-        len(entry.grid) or 1,
-        scale=binding.scale,
-        inner=config.inner,
-        inner_loss=config.inner_loss,
-        key_norm=config.key_norm,
-        key_norm_eps=config.key_norm_eps,
-        locality=config.locality if entry.grid else "none",
-        impl=config.impl,
-        seed=config.seed,
-        name=entry.match.key,
-        device=value.device,
-        dtype=_parameter_dtype(view, entry, value.dtype),
-    )
+    dtype = _parameter_dtype(view, entry, value.dtype)
+    name, chosen = entry.match.key, settings(view, entry)
+    return TTT(**chosen, name=name, device=value.device, dtype=dtype)
 
 
 def _parameter_dtype(view: View, entry: Plan, default: torch.dtype) -> torch.dtype:
@@ -124,12 +131,8 @@ def _replace(view: View, entry: Plan) -> None:
         if binding.groups > 1:
             k, v = (build.call("repeat_interleave", x, binding.groups, dim=1) for x in (k, v))
         kwargs: dict[str, Any] = {}
-        if isinstance(binding.dropout, fx.Node):
-            ones = build.ones(v)
-            kept = build.again(binding.dropout, {view.inputs(binding.dropout)[0]: ones})
-            v = build.call("mul", v, kept)
-        elif binding.dropout:
-            kwargs["dropout_p"] = float(binding.dropout)
+        if binding.dropout:
+            v = build.call("mul", v, build.dropped(build.ones(v), binding.dropout))
         if entry.grid:
             kwargs["grid"] = tuple(build.size(g) for g in entry.grid)
             kwargs["prefix"] = build.total(entry.prefix)
@@ -176,7 +179,7 @@ class _Builder:
     def __init__(self, view: View, like: fx.Node) -> None:
         self.view, self.graph = view, view.graph
         self.aten = isinstance(like.target, torch._ops.OpOverload)
-        keys = ("nn_module_stack", "stack_trace", "source_fn_stack")
+        keys = ("nn_module_stack", "stack_trace", "source_fn_stack", INSIDE)
         self.key = "example_value" if "example_value" in like.meta else "val"
         self.meta = {k: like.meta[k] for k in keys if k in like.meta}
 
@@ -261,6 +264,17 @@ class _Builder:
 
     def _learned(self, node: fx.Node) -> bool:
         return not self.view.depends_on_input(node)
+
+    def dropped(self, ones: fx.Node, dropout: Any) -> fx.Node:
+        """Dropout of the probabilities as one draw per batch item, head and token, [B, H, N, 1].
+
+        In the inner loss, each token loses its value with the same probability, and the others
+        grow by 1 / (1 - p). The expected W' is unchanged: its gradient is linear in v.
+        """
+        if isinstance(dropout, fx.Node):  # a dropout module, which knows whether it trains
+            return self.again(dropout, {self.view.inputs(dropout)[0]: ones})
+        target = torch.ops.aten.dropout.default if self.aten else functional.dropout
+        return self._stamp(self.graph.call_function(target, (ones, float(dropout), True)))
 
     def ones(self, v: fx.Node) -> fx.Node:
         """[B, H, N, 1]: one for each token of v."""

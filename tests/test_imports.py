@@ -34,6 +34,9 @@ ORDER = [
     "t5fx.rewrite",
     "t5fx.tree",
     "t5fx.linearized",
+    "t5fx.adapters",
+    "t5fx.dynamo",
+    "t5fx.backend",
     "t5fx.api",
     "t5fx",  # the public names, resolved on first use
     "t5fx.bench",

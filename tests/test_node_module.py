@@ -113,20 +113,6 @@ def test_deepcopy_is_independent():
     assert not torch.equal(twin(*args), module(*args))
 
 
-@pytest.mark.parametrize("inner_loss", nodes.LOSSES)
-def test_dropout_drops_values_of_tokens_in_the_inner_loss(inner_loss):
-    module = make(inner_loss=inner_loss, dtype=torch.float64)
-    nn.init.normal_(module.w1), nn.init.normal_(module.w2), nn.init.normal_(module.w3)
-    q, k, v = qkv(dtype=torch.float64)
-    torch.manual_seed(5)
-    dropped = module(q, k, v, (2, 3), 1, dropout_p=0.4)
-    torch.manual_seed(5)
-    mask = nn.functional.dropout(torch.ones(2, 2, 7, 1, dtype=torch.float64), 0.4)
-    assert 0 < (mask == 0).sum() < mask.numel()
-    close(dropped, module(q, k, v * mask, (2, 3), 1))
-    assert torch.equal(module(q, k, v, (2, 3), 1, dropout_p=0.0), module(q, k, v, (2, 3), 1))
-
-
 def test_representation_names_the_settings():
     text = repr(make(inner="mlp2", key_norm="rms"))
     assert "inner='mlp2'" in text and "key_norm='rms'" in text and "heads=2" in text

@@ -3,16 +3,19 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .checks import check_grid_ndim, check_settings
 from .errors import NodeArgumentError
 from .functional import flops
 from .inner import inner_model
 from .locality import CONVOLVED
+
+#: The attributes of a node that are arguments of the operator.
+SETTINGS = ("scale", "inner", "inner_loss", "key_norm", "key_norm_eps", "locality", "impl")
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -112,36 +115,22 @@ class TTT(nn.Module):
         v: Tensor,
         grid: Sequence[int] = (),
         prefix: int = 0,
-        dropout_p: float = 0.0,
     ) -> Tensor:
-        """``[B, H, N, D]``, ``[B, H, N, D]``, ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]`` in q's dtype.
-
-        ``dropout_p`` is the linear-time analogue of dropout on attention probabilities: each token
-        loses its value in the inner loss with that probability and the others grow by
-        1 / (1 - dropout_p), one draw per batch item, head and token. The expected W' is
-        unchanged: the gradient is linear in v. The caller says whether it is training.
-        """
+        """``[B, H, N, D]``, ``[B, H, N, D]``, ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]`` in q's dtype."""
         if self._conv_names and len(grid) != self.grid_ndim:
             raise NodeArgumentError(f"grid: expected {self.grid_ndim} axes; got {tuple(grid)}")
-        if dropout_p > 0.0:
-            v = v * F.dropout(torch.ones_like(v[..., :1]), dropout_p, training=True)
+        settings = self.settings()
+        return torch.ops.t5fx.ttt(q, k, v, *self.tensors(), grid=list(grid), prefix=prefix, **settings)
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The arguments ``weights`` and ``conv`` of ``torch.ops.t5fx.ttt``."""
+        weights = [getattr(self, name) for name in self._weight_names]
         conv = [getattr(self, name) for name in self._conv_names]
-        return torch.ops.t5fx.ttt(
-            q,
-            k,
-            v,
-            [getattr(self, name) for name in self._weight_names],
-            [tensor for module in conv for tensor in (module.weight, module.bias)],
-            scale=self.scale,
-            grid=list(grid),
-            prefix=prefix,
-            inner=self.inner,
-            inner_loss=self.inner_loss,
-            key_norm=self.key_norm,
-            key_norm_eps=self.key_norm_eps,
-            locality=self.locality,
-            impl=self.impl,
-        )
+        return weights, [tensor for module in conv for tensor in (module.weight, module.bias)]
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of ``torch.ops.t5fx.ttt`` that are the same in every call."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def flops(self, batch: int, tokens: int) -> int:
         """FLOP of one forward's matrix products at these sizes; a multiply-add is two."""

@@ -1,0 +1,267 @@
+"""The new parameters of models that backend="t5" compiles without touching them.
+
+They are kept beside the model, not in it. Dynamo's compiled code serves any module with the same
+code, so a graph cannot hold them either: for each site one parameter of the model, its anchor, is
+chosen among the graph's inputs, and the site's node is looked up by it in every call. A node lives
+as long as its anchor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import weakref
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from t5fx.config import LinearizeConfig
+from t5fx.errors import AdapterError
+from t5fx.kernels import TTT
+from t5fx.linearized import Linearized
+
+
+class Place(NamedTuple):
+    """Where a node is, seen from its anchor: how many parts of the anchor's name to leave, and
+    what to append. It is the same in whatever module both are named from."""
+
+    up: int
+    down: tuple[str, ...]
+
+    @classmethod
+    def between(cls, anchor: str, key: str) -> Place:
+        """From the parameter `anchor` to the node `key`."""
+        here, there = anchor.split("."), key.split(".")
+        shared = len(os.path.commonprefix([here, there]))
+        return cls(len(here) - shared, tuple(there[shared:]))
+
+    def key(self, anchor: str) -> str | None:
+        """The node's key where the anchor has this name; None for one outside of that module."""
+        parts = anchor.split(".")
+        if self.up > len(parts):
+            return None
+        return ".".join((*parts[: len(parts) - self.up], *self.down))
+
+
+@dataclass
+class Held:
+    """A node, and what its anchor was like when it was last moved or cast with it."""
+
+    node: TTT
+    like: tuple[torch.dtype, torch.device]
+
+    def follow(self, anchor: torch.Tensor) -> TTT:
+        """The node, on the device and in the dtype of its anchor."""
+        like = (anchor.dtype, anchor.device)
+        if like != self.like:
+            dtype = anchor.dtype if anchor.is_floating_point() else None
+            self.node.to(device=anchor.device, dtype=dtype)
+            self.like = like
+        return self.node
+
+
+#: anchor -> {identity of a node: node}
+_HELD: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two sites one: place, settings of the node, and the adapter it was loaded from."""
+
+    place: Place
+    settings: tuple[tuple[str, Any], ...]
+    source: Hashable = None
+
+
+def held(anchor: torch.Tensor, identity: Identity) -> Held | None:
+    """The node of a site, if there is one."""
+    found = _HELD.get(anchor)
+    return None if found is None else found.get(identity)
+
+
+def exists(anchor: torch.Tensor, place: Place, source: Hashable) -> bool:
+    """Whether a site has a node, whatever its settings."""
+    return any(i.place == place and i.source == source for i in _HELD.get(anchor, ()))
+
+
+def obtain(
+    anchor: torch.Tensor, identity: Identity, name: str, adapter: Adapter | None
+) -> tuple[TTT, bool]:
+    """The node of a site, made where there is none: the node, and whether it was made fresh.
+
+    name: the site's key in the model, which chooses the fresh values, or those of `adapter`.
+    """
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        found = held(anchor, identity)
+        if found is not None:
+            return found.follow(anchor), False
+        dtype = anchor.dtype if anchor.is_floating_point() else None
+        node = TTT(**dict(identity.settings), name=name, device=anchor.device, dtype=dtype)
+        if adapter is not None:
+            adapter.fill(node, name)
+        _HELD.setdefault(anchor, {})[identity] = Held(node, (anchor.dtype, anchor.device))
+        return node, adapter is None
+
+
+def forget(anchor: torch.Tensor, identity: Identity) -> None:
+    """Drop a node that was made for a rewrite that failed."""
+    with _LOCK:
+        _HELD.get(anchor, {}).pop(identity, None)
+
+
+class Adapter:
+    """Trained parameters by site, from the option "adapter": a safetensors file or a module.
+
+    A module may be a linearized model, what `t5fx.adapter` returned, or any other whose state_dict
+    has keys such as `blocks.0.attn.t5.w1`. Values are copied.
+    """
+
+    _serial: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+    def __init__(self, origin: str | os.PathLike[str] | nn.Module) -> None:
+        self.config: LinearizeConfig | None = None
+        self.source: Hashable
+        if isinstance(origin, nn.Module):
+            tensors = origin.state_dict()
+            self.label = f"a {type(origin).__name__}"
+            self.source = self._serial.setdefault(origin, len(self._serial))
+            if isinstance(origin, Linearized):
+                self.config = origin.linearize_config
+        elif isinstance(origin, str | os.PathLike):
+            tensors, self.label, self.source = _file(Path(origin))
+        else:
+            raise AdapterError(
+                f"adapter: expected the path of a safetensors file or an nn.Module, got a "
+                f"{type(origin).__name__}"
+            )
+        self.sites: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            match = re.match(r"((?:.*\.)?t5(?:_\d+)?)\.(.+)$", name.replace("_orig_mod.", ""))
+            if match is not None:
+                self.sites.setdefault(match[1], {})[match[2]] = tensor
+        if not self.sites:
+            raise AdapterError(
+                f"adapter: expected keys such as 'blocks.0.attn.t5.w1', got none in {self.label}"
+            )
+
+    def fill(self, node: TTT, name: str) -> None:
+        """Copy a site's values. Raises `AdapterError` where they are missing or do not fit."""
+        values = self.sites.get(name)
+        if values is None:
+            raise AdapterError(
+                f"adapter: expected parameters of the site '{name}', got those of "
+                f"{', '.join(map(repr, sorted(self.sites)))} in {self.label}"
+            )
+        try:
+            node.load_state_dict(values)
+        except RuntimeError as error:
+            raise AdapterError(
+                f"adapter: the parameters of '{name}' in {self.label} are not those of the node "
+                f"that the options describe: {error}"
+            ) from error
+
+
+def _file(path: Path) -> tuple[dict[str, torch.Tensor], str, Hashable]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stamp = path.stat().st_mtime_ns
+        return load_file(path), f"'{path}'", (str(path.resolve()), stamp)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"adapter: expected a safetensors file, got '{path}': {error}"
+        ) from error
+
+
+class Parameters(nn.Module):
+    """The new parameters of a model, under the keys that `linearize` gives them.
+
+    An optimizer takes its parameters, and its state_dict is an adapter; it computes nothing.
+    """
+
+    def add(self, key: str, node: TTT) -> None:
+        module: nn.Module = self
+        *path, last = key.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.add_module(last, node)
+
+    def nodes(self) -> dict[str, TTT]:
+        """The nodes by key."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, TTT)}
+
+
+def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Parameters:
+    """The new parameters of a model compiled with backend="t5", or of a linearized one.
+
+    The model itself is not touched by `torch.compile(model, backend="t5")`: its state_dict and its
+    parameters do not have the new ones. Train them with an optimizer that takes these too::
+
+        fast = torch.compile(model, backend="t5")
+        fast(x)  # compiles: from now on the new parameters exist
+        optimizer = torch.optim.AdamW([*model.parameters(), *t5fx.adapter(model).parameters()])
+
+    They are moved and cast with the model, at its next call or at the next call of this function.
+
+    Args:
+        model: the model, what torch.compile made of it, or a module that it is part of (or that is
+            part of it); keys are seen from there.
+        config: only where the model was compiled with several: the one that is meant.
+
+    Returns:
+        An nn.Module whose parameters are the new ones themselves, not copies, with the keys
+        `<owner>.t5.w1` and so on of a linearized model; its state_dict is what the option
+        "adapter" takes, as a module or saved with safetensors.
+
+    Raises:
+        AdapterError: nothing was rewritten in this model yet, or several nodes have one key.
+    """
+    result = Parameters()
+    origins: dict[str, str] = {}
+    for key, node, label in _found(model):
+        if config is not None and not _matches(node, config.at(key.rpartition(".")[0])):
+            continue
+        if origins.setdefault(key, label) != label or result.nodes().get(key, node) is not node:
+            raise AdapterError(
+                f"'{key}' is the key of several nodes, as the model was compiled with several "
+                f"options; say which with config=LinearizeConfig(...)"
+            )
+        result.add(key, node)
+    if not origins:
+        raise AdapterError(
+            f"{type(model).__name__} has no new parameters (yet): expected a model that was "
+            f'compiled with backend="t5" and called once, or a linearized one'
+        )
+    return result
+
+
+def _found(model: nn.Module) -> Iterator[tuple[str, TTT, str]]:
+    for name, module in model.named_modules():
+        if isinstance(module, TTT):
+            yield _clean(name), module, "own"
+    with _LOCK:
+        for name, parameter in model.named_parameters():
+            for identity, entry in _HELD.get(parameter, {}).items():
+                key = identity.place.key(_clean(name))
+                if key is not None:
+                    yield key, entry.follow(parameter), repr(identity)
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _matches(node: TTT, config: LinearizeConfig) -> bool:
+    names = ("inner", "inner_loss", "key_norm", "key_norm_eps", "impl", "seed")
+    same = all(getattr(node, name) == getattr(config, name) for name in names)
+    return same and node.locality in (config.locality, "none")

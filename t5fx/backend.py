@@ -1,0 +1,478 @@
+"""torch.compile(model, backend="t5"): match, rewrite and lower the graph that Dynamo captured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import logging
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.utils import detect_fake_mode
+from torch._logging import trace_structured
+from torch.nn.parallel import DistributedDataParallel
+
+from t5fx import adapters, kernels
+from t5fx.adapters import Adapter, Identity, Place
+from t5fx.blocks import close_checkpoints
+from t5fx.canon import View
+from t5fx.config import LinearizeConfig
+from t5fx.dynamo import Region, is_running, model_of, name_in_model, read
+from t5fx.errors import AdapterError, ConfigError, NothingRewrittenWarning, UntrainedWarning
+from t5fx.kernels import TTT
+from t5fx.match import Match
+from t5fx.policy import Plan, plan
+from t5fx.report import Report, why_nothing
+from t5fx.rewrite import rewrite, settings
+from t5fx.tree import Block
+
+log = logging.getLogger(__name__)
+
+_TTT = torch.ops.t5fx.ttt.default
+
+#: Fields of LinearizeConfig that mean nothing to a graph that Dynamo captured.
+_NOT_HERE = ("capture_seconds",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., backend="t5", options=...)` was given, checked.
+
+    config: the fields of LinearizeConfig; adapter: trained parameters; mode and inductor:
+    Inductor's mode and its own options.
+    """
+
+    config: LinearizeConfig
+    adapter: Adapter | None
+    mode: str | None
+    inductor: dict[str, Any]
+
+    @classmethod
+    def of(cls, mode: str | None, options: dict[str, Any] | None) -> Options:
+        """Raises `ConfigError` for an option that is unknown or outside its domain."""
+        given = dict(options or {})
+        names = [f.name for f in dataclasses.fields(LinearizeConfig) if f.name not in _NOT_HERE]
+        own = ("adapter", "mode", "inductor")
+        unknown = [repr(name) for name in given if name not in (*names, *own)]
+        if unknown:
+            raise ConfigError(
+                f"options of backend='t5': expected any of {', '.join((*own, *names))}; got "
+                f"{', '.join(unknown)}. Inductor's own options go into 'inductor'"
+            )
+        inductor = given.pop("inductor", None) or {}
+        if not isinstance(inductor, dict):
+            raise ConfigError(f"inductor: expected a dict of options, got {inductor!r}")
+        mode = given.pop("mode", None) or mode
+        origin = given.pop("adapter", None)
+        adapter = None if origin is None else Adapter(origin)
+        base = LinearizeConfig() if adapter is None else adapter.config or LinearizeConfig()
+        config = dataclasses.replace(base, **given)
+        for fields in (dataclasses.asdict(config), *config.overrides.values()):
+            for name, value in fields.items():
+                if callable(value):
+                    raise ConfigError(
+                        f"{name}: a graph does not know the arguments of the call; expected a "
+                        f"value, got a callable, which t5fx.linearize takes"
+                    )
+        return cls(config, adapter, mode, inductor)
+
+
+def t5(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **more: Any,
+) -> Callable[..., Any]:
+    """The backend "t5" of torch.compile.
+
+    On a linearized model it compiles with Inductor. On any other it first rewrites every legal
+    softmax attention of the graph into a TTT node, as `t5fx.linearize` does; the new parameters are
+    kept beside the model (`t5fx.adapter`), the same ones in every compilation of it.
+
+    Args:
+        gm, example_inputs: what Dynamo gives a backend.
+        mode: Inductor's mode.
+        options: fields of `LinearizeConfig`; "adapter": the path of a safetensors file, or a
+            module, with trained parameters for all sites; "mode": Inductor's mode; "inductor": a
+            dict of Inductor's options.
+        more: what later versions of torch hand to every backend.
+
+    Raises:
+        ConfigError: an unknown option, or one outside its domain.
+        AdapterError: an adapter that does not fit the model.
+        GraphSpecError: a failure of the pass; names the site and says how to leave it out.
+
+    torch wraps these in its `BackendCompilerFailed`.
+    """
+    chosen = Options.of(mode, options)
+    compile_graph = _inductor(chosen, more)
+    if _is_linearized(gm):
+        log.info("a linearized model: lowered as it is")
+        return compile_graph(gm, example_inputs)
+    region = read(gm, example_inputs)
+    report, sites = _rewrite(region, chosen)
+    log.info("%s", _summary(report))
+    log.debug("%s", report)
+    _trace("t5fx_report", lambda: str(report))
+    if not sites:
+        _warn_nothing(report, region)
+        return compile_graph(gm, example_inputs)
+    lowered, fakes = _lower(gm, region, sites)
+    _trace("t5fx_rewritten_graph", lambda: lowered.print_readable(print_output=False))
+    log.debug("%s", lowered.graph)
+    return Compiled(compile_graph(lowered, [*fakes, *example_inputs]), sites, chosen.adapter)
+
+
+@dataclasses.dataclass
+class Site:
+    """A rewritten site of a graph: which input is its anchor, and what its node is.
+
+    key: of the node in the graph; name: in the model. node: that of the model which is being
+    compiled; dtype, device: of its parameters, as the graph was compiled.
+    """
+
+    key: str
+    name: str
+    anchor: int
+    identity: Identity
+    node: weakref.ref[TTT]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Compiled:
+    """A compiled graph that is given the new parameters of the model it is called for."""
+
+    def __init__(
+        self, function: Callable[..., Any], sites: list[Site], adapter: Adapter | None
+    ) -> None:
+        self.function = function
+        self.sites = sites
+        self.adapter = adapter
+
+    def __call__(self, *args: Any) -> Any:
+        fresh: list[torch.Tensor] = []
+        active = DistributedDataParallel._active_ddp_module
+        for site in self.sites:
+            anchor = args[site.anchor]
+            entry = adapters.held(anchor, site.identity)
+            node = self._make(site, anchor) if entry is None else entry.follow(anchor)
+            weights, conv = node.tensors()
+            tensors = [*weights, *conv]
+            for tensor in tensors:
+                if tensor.dtype != site.dtype or tensor.device != site.device:
+                    raise AdapterError(
+                        f"'{site.name}': expected new parameters in {site.dtype} on "
+                        f"{site.device}, as when the model was compiled, got {tensor.dtype} on "
+                        f"{tensor.device}; they are moved and cast with the model, not apart"
+                    )
+            if active is not None:
+                _average_gradients(active, node)
+            fresh += tensors
+        return self.function(*fresh, *args)
+
+    def _make(self, site: Site, anchor: torch.Tensor) -> TTT:
+        """The node of another model that this graph serves too."""
+        full = name_in_model(_anchor(anchor, site.name))
+        name = site.name if full is None else site.identity.place.key(full) or site.name
+        node, fresh = adapters.obtain(anchor, site.identity, name, self.adapter)
+        if fresh:
+            _warn_untrained(anchor, len(self.sites))
+        return node
+
+
+def _anchor(value: Any, name: str) -> nn.Parameter:
+    if not isinstance(value, nn.Parameter):
+        raise AdapterError(
+            f"'{name}': expected the model's own parameters, got a tensor in the place of one (as "
+            f"torch.func.functional_call and nn.DataParallel do); new parameters are kept with the "
+            f"model's: use t5fx.linearize, which puts them into the model"
+        )
+    return value
+
+
+def _is_linearized(gm: fx.GraphModule) -> bool:
+    """Whether the graph is (a part of) a linearized model, whose author chose what to rewrite."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    return any(
+        node.target in (_TTT, torch.ops.t5fx.ttt)
+        or any(
+            isinstance(kind, type) and issubclass(kind, Block)
+            for _, kind in (node.meta.get("nn_module_stack") or {}).values()
+        )
+        for graph in graphs
+        for node in graph.nodes
+    )
+
+
+def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
+    """Rewrite a graph in place; afterwards the nodes of its sites exist, beside the model."""
+    anchors: dict[str, tuple[fx.Node, Place]] = {}
+    config, adapter = options.config, options.adapter
+
+    def decided(match: Match) -> bool | None:
+        if match.binding is not None and match.key not in anchors:
+            anchor = _choose_anchor(region, match)
+            if anchor is not None:
+                anchors[match.key] = anchor
+        if not config.selects(match.owner):
+            return None
+        if adapter is not None:
+            return region.public(match.key) in adapter.sites
+        if match.key not in anchors:
+            return None
+        node, place = anchors[match.key]
+        return adapters.exists(region.tensors[node].value, place, None) or None
+
+    plans = plan(region.view, config, decided)
+    report = Report("this graph", sites=[entry.site for entry in plans])
+    for entry in plans:
+        if entry.site.status == "rewritten" and entry.match.key not in anchors:
+            entry.site.status, entry.site.reason = "skipped", "excluded"
+            entry.site.detail = (
+                "no parameter of a module feeds it, with which new ones could be kept; "
+                "t5fx.linearize puts them into the model"
+            )
+    chosen = {e.match.key: e for e in plans if e.site.status == "rewritten"}
+    sites, fresh = _sites(region, chosen, anchors, adapter)
+    nodes: dict[str, nn.Module] = {}
+    for site in sites:
+        node = site.node()
+        assert node is not None
+        nodes[site.key] = node
+    try:
+        rewrite(region.view, plans, nodes)
+    except Exception:
+        for site in fresh:
+            adapters.forget(region.value(site.anchor), site.identity)
+        raise
+    if adapter is not None and region.whole:
+        _all_used(adapter, sites)
+    if fresh:
+        _warn_untrained(region.value(fresh[0].anchor), len(fresh))
+    return report, sites
+
+
+def _sites(
+    region: Region,
+    chosen: dict[str, Plan],
+    anchors: dict[str, tuple[fx.Node, Place]],
+    adapter: Adapter | None,
+) -> tuple[list[Site], list[Site]]:
+    """The sites to rewrite, with nodes, and those of them whose nodes are fresh."""
+    sites, fresh = [], []
+    for key, entry in chosen.items():
+        anchor, place = anchors[key]
+        tensor = region.tensors[anchor]
+        values = tuple(settings(region.view, entry).items())
+        identity = Identity(place, values, adapter.source if adapter else None)
+        name = region.public(key)
+        node, made = adapters.obtain(tensor.value, identity, name, adapter)
+        like = next(node.parameters())
+        site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
+        sites.append(site)
+        fresh += [site] if made else []
+    return sites, fresh
+
+
+def _choose_anchor(region: Region, match: Match) -> tuple[fx.Node, Place] | None:
+    """The parameter that a site's node is kept with: of its owner, or else the nearest before q.
+
+    Among several it is the first by name, so that another graph of the model chooses the same.
+    """
+    binding = match.binding
+    assert binding is not None
+    inside = f"{match.owner}." if match.owner else ""
+    owned = [
+        (str(node.target), node)
+        for node, tensor in region.tensors.items()
+        if str(node.target).startswith(inside) and isinstance(tensor.value, nn.Parameter)
+    ]
+    node = min(owned)[1] if owned else None
+    queue, seen = deque([binding.q.node, binding.k.node, binding.v.node]), set()
+    while node is None and queue:
+        current = queue.popleft()
+        if current in region.tensors and isinstance(region.tensors[current].value, nn.Parameter):
+            node = current
+        elif current not in seen:
+            seen.add(current)
+            queue.extend(current.all_input_nodes)
+    return None if node is None else (node, Place.between(str(node.target), match.key))
+
+
+def _all_used(adapter: Adapter, sites: list[Site]) -> None:
+    unused = sorted(set(adapter.sites) - {site.name for site in sites})
+    if unused:
+        raise AdapterError(
+            f"adapter: {adapter.label} has parameters of {', '.join(map(repr, unused))}, which "
+            f"were not rewritten; t5fx.explain says why"
+        )
+
+
+def _lower(
+    gm: fx.GraphModule, region: Region, sites: list[Site]
+) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """The rewritten graph with all parameters as inputs, the new ones first; fakes of these."""
+    graph = region.view.graph
+    owner: Any = graph.owning_module
+    fake_mode = detect_fake_mode([View.meta(n) for n in graph.nodes])
+    fakes: list[torch.Tensor] = []
+    inputs: dict[str, tuple[list[fx.Node], list[fx.Node]]] = {}
+    first = next(iter(graph.nodes))
+    for site in sites:
+        node = site.node()
+        assert node is not None
+        names = {id(parameter): name for name, parameter in node.named_parameters()}
+        lists: tuple[list[fx.Node], list[fx.Node]] = ([], [])
+        for tensors, placeholders in zip(node.tensors(), lists, strict=True):
+            for tensor in tensors:
+                with torch.inference_mode(False):
+                    fake = fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+                    fakes.append(fake.requires_grad_())
+                with graph.inserting_before(first):
+                    name = f"{site.key}.{names[id(tensor)]}".replace(".", "_")
+                    placeholder = graph.placeholder(name)
+                placeholder.meta["example_value"] = fake
+                placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+                placeholder._dynamo_source = None
+                placeholders.append(placeholder)
+        inputs[site.key] = lists
+    dynamo = gm.graph.find_nodes(op="placeholder")
+    for source, node in zip(dynamo, region.inputs, strict=True):
+        if node in region.tensors:
+            with graph.inserting_before(node):
+                placeholder = graph.placeholder(source.target)
+            placeholder.meta = node.meta
+            node.replace_all_uses_with(placeholder)
+            graph.erase_node(node)
+            node = placeholder
+        node._dynamo_source = source._dynamo_source
+    by_key = {site.key: site for site in sites}
+    for call in graph.find_nodes(op="call_module"):
+        if call.target in by_key:
+            node = by_key[call.target].node()
+            assert node is not None
+            with graph.inserting_before(call):
+                arguments = (*call.args, *inputs[call.target])
+                keywords = {"grid": [], **call.kwargs, **node.settings()}
+                new = graph.call_function(_TTT, arguments, keywords)
+            new.meta = call.meta
+            call.replace_all_uses_with(new)
+            graph.erase_node(call)
+    close_checkpoints(owner, region.checkpoints)
+    lowered = fx.GraphModule(owner, graph)
+    lowered.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(lowered, name, getattr(gm, name))
+    return lowered, fakes
+
+
+def _inductor(options: Options, more: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor's own backend with these options; its caches know the node's code."""
+    known = inspect.signature(torch._TorchCompileInductorWrapper).parameters
+    more = {name: value for name, value in more.items() if name in known}
+    inner = torch._TorchCompileInductorWrapper(options.mode, options.inductor, None, **more)
+
+    def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        tag = torch.compiler.config.cache_key_tag + _digest()
+        with torch.compiler.config.patch(cache_key_tag=tag):
+            return inner(gm, example_inputs)
+
+    return compile_graph
+
+
+@functools.cache
+def _digest() -> str:
+    """Identifies the node's code, which torch's on-disk caches see as one opaque operator."""
+    root = Path(kernels.__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def _average_gradients(ddp: DistributedDataParallel, node: TTT) -> None:
+    """Average a node's gradients over the ranks, as DDP does for the model's own parameters.
+
+    Fresh parameters are equal on all ranks by construction.
+    """
+    if getattr(node, "_t5_ddp", None) is not None and node._t5_ddp() is ddp:
+        return
+    reference = weakref.ref(ddp)
+
+    def average(parameter: torch.Tensor) -> None:
+        module = reference()
+        if module is not None and module.require_backward_grad_sync:
+            assert parameter.grad is not None
+            torch.distributed.all_reduce(parameter.grad, group=module.process_group)
+            parameter.grad /= module.process_group.size()
+
+    for handle in getattr(node, "_t5_handles", ()):
+        handle.remove()
+    node._t5_handles = [p.register_post_accumulate_grad_hook(average) for p in node.parameters()]
+    node._t5_ddp = reference
+
+
+_warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _once(model: nn.Module | None, what: str) -> bool:
+    """Whether this is the first time for a model; True where the model is not known."""
+    if model is None:
+        return True
+    said = _warned.setdefault(model, set())
+    return what not in said and not said.add(what)
+
+
+def _warn_untrained(anchor: torch.Tensor, count: int) -> None:
+    model = model_of(anchor)
+    if _once(model, "untrained"):
+        whose = "a model" if model is None else type(model).__name__
+        warnings.warn(
+            f"{whose} runs with untrained parameters: {count} attentions were rewritten, and their "
+            f"outputs do not mean what they meant. Train t5fx.adapter(model).parameters(), or give "
+            f"trained ones: options={{'adapter': path or module}}",
+            UntrainedWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_nothing(report: Report, region: Region) -> None:
+    model = next((model_of(t.value) for t in region.tensors.values()), None)
+    if not report.sites and (not region.whole or (model is not None and is_running(model))):
+        return  # a stretch between attentions
+    reasons = ", ".join(sorted(report.counts()))
+    if _once(model, f"nothing: {reasons}"):
+        report.model = "a graph" if model is None else type(model).__name__
+        text = f"{why_nothing(report)}. The graph is compiled as it is"
+        if "DDPOptimizer" in str(region.reason):
+            text += (
+                "; DDP had split it, so that tokens come from nowhere: set "
+                "torch._dynamo.config.optimize_ddp = False, or linearize the model first"
+            )
+        warnings.warn(text, NothingRewrittenWarning, stacklevel=2)
+
+
+def _like(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+def _summary(report: Report) -> str:
+    counts = ", ".join(f"{n} x {reason}" for reason, n in report.counts().items())
+    return f"{len(report.rewritten)} attentions rewritten, {len(report.skipped)} left ({counts})"
+
+
+def _trace(name: str, payload: Callable[[], str]) -> None:
+    """An artifact for tlparse."""
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload
+    )

@@ -1,0 +1,235 @@
+"""A graph that Dynamo hands to a backend, made readable for the pass.
+
+Dynamo gives a model's parameters as inputs, names modules by the expression that reaches them from
+the compiled frame, and keeps checkpointed stretches as functions. Here parameters are attributes
+again, under the names that `named_parameters` gives them on the model; modules have the names of
+`named_modules`; checkpointed stretches are part of the graph, tagged to be recomputed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from t5fx.blocks import Checkpoint, open_checkpoints
+from t5fx.canon import View
+from t5fx.match import module_name
+
+_STEP = r"\._(?:modules|parameters|buffers)\[['\"]?([^'\"\]]+)['\"]?\]"
+_TENSOR = re.compile(rf"^(?P<root>.*?)(?P<path>(?:{_STEP})+)$")
+
+
+@dataclass
+class Tensor:
+    """A parameter or buffer that Dynamo gives as an input.
+
+    position: among the inputs; name: in the module `root` (an expression, such as "L['self']");
+    value: the tensor of the call that is being compiled.
+    """
+
+    position: int
+    root: str
+    name: str
+    value: torch.Tensor
+
+
+@dataclass
+class Region:
+    """One Dynamo graph, readable.
+
+    inputs: for each of Dynamo's inputs the node that stands for it. tensors: by node, those that
+    are parameters and buffers. labels: what the names of each root's modules begin with here, to
+    tell two models in one graph apart; "" where there is only one. reason: why the graph ends where
+    it does; whole: at the end of the compiled code, not at a graph break.
+    """
+
+    view: View
+    inputs: list[fx.Node]
+    tensors: dict[fx.Node, Tensor]
+    labels: dict[str, str]
+    checkpoints: list[Checkpoint]
+    reason: str
+    whole: bool
+
+    def public(self, key: str) -> str:
+        """The name in its model of what has the name `key` in the graph."""
+        for label in self.labels.values():
+            if label and key.startswith(label):
+                return key[len(label) :]
+        return key
+
+    def value(self, position: int) -> torch.Tensor:
+        """The tensor of one of Dynamo's inputs."""
+        return self.tensors[self.inputs[position]].value
+
+
+def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
+    """A readable copy of a Dynamo graph; `gm` stays as it is."""
+    owner = fx.GraphModule({}, fx.Graph())
+    for name, value in (*gm.named_children(), *gm.named_buffers(), *gm.named_parameters()):
+        if "." not in name:
+            setattr(owner, name, value)
+    graph = owner.graph
+    copies: dict[fx.Node, fx.Node] = {}
+    found = dict(_tensors(gm, example_inputs))
+    labels = _labels({tensor.root for tensor in found.values()})
+    names = {root: _prefix(root, found) for root in labels}
+    inputs: list[fx.Node] = []
+    tensors: dict[fx.Node, Tensor] = {}
+    for node in gm.graph.nodes:
+        tensor = found.get(node)
+        if tensor is None:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+        else:
+            tensor.name = _joined(names[tensor.root], tensor.name)
+            copy = graph.create_node("get_attr", labels[tensor.root] + tensor.name, name=node.name)
+            copy.meta = dict(node.meta)
+            tensors[copies.setdefault(node, copy)] = tensor
+        if node.op == "placeholder":
+            inputs.append(copies[node])
+    checkpoints = open_checkpoints(owner)
+    for node in graph.nodes:
+        _rename(node, names, labels)
+    view = View(graph, owner, dict.fromkeys(str(n.target) for n in tensors))
+    why = getattr(gm, "compile_subgraph_reason", None)
+    broken = getattr(why, "graph_break", False)
+    return Region(view, inputs, tensors, labels, checkpoints, str(why), not broken)
+
+
+def _tensors(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[fx.Node, Tensor]]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        source = getattr(node, "_dynamo_source", None)
+        name = getattr(source, "name", "")
+        match = _TENSOR.match(name() if callable(name) else name)
+        if match is not None and isinstance(value, torch.Tensor):
+            yield node, Tensor(i, match["root"], clean(re.findall(_STEP, match["path"])), value)
+
+
+def clean(parts: list[str]) -> str:
+    """A name in the model as its author knows it, without the wrappers of torch.compile."""
+    return ".".join(part for part in parts if part != "_orig_mod")
+
+
+def _labels(roots: set[str]) -> dict[str, str]:
+    if len(roots) < 2:
+        return dict.fromkeys(roots, "")
+    return {root: re.sub(r"\W+", "_", root).strip("_") + "." for root in roots}
+
+
+def _joined(prefix: str, name: str) -> str:
+    """`name` under `prefix`; a prefix that begins with "-" is taken off instead."""
+    if prefix.startswith("-"):
+        return name.removeprefix(prefix[1:]).lstrip(".")
+    return f"{prefix}.{name}".strip(".")
+
+
+def _prefix(root: str, found: dict[fx.Node, Tensor]) -> str:
+    """Where the module that a graph calls `root` is in the model that is being called."""
+    for tensor in found.values():
+        if tensor.root == root and (full := name_in_model(tensor.value)) is not None:
+            return difference(full, tensor.name)
+    return ""
+
+
+def difference(full: str, name: str) -> str:
+    """What to put before `name` to have `full`; "-..." where it is to be taken off instead."""
+    if full == name:
+        return ""
+    if full.endswith("." + name):
+        return full[: -len(name) - 1]
+    return "-" + name[: -len(full) - 1] if name.endswith("." + full) else ""
+
+
+def name_in_model(tensor: torch.Tensor) -> str | None:
+    """The name of a tensor in the model that is being called, or None outside of any call.
+
+    The model is the outermost compiled module around; where parts of a model are compiled apart,
+    it is the outermost module that calls them.
+    """
+    model = model_of(tensor)
+    return None if model is None else _name(model, tensor)
+
+
+def model_of(tensor: torch.Tensor) -> nn.Module | None:
+    """The module in whose call a tensor is being used: see `name_in_model`."""
+    holders = [m for m in _called() if _name(m, tensor) is not None]
+    if not holders:
+        return None
+    compiled = next((m for m in holders if _is_compiled(m)), holders[0])
+    inside = set(map(id, compiled.modules()))
+    apart = any(
+        _is_compiled(m) for m in holders[0].modules() if id(m) not in inside and m not in holders
+    )
+    return _unwrapped(holders[0] if apart else compiled)
+
+
+def _called() -> list[nn.Module]:
+    """The modules that are being called in this thread, outermost first."""
+    called: list[nn.Module] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                called.insert(0, module)
+        frame = frame.f_back  # type: ignore[assignment]
+    return called
+
+
+def is_running(module: nn.Module) -> bool:
+    """Whether this thread is inside of the module's own code, past its call."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl", "__call__"):
+            if frame.f_locals.get("self") is module:
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    optimized = isinstance(module, torch._dynamo.OptimizedModule)
+    return optimized or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            module = module._orig_mod
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        else:
+            return module
+
+
+def _name(module: nn.Module, tensor: torch.Tensor) -> str | None:
+    module = _unwrapped(module)
+    for tensors in (module.named_parameters(), module.named_buffers()):
+        for name, value in tensors:
+            if value is tensor:
+                return clean(name.split("."))
+    return None
+
+
+def _rename(node: fx.Node, names: dict[str, str], labels: dict[str, str]) -> None:
+    """Give the modules around a node their names in the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack and node.op in ("placeholder", "get_attr", "output"):
+        return
+    paths = [value[0] for value in stack.values()]
+    known = [r for r in names if paths and (paths[0] == r or paths[0].startswith(r + "."))]
+    root = max(known, key=len, default=paths[0] if paths else next(iter(names), ""))
+    label, prefix = labels.get(root, ""), names.get(root, "")
+    above = label + ("" if prefix.startswith("-") else prefix)
+    entries = {"": (above.rstrip("."), nn.Module)}
+    for key, (path, kind) in stack.items():
+        inner = module_name("self" + path.removeprefix(root))
+        entries[key] = (label + _joined(prefix, clean(inner.split("."))), kind)
+    node.meta["nn_module_stack"] = entries
