@@ -8,6 +8,7 @@ as long as its anchor.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import threading
@@ -38,7 +39,8 @@ class Place(NamedTuple):
     def between(cls, anchor: str, key: str) -> Place:
         """From the parameter `anchor` to the node `key`."""
         here, there = anchor.split("."), key.split(".")
-        shared = len(os.path.commonprefix([here, there]))
+        pairs = zip(here, there, strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         return cls(len(here) - shared, tuple(there[shared:]))
 
     def key(self, anchor: str) -> str | None:
@@ -116,6 +118,10 @@ def forget(anchor: torch.Tensor, identity: Identity) -> None:
         _HELD.get(anchor, {}).pop(identity, None)
 
 
+_serials: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_serial = itertools.count()
+
+
 class Adapter:
     """Trained parameters by site, from the option "adapter": a safetensors file or a module.
 
@@ -123,15 +129,13 @@ class Adapter:
     has keys such as `blocks.0.attn.t5.w1`. Values are copied.
     """
 
-    _serial: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
     def __init__(self, origin: str | os.PathLike[str] | nn.Module) -> None:
         self.config: LinearizeConfig | None = None
         self.source: Hashable
         if isinstance(origin, nn.Module):
             tensors = origin.state_dict()
             self.label = f"a {type(origin).__name__}"
-            self.source = self._serial.setdefault(origin, len(self._serial))
+            self.source = _serials.setdefault(origin, next(_serial))
             if isinstance(origin, Linearized):
                 self.config = origin.linearize_config
         elif isinstance(origin, str | os.PathLike):

@@ -20,18 +20,20 @@ from torch._dynamo.utils import detect_fake_mode
 from torch._logging import trace_structured
 from torch.nn.parallel import DistributedDataParallel
 
+import t5fx
 from t5fx import adapters, kernels
 from t5fx.adapters import Adapter, Identity, Place
 from t5fx.blocks import close_checkpoints
 from t5fx.canon import View
 from t5fx.config import LinearizeConfig
-from t5fx.dynamo import Region, is_running, model_of, name_in_model, read
+from t5fx.dynamo import Region, inside_compiled_module, model_of, name_in_model, read
 from t5fx.errors import AdapterError, ConfigError, NothingRewrittenWarning, UntrainedWarning
 from t5fx.kernels import TTT
 from t5fx.match import Match
 from t5fx.policy import Plan, plan
 from t5fx.report import Report, why_nothing
 from t5fx.rewrite import rewrite, settings
+from t5fx.sharing import share_nodes
 from t5fx.tree import Block
 
 log = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ def t5(
     compile_graph = _inductor(chosen, more)
     if _is_linearized(gm):
         log.info("a linearized model: lowered as it is")
-        return compile_graph(gm, example_inputs)
+        return compile_graph(_shared(gm), example_inputs)
     region = read(gm, example_inputs)
     report, sites = _rewrite(region, chosen)
     log.info("%s", _summary(report))
@@ -326,6 +328,7 @@ def _lower(
     graph = region.view.graph
     owner: Any = graph.owning_module
     fake_mode = detect_fake_mode([View.meta(n) for n in graph.nodes])
+    assert fake_mode is not None
     fakes: list[torch.Tensor] = []
     inputs: dict[str, tuple[list[fx.Node], list[fx.Node]]] = {}
     first = next(iter(graph.nodes))
@@ -369,13 +372,35 @@ def _lower(
             new.meta = call.meta
             call.replace_all_uses_with(new)
             graph.erase_node(call)
+    share_nodes(owner)
     close_checkpoints(owner, region.checkpoints)
-    lowered = fx.GraphModule(owner, graph)
-    lowered.meta = dict(gm.meta)
+    return _copy(gm, owner, graph), fakes
+
+
+def _shared(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a linearized model's graph, its equal nodes compiled once."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = _copy(gm, gm, graph)
+    for old, new in zip(
+        gm.graph.find_nodes(op="placeholder"),
+        copy.graph.find_nodes(op="placeholder"),
+        strict=True,
+    ):
+        new._dynamo_source = old._dynamo_source
+    share_nodes(copy)
+    copy.recompile()
+    return copy
+
+
+def _copy(gm: fx.GraphModule, owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module with another graph and all that Dynamo told the compiler beside the graph."""
+    copy = fx.GraphModule(owner, graph)
+    copy.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
         if hasattr(gm, name):
-            setattr(lowered, name, getattr(gm, name))
-    return lowered, fakes
+            setattr(copy, name, getattr(gm, name))
+    return copy
 
 
 def _inductor(options: Options, more: dict[str, Any]) -> Callable[..., Any]:
@@ -386,7 +411,7 @@ def _inductor(options: Options, more: dict[str, Any]) -> Callable[..., Any]:
 
     def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         tag = torch.compiler.config.cache_key_tag + _digest()
-        with torch.compiler.config.patch(cache_key_tag=tag):
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return inner(gm, example_inputs)
 
     return compile_graph
@@ -394,10 +419,21 @@ def _inductor(options: Options, more: dict[str, Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _digest() -> str:
-    """Identifies the node's code, which torch's on-disk caches see as one opaque operator."""
-    root = Path(kernels.__file__).parent
-    files = sorted(root.rglob("*.py"))
+    """Identifies our code: torch's on-disk caches see a node as one opaque operator."""
+    roots = [Path(str(package.__file__)).parent for package in (t5fx, kernels)]
+    files = sorted(path for root in roots for path in root.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+@dataclasses.dataclass
+class _Averaged:
+    """The DDP module that a node's gradients are averaged for, and the hooks that do it."""
+
+    ddp: weakref.ref[DistributedDataParallel]
+    handles: list[Any]
+
+
+_averaged: weakref.WeakKeyDictionary[TTT, _Averaged] = weakref.WeakKeyDictionary()
 
 
 def _average_gradients(ddp: DistributedDataParallel, node: TTT) -> None:
@@ -405,7 +441,8 @@ def _average_gradients(ddp: DistributedDataParallel, node: TTT) -> None:
 
     Fresh parameters are equal on all ranks by construction.
     """
-    if getattr(node, "_t5_ddp", None) is not None and node._t5_ddp() is ddp:
+    known = _averaged.get(node)
+    if known is not None and known.ddp() is ddp:
         return
     reference = weakref.ref(ddp)
 
@@ -416,10 +453,10 @@ def _average_gradients(ddp: DistributedDataParallel, node: TTT) -> None:
             torch.distributed.all_reduce(parameter.grad, group=module.process_group)
             parameter.grad /= module.process_group.size()
 
-    for handle in getattr(node, "_t5_handles", ()):
+    for handle in known.handles if known is not None else ():
         handle.remove()
-    node._t5_handles = [p.register_post_accumulate_grad_hook(average) for p in node.parameters()]
-    node._t5_ddp = reference
+    handles = [p.register_post_accumulate_grad_hook(average) for p in node.parameters()]
+    _averaged[node] = _Averaged(reference, handles)
 
 
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
@@ -430,7 +467,9 @@ def _once(model: nn.Module | None, what: str) -> bool:
     if model is None:
         return True
     said = _warned.setdefault(model, set())
-    return what not in said and not said.add(what)
+    first = what not in said
+    said.add(what)
+    return first
 
 
 def _warn_untrained(anchor: torch.Tensor, count: int) -> None:
@@ -448,8 +487,8 @@ def _warn_untrained(anchor: torch.Tensor, count: int) -> None:
 
 def _warn_nothing(report: Report, region: Region) -> None:
     model = next((model_of(t.value) for t in region.tensors.values()), None)
-    if not report.sites and (not region.whole or (model is not None and is_running(model))):
-        return  # a stretch between attentions
+    if not report.sites and (not region.whole or inside_compiled_module()):
+        return  # a stretch between graph breaks
     reasons = ", ".join(sorted(report.counts()))
     if _once(model, f"nothing: {reasons}"):
         report.model = "a graph" if model is None else type(model).__name__

@@ -183,12 +183,13 @@ def _called() -> list[nn.Module]:
     return called
 
 
-def is_running(module: nn.Module) -> bool:
-    """Whether this thread is inside of the module's own code, past its call."""
+def inside_compiled_module() -> bool:
+    """Whether this thread is past the call of a compiled module, in the middle of its code."""
+    modules = [_unwrapped(m) for m in _called() if _is_compiled(m)]
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl", "__call__"):
-            if frame.f_locals.get("self") is module:
+            if any(frame.f_locals.get("self") is module for module in modules):
                 return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from t5fx.blocks import INSIDE
-from t5fx.canon import View, expr
+from t5fx.canon import View
 from t5fx.errors import GraphSpecError
 from t5fx.kernels import TTT
 from t5fx.patterns.base import Binding, Operand

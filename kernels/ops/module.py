@@ -116,11 +116,13 @@ class TTT(nn.Module):
         grid: Sequence[int] = (),
         prefix: int = 0,
     ) -> Tensor:
-        """``[B, H, N, D]``, ``[B, H, N, D]``, ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]`` in q's dtype."""
+        """``[B, H, N, D]`` twice and ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]``, in q's dtype."""
         if self._conv_names and len(grid) != self.grid_ndim:
             raise NodeArgumentError(f"grid: expected {self.grid_ndim} axes; got {tuple(grid)}")
         settings = self.settings()
-        return torch.ops.t5fx.ttt(q, k, v, *self.tensors(), grid=list(grid), prefix=prefix, **settings)
+        return torch.ops.t5fx.ttt(
+            q, k, v, *self.tensors(), grid=list(grid), prefix=prefix, **settings
+        )
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The arguments ``weights`` and ``conv`` of ``torch.ops.t5fx.ttt``."""
