@@ -20,13 +20,12 @@ from torch._dynamo.utils import detect_fake_mode
 from torch._logging import trace_structured
 from torch.nn.parallel import DistributedDataParallel
 
-import t5fx
 from t5fx import adapters, kernels
 from t5fx.adapters import Adapter, Identity, Place
 from t5fx.blocks import close_checkpoints
 from t5fx.canon import View
 from t5fx.config import LinearizeConfig
-from t5fx.dynamo import Region, inside_compiled_module, model_of, name_in_model, read
+from t5fx.dynamo import Region, inside_compiled_module, is_sharded, model_of, name_in_model, read
 from t5fx.errors import AdapterError, ConfigError, NothingRewrittenWarning, UntrainedWarning
 from t5fx.kernels import TTT
 from t5fx.match import Match
@@ -265,6 +264,15 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
     return report, sites
 
 
+def _refuse_sharded(tensor: torch.Tensor, name: str) -> None:
+    if is_sharded(tensor):
+        raise AdapterError(
+            f"'{name}': expected a model whose parameters are whole, got one that is split over "
+            f"devices (FSDP, DTensor); new ones beside it would not be: linearize the model first, "
+            f"then shard and compile that"
+        )
+
+
 def _sites(
     region: Region,
     chosen: dict[str, Plan],
@@ -279,6 +287,7 @@ def _sites(
         values = tuple(settings(region.view, entry).items())
         identity = Identity(place, values, adapter.source if adapter else None)
         name = region.public(key)
+        _refuse_sharded(tensor.value, name)
         node, made = adapters.obtain(tensor.value, identity, name, adapter)
         like = next(node.parameters())
         site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
@@ -420,7 +429,7 @@ def _inductor(options: Options, more: dict[str, Any]) -> Callable[..., Any]:
 @functools.cache
 def _digest() -> str:
     """Identifies our code: torch's on-disk caches see a node as one opaque operator."""
-    roots = [Path(str(package.__file__)).parent for package in (t5fx, kernels)]
+    roots = [Path(str(file)).parent for file in (__file__, kernels.__file__)]
     files = sorted(path for root in roots for path in root.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 

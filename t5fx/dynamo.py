@@ -183,6 +183,14 @@ def _called() -> list[nn.Module]:
     return called
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is split over devices, by itself or by a module that is being called."""
+    loaded = [sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp")]
+    names = ("DTensor", "FSDPModule", "FullyShardedDataParallel")
+    kinds = tuple(getattr(m, n) for m in loaded for n in names if hasattr(m, n))
+    return any(isinstance(thing, kinds) for thing in (tensor, *_called()))
+
+
 def inside_compiled_module() -> bool:
     """Whether this thread is past the call of a compiled module, in the middle of its code."""
     modules = [_unwrapped(m) for m in _called() if _is_compiled(m)]

@@ -753,3 +753,23 @@ def test_gradients_are_averaged_over_ranks(tmp_path):
         """
     )
     assert "done" in done.stdout, done.stderr[-3000:]
+
+
+def test_sharded_models_are_refused():
+    done = script(
+        """
+        import torch, vits
+        import torch.distributed as dist
+        from torch.distributed.fsdp import fully_shard
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        mesh = dist.device_mesh.DeviceMesh("cpu", [0])
+        shape = vits.Shape()
+        fast = torch.compile(shape.model(), backend="t5", options={"min_tokens": 0})
+        try:
+            fully_shard(fast, mesh=mesh)(shape.images())
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            print(error)
+        """
+    )
+    assert "linearize the model first" in done.stdout, done.stderr[-3000:]

@@ -36,6 +36,7 @@ ORDER = [
     "t5fx.linearized",
     "t5fx.adapters",
     "t5fx.dynamo",
+    "t5fx.sharing",
     "t5fx.backend",
     "t5fx.api",
     "t5fx",  # the public names, resolved on first use
