@@ -14,7 +14,7 @@ import re
 import threading
 import weakref
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +53,12 @@ class Place(NamedTuple):
 
 @dataclass
 class Held:
-    """A node, and what its anchor was like when it was last moved or cast with it."""
+    """A node, what its anchor was like when it was last moved or cast with it, and the options
+    under which its site was rewritten."""
 
     node: TTT
     like: tuple[torch.dtype, torch.device]
+    configs: list[LinearizeConfig] = field(default_factory=list)
 
     def follow(self, anchor: torch.Tensor) -> TTT:
         """The node, on the device and in the dtype of its anchor."""
@@ -88,13 +90,18 @@ def held(anchor: torch.Tensor, identity: Identity) -> Held | None:
     return None if found is None else found.get(identity)
 
 
-def exists(anchor: torch.Tensor, place: Place, source: Hashable) -> bool:
-    """Whether a site has a node, whatever its settings."""
-    return any(i.place == place and i.source == source for i in _HELD.get(anchor, ()))
+def was_rewritten(anchor: torch.Tensor, place: Place, config: LinearizeConfig) -> bool:
+    """Whether an earlier graph, compiled with the same options, rewrote a site."""
+    nodes = _HELD.get(anchor, {}).items()
+    return any(identity.place == place and config in held.configs for identity, held in nodes)
 
 
 def obtain(
-    anchor: torch.Tensor, identity: Identity, name: str, adapter: Adapter | None
+    anchor: torch.Tensor,
+    identity: Identity,
+    name: str,
+    adapter: Adapter | None,
+    config: LinearizeConfig,
 ) -> tuple[TTT, bool]:
     """The node of a site, made where there is none: the node, and whether it was made fresh.
 
@@ -103,12 +110,14 @@ def obtain(
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         found = held(anchor, identity)
         if found is not None:
+            if config not in found.configs:
+                found.configs.append(config)
             return found.follow(anchor), False
         dtype = anchor.dtype if anchor.is_floating_point() else None
         node = TTT(**dict(identity.settings), name=name, device=anchor.device, dtype=dtype)
         if adapter is not None:
             adapter.fill(node, name)
-        _HELD.setdefault(anchor, {})[identity] = Held(node, (anchor.dtype, anchor.device))
+        _HELD.setdefault(anchor, {})[identity] = Held(node, (anchor.dtype, anchor.device), [config])
         return node, adapter is None
 
 

@@ -131,7 +131,7 @@ def t5(
     lowered, fakes = _lower(gm, region, sites)
     _trace("t5fx_rewritten_graph", lambda: lowered.print_readable(print_output=False))
     log.debug("%s", lowered.graph)
-    return Compiled(compile_graph(lowered, [*fakes, *example_inputs]), sites, chosen.adapter)
+    return Compiled(compile_graph(lowered, [*fakes, *example_inputs]), sites, chosen)
 
 
 @dataclasses.dataclass
@@ -154,12 +154,10 @@ class Site:
 class Compiled:
     """A compiled graph that is given the new parameters of the model it is called for."""
 
-    def __init__(
-        self, function: Callable[..., Any], sites: list[Site], adapter: Adapter | None
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], sites: list[Site], options: Options) -> None:
         self.function = function
         self.sites = sites
-        self.adapter = adapter
+        self.options = options
 
     def __call__(self, *args: Any) -> Any:
         fresh: list[torch.Tensor] = []
@@ -186,7 +184,8 @@ class Compiled:
         """The node of another model that this graph serves too."""
         full = name_in_model(_anchor(anchor, site.name))
         name = site.name if full is None else site.identity.place.key(full) or site.name
-        node, fresh = adapters.obtain(anchor, site.identity, name, self.adapter)
+        options = self.options
+        node, fresh = adapters.obtain(anchor, site.identity, name, options.adapter, options.config)
         if fresh:
             _warn_untrained(anchor, len(self.sites))
         return node
@@ -233,7 +232,7 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
         if match.key not in anchors:
             return None
         node, place = anchors[match.key]
-        return adapters.exists(region.tensors[node].value, place, None) or None
+        return adapters.was_rewritten(region.tensors[node].value, place, config) or None
 
     plans = plan(region.view, config, decided)
     report = Report("this graph", sites=[entry.site for entry in plans])
@@ -245,7 +244,7 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
                 "t5fx.linearize puts them into the model"
             )
     chosen = {e.match.key: e for e in plans if e.site.status == "rewritten"}
-    sites, fresh = _sites(region, chosen, anchors, adapter)
+    sites, fresh = _sites(region, chosen, anchors, options)
     nodes: dict[str, nn.Module] = {}
     for site in sites:
         node = site.node()
@@ -277,9 +276,10 @@ def _sites(
     region: Region,
     chosen: dict[str, Plan],
     anchors: dict[str, tuple[fx.Node, Place]],
-    adapter: Adapter | None,
+    options: Options,
 ) -> tuple[list[Site], list[Site]]:
     """The sites to rewrite, with nodes, and those of them whose nodes are fresh."""
+    adapter = options.adapter
     sites, fresh = [], []
     for key, entry in chosen.items():
         anchor, place = anchors[key]
@@ -288,7 +288,7 @@ def _sites(
         identity = Identity(place, values, adapter.source if adapter else None)
         name = region.public(key)
         _refuse_sharded(tensor.value, name)
-        node, made = adapters.obtain(tensor.value, identity, name, adapter)
+        node, made = adapters.obtain(tensor.value, identity, name, adapter, options.config)
         like = next(node.parameters())
         site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
         sites.append(site)

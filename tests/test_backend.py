@@ -471,6 +471,9 @@ def test_a_site_that_was_rewritten_stays_so_at_sizes_that_do_not_pay(eager):
     fast(shape.images())
     small = shape.images()[..., :8, :8]
     torch.testing.assert_close(fast(small), linearized(model, small)(small))
+    other = torch.compile(model, backend="t5", options={"seed": 3})
+    with pytest.warns(NothingRewrittenWarning, match="below-break-even"):
+        other(small)
 
 
 def test_untrained_parameters_are_warned_of_once(eager):
