@@ -1,9 +1,10 @@
 """The new parameters of models that backend="t5" compiles without touching them.
 
-They are kept beside the model, not in it. Dynamo's compiled code serves any module with the same
-code, so a graph cannot hold them either: for each site one parameter of the model, its anchor, is
-chosen among the graph's inputs, and the site's node is looked up by it in every call. A node lives
-as long as its anchor.
+They are kept beside the model, not in it: a node belongs to the module that owns its site, and
+lives as long as that. Dynamo's compiled code serves any module with the same code, so a graph
+cannot hold nodes either: for each site one parameter of the model, its anchor, is chosen among the
+graph's inputs, and the node is looked up by it in every call, and by the owner where the anchor is
+a new one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import threading
 import weakref
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,26 +54,28 @@ class Place(NamedTuple):
 
 @dataclass
 class Held:
-    """A node, what its anchor was like when it was last moved or cast with it, and the options
-    under which its site was rewritten."""
+    """A node, what its owner was like when it was last moved or cast with it, and the options
+    under which its site was rewritten. owner: None where only the anchor is known."""
 
     node: TTT
     like: tuple[torch.dtype, torch.device]
+    owner: weakref.ref[nn.Module] | None
     configs: list[LinearizeConfig] = field(default_factory=list)
 
     def follow(self, anchor: torch.Tensor) -> TTT:
-        """The node, on the device and in the dtype of its anchor."""
-        like = (anchor.dtype, anchor.device)
+        """The node, on the device and in the dtype of its owner."""
+        like = _like(None if self.owner is None else self.owner(), anchor)
         if like != self.like:
-            dtype = anchor.dtype if anchor.is_floating_point() else None
-            self.node.to(device=anchor.device, dtype=dtype)
+            self.node.to(dtype=like[0], device=like[1])
             self.like = like
         return self.node
 
 
-#: anchor -> {identity of a node: node}
-_HELD: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_LOCK = threading.RLock()
+def _like(owner: nn.Module | None, anchor: torch.Tensor) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of an owner's first floating-point parameter, as `linearize` has it."""
+    tensors = [anchor] if owner is None else [*owner.parameters(), anchor]
+    first = next((t for t in tensors if t.is_floating_point()), None)
+    return (torch.float32, anchor.device) if first is None else (first.dtype, first.device)
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,33 @@ class Identity:
     settings: tuple[tuple[str, Any], ...]
     source: Hashable = None
 
+    def owned(self) -> Identity:
+        """The same, seen from the owner instead of the anchor."""
+        return replace(self, place=Place(0, self.place.down[-1:]))
+
+
+#: By the module that owns the site.
+_OWNED: weakref.WeakKeyDictionary[nn.Module, dict[Identity, Held]] = weakref.WeakKeyDictionary()
+#: By anchor: what a compiled graph looks up.
+_HELD: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_LOCK = threading.RLock()
+
 
 def held(anchor: torch.Tensor, identity: Identity) -> Held | None:
-    """The node of a site, if there is one."""
+    """The node of a site that was looked up by this anchor before, if there is one."""
     found = _HELD.get(anchor)
     return None if found is None else found.get(identity)
 
 
-def was_rewritten(anchor: torch.Tensor, place: Place, config: LinearizeConfig) -> bool:
+def was_rewritten(
+    owner: nn.Module | None, anchor: torch.Tensor, place: Place, config: LinearizeConfig
+) -> bool:
     """Whether an earlier graph, compiled with the same options, rewrote a site."""
-    nodes = _HELD.get(anchor, {}).items()
-    return any(identity.place == place and config in held.configs for identity, held in nodes)
+    nodes = dict(_HELD.get(anchor, {}))
+    if owner is not None:
+        place = Place(0, place.down[-1:])
+        nodes = _OWNED.get(owner, {})
+    return any(i.place == place and config in entry.configs for i, entry in nodes.items())
 
 
 def obtain(
@@ -102,29 +121,38 @@ def obtain(
     name: str,
     adapter: Adapter | None,
     config: LinearizeConfig,
+    owner: nn.Module | None,
 ) -> tuple[TTT, bool]:
-    """The node of a site, made where there is none: the node, and whether it was made fresh.
+    """The node of a site, and whether it had to be made.
 
     name: the site's key in the model, which chooses the fresh values, or those of `adapter`.
     """
     with _LOCK, torch.inference_mode(False), torch.no_grad():
-        found = held(anchor, identity)
-        if found is not None:
-            if config not in found.configs:
-                found.configs.append(config)
-            return found.follow(anchor), False
-        dtype = anchor.dtype if anchor.is_floating_point() else None
-        node = TTT(**dict(identity.settings), name=name, device=anchor.device, dtype=dtype)
-        if adapter is not None:
-            adapter.fill(node, name)
-        _HELD.setdefault(anchor, {})[identity] = Held(node, (anchor.dtype, anchor.device), [config])
-        return node, adapter is None
+        entry = held(anchor, identity) if owner is None else None
+        if owner is not None:
+            entry = _OWNED.get(owner, {}).get(identity.owned())
+        made = entry is None
+        if entry is None:
+            dtype, device = _like(owner, anchor)
+            node = TTT(**dict(identity.settings), name=name, device=device, dtype=dtype)
+            if adapter is not None:
+                adapter.fill(node, name)
+            reference = None if owner is None else weakref.ref(owner)
+            entry = Held(node, (dtype, device), reference)
+            if owner is not None:
+                _OWNED.setdefault(owner, {})[identity.owned()] = entry
+        _HELD.setdefault(anchor, {})[identity] = entry
+        if config not in entry.configs:
+            entry.configs.append(config)
+        return entry.follow(anchor), made
 
 
-def forget(anchor: torch.Tensor, identity: Identity) -> None:
+def forget(anchor: torch.Tensor, identity: Identity, owner: nn.Module | None) -> None:
     """Drop a node that was made for a rewrite that failed."""
     with _LOCK:
         _HELD.get(anchor, {}).pop(identity, None)
+        if owner is not None:
+            _OWNED.get(owner, {}).pop(identity.owned(), None)
 
 
 _serials: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -242,7 +270,7 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
     result = Parameters()
     origins: dict[str, str] = {}
     for key, node, label in _found(model):
-        if config is not None and not _matches(node, config.at(key.rpartition(".")[0])):
+        if config is not None and not matches(node, config.at(key.rpartition(".")[0])):
             continue
         if origins.setdefault(key, label) != label or result.nodes().get(key, node) is not node:
             raise AdapterError(
@@ -259,22 +287,27 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, TTT, str]]:
-    for name, module in model.named_modules():
-        if isinstance(module, TTT):
-            yield _clean(name), module, "own"
     with _LOCK:
+        for name, module in model.named_modules():
+            if isinstance(module, TTT):
+                yield _clean(name), module, "own"
+            for identity, entry in _OWNED.get(module, {}).items():
+                first = next(module.parameters(), None)
+                node = entry.node if first is None else entry.follow(first)
+                yield _clean(".".join((name, *identity.place.down))), node, repr(identity)
         for name, parameter in model.named_parameters():
             for identity, entry in _HELD.get(parameter, {}).items():
                 key = identity.place.key(_clean(name))
-                if key is not None:
+                if key is not None and entry.owner is None:
                     yield key, entry.follow(parameter), repr(identity)
 
 
 def _clean(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", ""))
 
 
-def _matches(node: TTT, config: LinearizeConfig) -> bool:
+def matches(node: TTT, config: LinearizeConfig) -> bool:
+    """Whether a node is what these options describe."""
     names = ("inner", "inner_loss", "key_norm", "key_norm_eps", "impl", "seed")
     same = all(getattr(node, name) == getattr(config, name) for name in names)
     return same and node.locality in (config.locality, "none")

@@ -9,7 +9,7 @@ import inspect
 import logging
 import warnings
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from t5fx.adapters import Adapter, Identity, Place
 from t5fx.blocks import close_checkpoints
 from t5fx.canon import View
 from t5fx.config import LinearizeConfig
-from t5fx.dynamo import Region, inside_compiled_module, is_sharded, model_of, name_in_model, read
+from t5fx.dynamo import (
+    Region,
+    Tensor,
+    inside_compiled_module,
+    is_sharded,
+    model_of,
+    name_in_model,
+    read,
+    resolve,
+)
 from t5fx.errors import AdapterError, ConfigError, NothingRewrittenWarning, UntrainedWarning
 from t5fx.kernels import TTT
 from t5fx.match import Match
@@ -131,7 +140,8 @@ def t5(
     lowered, fakes = _lower(gm, region, sites)
     _trace("t5fx_rewritten_graph", lambda: lowered.print_readable(print_output=False))
     log.debug("%s", lowered.graph)
-    return Compiled(compile_graph(lowered, [*fakes, *example_inputs]), sites, chosen)
+    function = compile_graph(lowered, [*fakes, *example_inputs])
+    return Compiled(function, sites, chosen, region.numbers.read)
 
 
 @dataclasses.dataclass
@@ -150,16 +160,32 @@ class Site:
     dtype: torch.dtype
     device: torch.device
 
+    def present(self) -> TTT:
+        """`node`, while the model is being compiled."""
+        node = self.node()
+        assert node is not None
+        return node
+
 
 class Compiled:
     """A compiled graph that is given the new parameters of the model it is called for."""
 
-    def __init__(self, function: Callable[..., Any], sites: list[Site], options: Options) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        sites: list[Site],
+        options: Options,
+        numbers: dict[int, torch.Tensor],
+    ) -> None:
         self.function = function
         self.sites = sites
         self.options = options
+        self.numbers: dict[int, tuple[torch.Tensor, Any]] = {
+            position: (value, None) for position, value in numbers.items()
+        }
 
     def __call__(self, *args: Any) -> Any:
+        self._check_numbers(args)
         fresh: list[torch.Tensor] = []
         active = DistributedDataParallel._active_ddp_module
         for site in self.sites:
@@ -181,14 +207,45 @@ class Compiled:
         return self.function(*fresh, *args)
 
     def _make(self, site: Site, anchor: torch.Tensor) -> TTT:
-        """The node of another model that this graph serves too."""
-        full = name_in_model(_anchor(anchor, site.name))
-        name = site.name if full is None else site.identity.place.key(full) or site.name
-        options = self.options
-        node, fresh = adapters.obtain(anchor, site.identity, name, options.adapter, options.config)
-        if fresh:
-            _warn_untrained(anchor, len(self.sites))
+        """The node of another model, or of another anchor, that this graph serves too."""
+        anchor = _anchor(anchor, site.name)
+        options, name, owner = self.options, site.name, None
+        model, full = model_of(anchor), name_in_model(anchor)
+        if model is not None and full is not None:
+            name = site.identity.place.key(full) or name
+            owner = resolve(model, name.rpartition(".")[0])
+        node, made = adapters.obtain(
+            anchor, site.identity, name, options.adapter, options.config, owner
+        )
+        _check_selection(options.config, name, node)
+        if made and options.adapter is None:
+            _warn_untrained(anchor, len(self.sites), options.config)
         return node
+
+    def _check_numbers(self, args: tuple[Any, ...]) -> None:
+        """The scales that were read from a model's buffers must still be what they were."""
+        for position, (value, seen) in self.numbers.items():
+            tensor = args[position]
+            version = None if tensor.is_inference() else tensor._version
+            if version is None or seen is None or seen[0]() is not tensor or seen[1] != version:
+                if not torch.equal(tensor.detach().cpu(), value.cpu()):
+                    raise AdapterError(
+                        f"expected the constant {value.item()}, which a rewritten attention was "
+                        f"compiled with, in a buffer of the model, got {tensor.item()}: call "
+                        f"torch.compiler.reset()"
+                    )
+                self.numbers[position] = (value, (weakref.ref(tensor), version))
+
+
+def _check_selection(config: LinearizeConfig, name: str, node: TTT) -> None:
+    """A graph compiled for one module serves another: the options must mean the same for both."""
+    owner = name.rpartition(".")[0]
+    if not config.selects(owner) or not adapters.matches(node, config.at(owner)):
+        raise ConfigError(
+            f"'{name}' runs a graph that was compiled for another module with the same code, but "
+            f"include, exclude or overrides treat the two differently; compile the whole model, or "
+            f"give each module options without these"
+        )
 
 
 def _anchor(value: Any, name: str) -> nn.Parameter:
@@ -222,45 +279,60 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
 
     def decided(match: Match) -> bool | None:
         if match.binding is not None and match.key not in anchors:
-            anchor = _choose_anchor(region, match)
-            if anchor is not None:
-                anchors[match.key] = anchor
-        if not config.selects(match.owner):
+            found = _choose_anchor(region, match)
+            if found is not None:
+                anchors[match.key] = found
+        if not config.selects(region.public(match.owner)):
             return None
         if adapter is not None:
             return region.public(match.key) in adapter.sites
         if match.key not in anchors:
             return None
         node, place = anchors[match.key]
-        return adapters.was_rewritten(region.tensors[node].value, place, config) or None
+        anchor, owner = region.tensors[node].value, region.owner(match.owner)
+        return adapters.was_rewritten(owner, anchor, place, config) or None
 
-    plans = plan(region.view, config, decided)
+    plans = plan(region.view, config, decided, region.public)
     report = Report("this graph", sites=[entry.site for entry in plans])
     for entry in plans:
-        if entry.site.status == "rewritten" and entry.match.key not in anchors:
+        objection = _objection(region, entry, entry.match.key in anchors)
+        if entry.site.status == "rewritten" and objection:
             entry.site.status, entry.site.reason = "skipped", "excluded"
-            entry.site.detail = (
-                "no parameter of a module feeds it, with which new ones could be kept; "
-                "t5fx.linearize puts them into the model"
-            )
+            entry.site.detail = objection
     chosen = {e.match.key: e for e in plans if e.site.status == "rewritten"}
-    sites, fresh = _sites(region, chosen, anchors, options)
-    nodes: dict[str, nn.Module] = {}
-    for site in sites:
-        node = site.node()
-        assert node is not None
-        nodes[site.key] = node
+    sites: list[Site] = []
+    made: list[Site] = []
     try:
-        rewrite(region.view, plans, nodes)
+        for key, entry in chosen.items():
+            _add_site(region, key, entry, *anchors[key], options, sites, made)
+        rewrite(region.view, plans, {site.key: site.present() for site in sites})
+        if adapter is not None and region.whole:
+            _all_used(adapter, sites)
     except Exception:
-        for site in fresh:
-            adapters.forget(region.value(site.anchor), site.identity)
+        for site in made:
+            owner = region.owner(chosen[site.key].match.owner)
+            adapters.forget(region.value(site.anchor), site.identity, owner)
         raise
-    if adapter is not None and region.whole:
-        _all_used(adapter, sites)
-    if fresh:
-        _warn_untrained(region.value(fresh[0].anchor), len(fresh))
+    if made and adapter is None:
+        _warn_untrained(region.value(made[0].anchor), len(made), config)
     return report, sites
+
+
+def _objection(region: Region, entry: Plan, has_anchor: bool) -> str:
+    """Why a site that could be rewritten has to be left in a graph that Dynamo captured, or ""."""
+    if entry.match.binding is None:
+        return ""
+    value = region.view.val(entry.match.binding.q.like)
+    while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            return "it runs inside of torch.func.vmap; t5fx.linearize the model"
+        value = torch._C._functorch.get_unwrapped(value)
+    if not has_anchor:
+        return (
+            "no parameter of a module feeds it, with which new ones could be kept; "
+            "t5fx.linearize puts them into the model"
+        )
+    return ""
 
 
 def _refuse_sharded(tensor: torch.Tensor, name: str) -> None:
@@ -272,44 +344,45 @@ def _refuse_sharded(tensor: torch.Tensor, name: str) -> None:
         )
 
 
-def _sites(
+def _add_site(
     region: Region,
-    chosen: dict[str, Plan],
-    anchors: dict[str, tuple[fx.Node, Place]],
+    key: str,
+    entry: Plan,
+    anchor: fx.Node,
+    place: Place,
     options: Options,
-) -> tuple[list[Site], list[Site]]:
-    """The sites to rewrite, with nodes, and those of them whose nodes are fresh."""
-    adapter = options.adapter
-    sites, fresh = [], []
-    for key, entry in chosen.items():
-        anchor, place = anchors[key]
-        tensor = region.tensors[anchor]
-        values = tuple(settings(region.view, entry).items())
-        identity = Identity(place, values, adapter.source if adapter else None)
-        name = region.public(key)
-        _refuse_sharded(tensor.value, name)
-        node, made = adapters.obtain(tensor.value, identity, name, adapter, options.config)
-        like = next(node.parameters())
-        site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
-        sites.append(site)
-        fresh += [site] if made else []
-    return sites, fresh
+    sites: list[Site],
+    made: list[Site],
+) -> None:
+    """Add a site with its node to `sites`, and where it had to be made also to `made`."""
+    adapter, tensor = options.adapter, region.tensors[anchor]
+    values = tuple(settings(region.view, entry).items())
+    identity = Identity(place, values, adapter.source if adapter else None)
+    name = region.public(key)
+    _refuse_sharded(tensor.value, name)
+    owner = region.owner(entry.match.owner)
+    node, new = adapters.obtain(tensor.value, identity, name, adapter, options.config, owner)
+    like = next(node.parameters())
+    site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
+    sites.append(site)
+    if new:
+        made.append(site)
 
 
 def _choose_anchor(region: Region, match: Match) -> tuple[fx.Node, Place] | None:
-    """The parameter that a site's node is kept with: of its owner, or else the nearest before q.
+    """The parameter that a site's node is looked up by: of its owner, or else the nearest before q.
 
-    Among several it is the first by name, so that another graph of the model chooses the same.
+    One that no other module has, where there is one.
     """
     binding = match.binding
     assert binding is not None
     inside = f"{match.owner}." if match.owner else ""
     owned = [
-        (str(node.target), node)
+        (_holders(region, tensor) > 1, str(node.target), node)
         for node, tensor in region.tensors.items()
         if str(node.target).startswith(inside) and isinstance(tensor.value, nn.Parameter)
     ]
-    node = min(owned)[1] if owned else None
+    node = min(owned)[2] if owned else None
     queue, seen = deque([binding.q.node, binding.k.node, binding.v.node]), set()
     while node is None and queue:
         current = queue.popleft()
@@ -319,6 +392,17 @@ def _choose_anchor(region: Region, match: Match) -> tuple[fx.Node, Place] | None
             seen.add(current)
             queue.extend(current.all_input_nodes)
     return None if node is None else (node, Place.between(str(node.target), match.key))
+
+
+def _holders(region: Region, tensor: Tensor) -> int:
+    """How many modules of the model have this parameter."""
+    model = region.models[tensor.root]
+    if model is None:
+        return 1
+    holders = region.holders.setdefault(tensor.root, Counter())
+    if not holders:
+        holders.update(id(p) for m in model.modules() for p in m._parameters.values())
+    return holders[id(tensor.value)]
 
 
 def _all_used(adapter: Adapter, sites: list[Site]) -> None:
@@ -361,14 +445,15 @@ def _lower(
         inputs[site.key] = lists
     dynamo = gm.graph.find_nodes(op="placeholder")
     for source, node in zip(dynamo, region.inputs, strict=True):
-        if node in region.tensors:
-            with graph.inserting_before(node):
-                placeholder = graph.placeholder(source.target)
-            placeholder.meta = node.meta
+        with graph.inserting_before(first):
+            placeholder = graph.placeholder(source.target)
+        placeholder.meta = dict(source.meta)
+        placeholder._dynamo_source = source._dynamo_source
+        if not getattr(node, "_erased", False):
             node.replace_all_uses_with(placeholder)
+            if node is first:
+                first = node.next
             graph.erase_node(node)
-            node = placeholder
-        node._dynamo_source = source._dynamo_source
     by_key = {site.key: site for site in sites}
     for call in graph.find_nodes(op="call_module"):
         if call.target in by_key:
@@ -481,9 +566,9 @@ def _once(model: nn.Module | None, what: str) -> bool:
     return first
 
 
-def _warn_untrained(anchor: torch.Tensor, count: int) -> None:
+def _warn_untrained(anchor: torch.Tensor, count: int, config: LinearizeConfig) -> None:
     model = model_of(anchor)
-    if _once(model, "untrained"):
+    if _once(model, f"untrained: {config}"):
         whose = "a model" if model is None else type(model).__name__
         warnings.warn(
             f"{whose} runs with untrained parameters: {count} attentions were rewritten, and their "
@@ -496,7 +581,7 @@ def _warn_untrained(anchor: torch.Tensor, count: int) -> None:
 
 def _warn_nothing(report: Report, region: Region) -> None:
     model = next((model_of(t.value) for t in region.tensors.values()), None)
-    if not report.sites and (not region.whole or inside_compiled_module()):
+    if not report.sites and (not region.ends or inside_compiled_module()):
         return  # a stretch between graph breaks
     reasons = ", ".join(sorted(report.counts()))
     if _once(model, f"nothing: {reasons}"):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 #: Key of a node's metadata: the checkpoint whose body it is part of.
 INSIDE = "t5fx_checkpoint"
@@ -98,6 +99,37 @@ def replace_call(call: fx.Node, results: Any) -> None:
         item.replace_all_uses_with(results[item.args[1]])
         call.graph.erase_node(item)
     call.graph.erase_node(call)
+
+
+def open_multi_head_attention(owner: fx.GraphModule) -> None:
+    """Put its operators in the place of `F.multi_head_attention_forward`, which Dynamo keeps whole.
+
+    It is what nn.MultiheadAttention and nn.TransformerEncoder call.
+    """
+    function = nn.functional.multi_head_attention_forward
+    for call in owner.graph.find_nodes(op="call_function", target=function):
+        inputs = list(call.all_input_nodes)
+        values = [n.meta.get("example_value") for n in inputs]
+
+        def body(*given: Any, call: fx.Node = call, inputs: list[fx.Node] = inputs) -> Any:
+            known = dict(zip(inputs, given, strict=True))
+            args, kwargs = fx.map_arg((call.args, call.kwargs), known.__getitem__)
+            return function(*args, **kwargs)
+
+        before = call.prev
+        traced = make_fx(body, pre_dispatch=True)(*values)
+        results = splice(owner, call, traced, inputs)
+        node = before.next
+        while node is not call:
+            for key in ("nn_module_stack", "stack_trace", INSIDE):
+                if key in call.meta:
+                    node.meta[key] = call.meta[key]
+            node = node.next
+        for item in list(call.users):
+            if item.users:
+                item.replace_all_uses_with(results[item.args[1]])
+            owner.graph.erase_node(item)
+        owner.graph.erase_node(call)
 
 
 @dataclass(eq=False)

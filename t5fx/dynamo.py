@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from t5fx.blocks import Checkpoint, open_checkpoints
+from t5fx.blocks import Checkpoint, open_checkpoints, open_multi_head_attention
 from t5fx.canon import View
 from t5fx.match import module_name
 
 _STEP = r"\._(?:modules|parameters|buffers)\[['\"]?([^'\"\]]+)['\"]?\]"
-_TENSOR = re.compile(rf"^(?P<root>.*?)(?P<path>(?:{_STEP})+)$")
+_TENSOR = re.compile(rf"^(?P<root>.*?)(?P<path>(?:{_STEP})+)(?:\.(?P<attribute>\w+))?$")
 
 
 @dataclass
 class Tensor:
-    """A parameter or buffer that Dynamo gives as an input.
+    """A parameter, buffer or other tensor of a module that Dynamo gives as an input.
 
     position: among the inputs; name: in the module `root` (an expression, such as "L['self']");
     value: the tensor of the call that is being compiled.
@@ -39,23 +41,51 @@ class Tensor:
     value: torch.Tensor
 
 
+class Numbers(dict[str, Any]):
+    """The tensors of a graph by name; those of one element as numbers, and which of them were read.
+
+    A model's tensors are inputs of a Dynamo graph, so a number that a rewrite took from one has to
+    be compared with the tensor of each call.
+    """
+
+    def __init__(self, tensors: dict[str, tuple[int, torch.Tensor]]) -> None:
+        super().__init__()
+        self.read: dict[int, torch.Tensor] = {}
+        self._tensors = tensors
+        for name, (_, value) in tensors.items():
+            usable = value.numel() == 1 and not value.is_meta and not value.is_complex()
+            fixed = usable and not isinstance(value, nn.Parameter)
+            self[name] = value if fixed else None
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if value is not None:
+            self.read[self._tensors[name][0]] = value.detach().clone()
+        return value
+
+
 @dataclass
 class Region:
     """One Dynamo graph, readable.
 
     inputs: for each of Dynamo's inputs the node that stands for it. tensors: by node, those that
     are parameters and buffers. labels: what the names of each root's modules begin with here, to
-    tell two models in one graph apart; "" where there is only one. reason: why the graph ends where
-    it does; whole: at the end of the compiled code, not at a graph break.
+    tell two models in one graph apart; "" where there is only one. models: the model of each root.
+    numbers: values that the rewrite may rely on, if it says so. reason: why the graph ends where it
+    does; ends: at the end of the compiled code, not at a graph break; whole: it is one whole model.
     """
 
     view: View
     inputs: list[fx.Node]
     tensors: dict[fx.Node, Tensor]
     labels: dict[str, str]
+    models: dict[str, nn.Module | None]
     checkpoints: list[Checkpoint]
+    numbers: Numbers
     reason: str
     whole: bool
+    ends: bool
+    holders: dict[str, Counter[int]] = field(default_factory=dict)
 
     def public(self, key: str) -> str:
         """The name in its model of what has the name `key` in the graph."""
@@ -63,6 +93,15 @@ class Region:
             if label and key.startswith(label):
                 return key[len(label) :]
         return key
+
+    def owner(self, name: str) -> nn.Module | None:
+        """The module that has this name in the graph, or None where its model is not known."""
+        public = self.public(name)
+        for root, label in self.labels.items():
+            model = self.models[root]
+            if model is not None and name == label + public:
+                return resolve(model, public)
+        return None
 
     def value(self, position: int) -> torch.Tensor:
         """The tensor of one of Dynamo's inputs."""
@@ -80,6 +119,7 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
     found = dict(_tensors(gm, example_inputs))
     labels = _labels({tensor.root for tensor in found.values()})
     names = {root: _prefix(root, found) for root in labels}
+    models = {root: _model(root, found) for root in labels}
     inputs: list[fx.Node] = []
     tensors: dict[fx.Node, Tensor] = {}
     for node in gm.graph.nodes:
@@ -94,12 +134,20 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
         if node.op == "placeholder":
             inputs.append(copies[node])
     checkpoints = open_checkpoints(owner)
+    open_multi_head_attention(owner)
+    canonical = {root: _first_names(model) for root, model in models.items()}
     for node in graph.nodes:
-        _rename(node, names, labels)
-    view = View(graph, owner, dict.fromkeys(str(n.target) for n in tensors))
+        _rename(node, names, labels, models, canonical)
+    numbers = Numbers({str(n.target): (t.position, t.value) for n, t in tensors.items()})
+    view = View(graph, owner, numbers)
     why = getattr(gm, "compile_subgraph_reason", None)
     broken = getattr(why, "graph_break", False)
-    return Region(view, inputs, tensors, labels, checkpoints, str(why), not broken)
+    inner = any(names.values()) or len(labels) > 1
+    return Region(
+        *(view, inputs, tensors, labels, models, checkpoints, numbers, str(why)),
+        whole=not broken and not inner,
+        ends=not broken,
+    )
 
 
 def _tensors(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[fx.Node, Tensor]]:
@@ -109,7 +157,9 @@ def _tensors(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[fx
         name = getattr(source, "name", "")
         match = _TENSOR.match(name() if callable(name) else name)
         if match is not None and isinstance(value, torch.Tensor):
-            yield node, Tensor(i, match["root"], clean(re.findall(_STEP, match["path"])), value)
+            parts = re.findall(_STEP, match["path"])
+            parts += [match["attribute"]] if match["attribute"] else []
+            yield node, Tensor(i, match["root"], clean(parts), value)
 
 
 def clean(parts: list[str]) -> str:
@@ -120,7 +170,7 @@ def clean(parts: list[str]) -> str:
 def _labels(roots: set[str]) -> dict[str, str]:
     if len(roots) < 2:
         return dict.fromkeys(roots, "")
-    return {root: re.sub(r"\W+", "_", root).strip("_") + "." for root in roots}
+    return {root: f"model{i}." for i, root in enumerate(sorted(roots))}
 
 
 def _joined(prefix: str, name: str) -> str:
@@ -136,6 +186,37 @@ def _prefix(root: str, found: dict[fx.Node, Tensor]) -> str:
         if tensor.root == root and (full := name_in_model(tensor.value)) is not None:
             return difference(full, tensor.name)
     return ""
+
+
+def _model(root: str, found: dict[fx.Node, Tensor]) -> nn.Module | None:
+    """The model that a root is (a part of): the one being called, or what the root itself is."""
+    value = next(tensor.value for tensor in found.values() if tensor.root == root)
+    model = model_of(value)
+    if model is None:
+        try:
+            output = InstructionTranslator.current_tx().output
+            model = eval(root, {"L": output.local_scope, "G": output.global_scope})
+        except Exception:  # not an expression of the frame's variables, or no frame
+            return None
+    return _unwrapped(model) if isinstance(model, nn.Module) else None
+
+
+def _first_names(model: nn.Module | None) -> dict[int, str]:
+    """Modules by identity: the name under which `named_modules` lists each."""
+    if model is None:
+        return {}
+    return {id(module): clean(name.split(".")) for name, module in model.named_modules()}
+
+
+def resolve(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of a model that has this name, through torch.compile's and DDP's wrappers."""
+    module: nn.Module | None = _unwrapped(model)
+    for part in name.split(".") if name else ():
+        module = None if module is None else module._modules.get(part)
+        if module is None:
+            return None
+        module = _unwrapped(module)
+    return module
 
 
 def difference(full: str, name: str) -> str:
@@ -227,18 +308,27 @@ def _name(module: nn.Module, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _rename(node: fx.Node, names: dict[str, str], labels: dict[str, str]) -> None:
-    """Give the modules around a node their names in the model."""
+def _rename(
+    node: fx.Node,
+    names: dict[str, str],
+    labels: dict[str, str],
+    models: dict[str, nn.Module | None],
+    canonical: dict[str, dict[int, str]],
+) -> None:
+    """Give the modules around a node their names in the model: of several names the first."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack and node.op in ("placeholder", "get_attr", "output"):
         return
     paths = [value[0] for value in stack.values()]
     known = [r for r in names if paths and (paths[0] == r or paths[0].startswith(r + "."))]
     root = max(known, key=len, default=paths[0] if paths else next(iter(names), ""))
-    label, prefix = labels.get(root, ""), names.get(root, "")
+    label, prefix, model = labels.get(root, ""), names.get(root, ""), models.get(root)
     above = label + ("" if prefix.startswith("-") else prefix)
     entries = {"": (above.rstrip("."), nn.Module)}
     for key, (path, kind) in stack.items():
         inner = module_name("self" + path.removeprefix(root))
-        entries[key] = (label + _joined(prefix, clean(inner.split("."))), kind)
+        name = _joined(prefix, clean(inner.split(".")))
+        module = None if model is None else resolve(model, name)
+        name = canonical.get(root, {}).get(id(module), name)
+        entries[f"{key} {path}"] = (label + name, kind)
     node.meta["nn_module_stack"] = entries

@@ -39,10 +39,19 @@ def _undecided(match: Match) -> bool | None:
     return None
 
 
+def _same_name(name: str) -> str:
+    return name
+
+
 def plan(
-    view: View, config: LinearizeConfig, decided: Callable[[Match], bool | None] = _undecided
+    view: View,
+    config: LinearizeConfig,
+    decided: Callable[[Match], bool | None] = _undecided,
+    public: Callable[[str], str] = _same_name,
 ) -> list[Plan]:
     """Judge every attention of a graph.
+
+    public: the name that a module of the graph has for the user.
 
     decided: what an earlier graph of the same model decided about a site: True, it is rewritten
     (and judged again for legality and layout, but not for selection and cost); False, it is left;
@@ -52,8 +61,9 @@ def plan(
     axes = Axes(view) if matches else None
     plans = []
     for match in matches:
-        chosen = config.at(match.owner)
-        site = Site(fqn=match.owner, status="skipped", pattern=match.pattern)
+        name = public(match.owner)
+        chosen = config.at(name)
+        site = Site(fqn=name, status="skipped", pattern=match.pattern)
         entry = Plan(match, site, chosen)
         plans.append(entry)
         assert axes is not None
@@ -63,10 +73,10 @@ def plan(
         except Refusal as refusal:
             site.reason, site.detail = refusal.reason, refusal.detail
         except Exception as error:
-            if config.selects(match.owner):
+            if config.selects(name):
                 raise GraphSpecError(
-                    f"site '{match.owner}' could not be judged ({type(error).__name__}: {error}); "
-                    f"leave it out with exclude=({match.owner!r},) and report this"
+                    f"site '{name}' could not be judged ({type(error).__name__}: {error}); "
+                    f"leave it out with exclude=({name!r},) and report this"
                 ) from error
             site.reason, site.detail = "excluded", "left out by `include` or `exclude`"
     _agree(plans)
@@ -119,7 +129,7 @@ def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None) -> None:
     _measure(view, site, binding, config)
     _same_tokens(view, axes, binding)
     _independent(view, binding)
-    if decided is None and not config.selects(match.owner):
+    if decided is None and not config.selects(site.fqn):
         raise Refusal("excluded", "left out by `include` or `exclude`")
     if decided is False:
         raise Refusal("excluded", "not one of the sites that were rewritten before")

@@ -53,22 +53,33 @@ def rewrite(view: View, plans: list[Plan], existing: dict[str, nn.Module]) -> di
                 f"site '{entry.match.owner}' could not be rewritten ({error}); leave it out with "
                 f"exclude=({entry.match.owner!r},) and report this"
             ) from error
-        for node in reversed(entry.match.binding.nodes if entry.match.binding else ()):
-            _erase(node)
+        _sweep(entry)
     owner, view.graph.owning_module = view.graph.owning_module, None  # it lacks the modules yet
-    view.graph.eliminate_dead_code(_impure)
     verify(view, chosen, before)
     view.graph.owning_module = owner
     return modules
 
 
-def _erase(node: fx.Node) -> None:
-    """Remove a node of a replaced attention, with what only checked or unpacked it."""
-    for user in list(node.users):
-        if user.target is operator.getitem or "_assert_tensor_metadata" in str(user.target):
-            _erase(user)
-    if not node.users:
-        node.graph.erase_node(node)
+def _sweep(entry: Plan) -> None:
+    """Remove a replaced attention, with what only checked or unpacked it, and what only it read.
+
+    Nothing else: of other nodes that nobody reads some have an effect, and which is not told by
+    their names (in-place operators, random draws, functorch's and autocast's levels).
+    """
+    assert entry.match.binding is not None
+    queue = [entry.match.binding.output, *reversed(entry.match.binding.nodes)]
+    own = set(queue)
+    while queue:
+        node = queue.pop(0)
+        if getattr(node, "_erased", False):
+            continue
+        for user in list(node.users):
+            if user.target is operator.getitem or "_assert_tensor_metadata" in str(user.target):
+                if not user.users:
+                    node.graph.erase_node(user)
+        if not node.users and (node in own or not _impure(node)):
+            queue += node.all_input_nodes
+            node.graph.erase_node(node)
 
 
 def _impure(node: fx.Node) -> bool:
