@@ -395,13 +395,14 @@ def _choose_anchor(region: Region, match: Match) -> tuple[fx.Node, Place] | None
 
 
 def _holders(region: Region, tensor: Tensor) -> int:
-    """How many modules of the model have this parameter."""
+    """Under how many names the model has this parameter."""
     model = region.models[tensor.root]
     if model is None:
         return 1
     holders = region.holders.setdefault(tensor.root, Counter())
     if not holders:
-        holders.update(id(p) for m in model.modules() for p in m._parameters.values())
+        named = model.named_parameters(remove_duplicate=False)
+        holders.update(id(parameter) for _, parameter in named)
     return holders[id(tensor.value)]
 
 
