@@ -275,7 +275,8 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
         if origins.setdefault(key, label) != label or result.nodes().get(key, node) is not node:
             raise AdapterError(
                 f"'{key}' is the key of several nodes, as the model was compiled with several "
-                f"options; say which with config=LinearizeConfig(...)"
+                f"options; say which with config=LinearizeConfig(...), or, where they differ by "
+                f"their adapter, make a copy of the model for each"
             )
         result.add(key, node)
     if not origins:

@@ -100,7 +100,7 @@ def same_everywhere(shape, tolerance, dtype=torch.float32, options=ALL, dynamic=
 
 
 @given(shape=vits.shapes, dynamic=st.sampled_from([None, True]))
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_equals_the_linearized_model_on_any_transformer(shape, dynamic):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "_inductor", lambda options, more: aot_eager)
@@ -618,7 +618,7 @@ def test_as_many_compilations_as_another_backend(eager):
         counters.clear()
         model = shape.model()
         fast = torch.compile(model, backend=backend, **kwargs)
-        for grid in ((3, 4), (4, 4), (5, 6), (2, 7)):
+        for grid in ((3, 4), (4, 4), (5, 6)):
             for batch in (2, 3):
                 fast(replace(shape, grid=grid, batch=batch).images())
         assert not counters["graph_break"]
