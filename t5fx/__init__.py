@@ -7,15 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t5fx.adapters import adapter
+    from t5fx.align import Align
     from t5fx.api import explain, linearize
     from t5fx.config import LinearizeConfig
     from t5fx.errors import T5Error
+    from t5fx.finetune import FineTune
+    from t5fx.pretrained import from_pretrained, save_pretrained
     from t5fx.report import Report, Site
 
 __version__ = "0.1.0"
-__all__ = ["LinearizeConfig", "Report", "Site", "T5Error", "adapter", "explain", "linearize"]
+__all__ = [
+    "Align",
+    "FineTune",
+    "LinearizeConfig",
+    "Report",
+    "Site",
+    "T5Error",
+    "adapter",
+    "explain",
+    "from_pretrained",
+    "linearize",
+    "save_pretrained",
+]
 
 _HOMES = {
+    "Align": "align",
+    "FineTune": "finetune",
+    "from_pretrained": "pretrained",
+    "save_pretrained": "pretrained",
     "adapter": "adapters",
     "linearize": "api",
     "explain": "api",

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from t5fx.checkpoint import Checkpoint
 from t5fx.config import LinearizeConfig
 from t5fx.errors import AdapterError
 from t5fx.kernels import TTT
-from t5fx.linearized import Linearized
 
 
 class Place(NamedTuple):
@@ -160,7 +160,7 @@ _serial = itertools.count()
 
 
 class Adapter:
-    """Trained parameters by site, from the option "adapter": a safetensors file or a module.
+    """Trained parameters by site, from the option "adapter": a file, a checkpoint or a module.
 
     A module may be a linearized model, what `t5fx.adapter` returned, or any other whose state_dict
     has keys such as `blocks.0.attn.t5.w1`. Values are copied.
@@ -173,14 +173,18 @@ class Adapter:
             tensors = origin.state_dict()
             self.label = f"a {type(origin).__name__}"
             self.source = _serials.setdefault(origin, next(_serial))
-            if isinstance(origin, Linearized):
-                self.config = origin.linearize_config
+            self.config = getattr(origin, "linearize_config", None)
+        elif isinstance(origin, str | os.PathLike) and Path(origin).is_dir():
+            checkpoint = Checkpoint(Path(origin))
+            self.label, self.source = f"'{origin}'", checkpoint.digest
+            self.config = checkpoint.config()
+            tensors = dict(checkpoint.tensors(lambda name: checkpoint.site(name) is not None))
         elif isinstance(origin, str | os.PathLike):
             tensors, self.label, self.source = _file(Path(origin))
         else:
             raise AdapterError(
-                f"adapter: expected the path of a safetensors file or an nn.Module, got a "
-                f"{type(origin).__name__}"
+                f"adapter: expected the path of a safetensors file, a directory that "
+                f"t5fx.save_pretrained wrote, or an nn.Module, got a {type(origin).__name__}"
             )
         self.sites: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
@@ -228,6 +232,11 @@ class Parameters(nn.Module):
     An optimizer takes its parameters, and its state_dict is an adapter; it computes nothing.
     """
 
+    def __init__(self, config: LinearizeConfig) -> None:
+        super().__init__()
+        #: The options that the nodes were made with.
+        self.linearize_config = config
+
     def add(self, key: str, node: TTT) -> None:
         module: nn.Module = self
         *path, last = key.split(".")
@@ -267,11 +276,13 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
     Raises:
         AdapterError: nothing was rewritten in this model yet, or several nodes have one key.
     """
-    result = Parameters()
+    result: Parameters | None = None
     origins: dict[str, str] = {}
-    for key, node, label in _found(model):
+    for key, node, label, configs in _found(model):
         if config is not None and not matches(node, config.at(key.rpartition(".")[0])):
             continue
+        if result is None:
+            result = Parameters(configs[0] if config is None else config)
         if origins.setdefault(key, label) != label or result.nodes().get(key, node) is not node:
             raise AdapterError(
                 f"'{key}' is the key of several nodes, as the model was compiled with several "
@@ -279,7 +290,7 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
                 f"their adapter, make a copy of the model for each"
             )
         result.add(key, node)
-    if not origins:
+    if result is None:
         raise AdapterError(
             f"{type(model).__name__} has no new parameters (yet): expected a model that was "
             f'compiled with backend="t5" and called once, or a linearized one'
@@ -287,20 +298,24 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
     return result
 
 
-def _found(model: nn.Module) -> Iterator[tuple[str, TTT, str]]:
+def _found(model: nn.Module) -> Iterator[tuple[str, TTT, str, list[LinearizeConfig]]]:
     with _LOCK:
+        own: list[LinearizeConfig] = [LinearizeConfig()]
         for name, module in model.named_modules():
+            if hasattr(module, "linearize_config"):
+                own = [module.linearize_config]
             if isinstance(module, TTT):
-                yield _clean(name), module, "own"
+                yield _clean(name), module, "own", own
             for identity, entry in _OWNED.get(module, {}).items():
                 first = next(module.parameters(), None)
                 node = entry.node if first is None else entry.follow(first)
-                yield _clean(".".join((name, *identity.place.down))), node, repr(identity)
+                key = _clean(".".join((name, *identity.place.down)))
+                yield key, node, repr(identity), entry.configs
         for name, parameter in model.named_parameters():
             for identity, entry in _HELD.get(parameter, {}).items():
                 key = identity.place.key(_clean(name))
                 if key is not None and entry.owner is None:
-                    yield key, entry.follow(parameter), repr(identity)
+                    yield key, entry.follow(parameter), repr(identity), entry.configs
 
 
 def _clean(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from t5fx.canon import View
 from t5fx.capture import capture
 from t5fx.config import LinearizeConfig
 from t5fx.errors import AlreadyLinearizedError, CaptureError, ConfigError, NothingRewrittenError
+from t5fx.hooks import Hook, hooks_of, run
 from t5fx.kernels import TTT
-from t5fx.linearized import Linearized, resolve, template_of
+from t5fx.linearized import Linearized, refuse_calls, resolve, template_of
 from t5fx.policy import plan
 from t5fx.report import Report, why_nothing
 from t5fx.rewrite import rewrite
@@ -29,6 +30,7 @@ def linearize(
     kwargs: dict[str, Any] | None = None,
     *,
     config: LinearizeConfig | None = None,
+    finetune: Hook | Sequence[Hook] | None = None,
     share_parameters: bool = False,
 ) -> nn.Module:
     """Rewrite every legal softmax attention of a model into a linear-time TTT node.
@@ -42,7 +44,11 @@ def linearize(
         args, kwargs: example inputs of one call. Of a GraphModule whose nodes carry shapes
             (`meta["val"]` or `meta["example_value"]`) none are needed.
         config: what to rewrite and how; see `LinearizeConfig`.
-        share_parameters: use the model's own parameters instead of copies of them.
+        finetune: what to train the result with: a hook or several, called in turn with the
+            linearized module and the report. A hook changes the module in place, or returns
+            another; `t5fx.Align` and `t5fx.FineTune` make such hooks.
+        share_parameters: use the model's own parameters instead of copies of them, so that a
+            large model needs no second copy; what trains them then trains the model's.
 
     Returns:
         For an nn.Module an nn.Module with the same call signature and return type, the original
@@ -54,26 +60,55 @@ def linearize(
         NothingRewrittenError: no site was rewritten; says why, and what would change it.
         AlreadyLinearizedError: the model has TTT nodes already.
         CaptureError: the model cannot be traced, or shapes are missing.
+        HookError: a hook failed; its `.module` is the linearized model as the hook left it.
         T5Error: base of all of these.
     """
-    config, arguments, keywords = _arguments(model_or_gm, args, kwargs, config)
-    if any(isinstance(m, Linearized | TTT) for m in model_or_gm.modules()):
-        raise AlreadyLinearizedError(
-            f"expected a model with softmax attention, got {type(model_or_gm).__name__} with TTT "
-            f"nodes in it; linearize the original, with `include`/`exclude` to choose sites"
-        )
+    config = _config(config)
+    arguments, keywords = check_call(model_or_gm, args, kwargs)
+    hooks = hooks_of(finetune)
+    refuse_linearized(model_or_gm)
     template = template_of(model_or_gm, share_parameters)
-    result: nn.Module
+    result = build(template, arguments, keywords, config, {})
+    if not result.report.rewritten:
+        raise NothingRewrittenError(why_nothing(result.report))
+    return run(hooks, result, result.report)
+
+
+def refuse_linearized(model: nn.Module) -> None:
+    """Raise `AlreadyLinearizedError` for a model that has TTT nodes."""
+    if any(isinstance(m, Linearized | TTT) for m in model.modules()):
+        raise AlreadyLinearizedError(
+            f"expected a model with softmax attention, got {type(model).__name__} with TTT "
+            f"nodes in it; take the original, with `include`/`exclude` to choose sites"
+        )
+
+
+def build(
+    template: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: LinearizeConfig,
+    nodes: Mapping[str, TTT],
+) -> Linearized | fx.GraphModule:
+    """The linearized form of a template (`template_of`), its report in `.report`.
+
+    nodes: by key, those of the sites that are to be rewritten; where there are none, the
+    configuration chooses the sites and fresh ones are made. Raises `RefusedCallError` where a
+    site that has a node cannot be rewritten to it, `CaptureError` where it is not in the model.
+    """
     if isinstance(template, fx.GraphModule):
-        result, report = _linearize_graph(template, arguments, keywords, config)
+        result: Linearized | fx.GraphModule = _build_graph(template, args, kwargs, config, nodes)
+        used = {name for name, m in result.named_modules() if isinstance(m, TTT)}
     else:
-        result = Linearized(template, config)
-        bound = result._captures.signature.bind(arguments, keywords)
-        result.capture(*bound, result._mode())
-        report = result.report
-    if not report.rewritten:
-        raise NothingRewrittenError(why_nothing(report))
-    _count(report, result)
+        result = Linearized(template, config, nodes)
+        bound = result._captures.signature.bind(args, kwargs)
+        used = set(result.capture(*bound, result._mode()).nodes)
+    if not used.issuperset(nodes):
+        raise CaptureError(
+            f"expected attention at {', '.join(map(repr, sorted(set(nodes) - used)))} in this call "
+            f"of {type(template).__name__}, found none there"
+        )
+    _count(result.report, result)
     return result
 
 
@@ -89,7 +124,8 @@ def explain(
     Arguments as for `linearize`; sizes are captured static. Raises `CaptureError` where the model
     cannot be captured, and nothing for a model that can be, whatever is in it.
     """
-    config, arguments, keywords = _arguments(model_or_gm, args, kwargs, config)
+    config = _config(config)
+    arguments, keywords = check_call(model_or_gm, args, kwargs)
     report = Report(type(model_or_gm).__name__)
     if isinstance(model_or_gm, Linearized):
         return model_or_gm.report
@@ -109,9 +145,14 @@ def explain(
     return report
 
 
-def _arguments(
-    model: Any, args: Any, kwargs: Any, config: Any
-) -> tuple[LinearizeConfig, tuple[Any, ...], dict[str, Any]]:
+def _config(config: Any) -> LinearizeConfig:
+    if config is not None and not isinstance(config, LinearizeConfig):
+        raise ConfigError(f"config: expected a LinearizeConfig, got {type(config).__name__}")
+    return config or LinearizeConfig()
+
+
+def check_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example call as a tuple and a dict; raises `CaptureError` where it is neither."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected an nn.Module or a GraphModule, got {type(model).__name__}")
     if isinstance(args, torch.Tensor):
@@ -124,25 +165,29 @@ def _arguments(
             f"kwargs: expected a mapping of names to arguments, got a {type(kwargs).__name__}; "
             f"positional arguments belong in args"
         )
-    if config is not None and not isinstance(config, LinearizeConfig):
-        raise ConfigError(f"config: expected a LinearizeConfig, got {type(config).__name__}")
-    return config or LinearizeConfig(), tuple(args), dict(kwargs or {})
+    return tuple(args), dict(kwargs or {})
 
 
-def _linearize_graph(
-    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], config: LinearizeConfig
-) -> tuple[fx.GraphModule, Report]:
+def _build_graph(
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: LinearizeConfig,
+    nodes: Mapping[str, TTT],
+) -> fx.GraphModule:
     report = Report(type(gm).__name__)
     report.capture = _shapes(gm, args, kwargs)
     view = View(gm.graph, gm)
-    plans = plan(view, resolve(config, args, kwargs))
+    resolved = resolve(config, args, kwargs)
+    plans = plan(view, resolved, lambda m: m.key in nodes if nodes else None)
+    refuse_calls(view, plans, nodes)
     report.sites = [entry.site for entry in plans]
-    for key, module in rewrite(view, plans, {}).items():
+    for key, module in rewrite(view, plans, nodes).items():
         module.train(gm.training)
         gm.add_submodule(key, module)
     gm.recompile()
-    gm.report = report
-    return gm, report
+    gm.report, gm.linearize_config = report, config
+    return gm
 
 
 def _shapes(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

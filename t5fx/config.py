@@ -144,28 +144,45 @@ class LinearizeConfig:
         overrides = {pattern: values(changes) for pattern, changes in self.overrides.items()}
         return dataclasses.replace(self, **values(own), overrides=overrides)
 
-    def to_json(self) -> str:
-        """Versioned JSON. Raises `ConfigError` where grid, prefix or suffix is a callable."""
+    def to_dict(self, callables: str | None = None) -> dict[str, Any]:
+        """Plain data with the version, ready for JSON.
+
+        callables: what to write for a grid, prefix or suffix that is a callable; without it such
+        a one raises `ConfigError`.
+        """
         data = dataclasses.asdict(self)
         for where in (data, *data["overrides"].values()):
             for name, value in where.items():
                 if callable(value):
-                    raise ConfigError(f"{name}: a callable has no JSON form; give a value")
-        return json.dumps({"version": VERSION, **data}, indent=2)
+                    if callables is None:
+                        raise ConfigError(f"{name}: a callable has no JSON form; give a value")
+                    where[name] = callables
+        return {"version": VERSION, **data}
+
+    def to_json(self) -> str:
+        """Versioned JSON. Raises `ConfigError` where grid, prefix or suffix is a callable."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> LinearizeConfig:
+        """Inverse of `to_dict`. Raises `ConfigError` for another version or unknown fields."""
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise ConfigError(
+                f"expected a LinearizeConfig of version {VERSION}, got {str(data)[:60]!r}"
+            )
+        fields = {name: value for name, value in data.items() if name != "version"}
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown fields of LinearizeConfig: {', '.join(unknown)}")
+        return cls(**fields)
 
     @classmethod
     def from_json(cls, text: str) -> LinearizeConfig:
         """Inverse of `to_json`. Raises `ConfigError` for another version or unknown fields."""
         try:
-            data = json.loads(text)
+            return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ConfigError(f"expected the JSON of a LinearizeConfig: {error}") from error
-        if not isinstance(data, dict) or data.pop("version", None) != VERSION:
-            raise ConfigError(f"expected a LinearizeConfig of version {VERSION}, got {text[:60]!r}")
-        unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ConfigError(f"unknown fields of LinearizeConfig: {', '.join(unknown)}")
-        return cls(**data)
 
 
 def _natural(value: object) -> bool:

@@ -1,5 +1,12 @@
 """Every error that t5fx raises on purpose derives from :class:`T5Error`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 class T5Error(Exception):
     """Base of all errors of t5fx; the message says what was expected and what was got."""
@@ -35,6 +42,25 @@ class GraphSpecError(T5Error):
 
 class AdapterError(T5Error):
     """The new parameters of a compiled model are not there, do not fit, or are not unique."""
+
+
+class CheckpointError(T5Error):
+    """A checkpoint is not there, damaged, of an unknown version, or of another model."""
+
+
+class TrainingError(T5Error):
+    """Training cannot begin or go on: nothing to train, wrong data, a loss that is not finite."""
+
+
+class HookError(T5Error):
+    """A fine-tune hook failed, or returned what is no module.
+
+    module: the linearized model as it was left, so that nothing that was trained is lost.
+    """
+
+    def __init__(self, message: str, module: nn.Module) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class UntrainedWarning(UserWarning):

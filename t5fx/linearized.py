@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,14 @@ from t5fx.errors import CaptureError, RefusedCallError
 from t5fx.kernels import TTT
 from t5fx.policy import Plan, plan
 from t5fx.report import Report
-from t5fx.rewrite import rewrite
-from t5fx.tree import Block, Mode, distribute, mirror
+from t5fx.rewrite import rewrite, settings
+from t5fx.tree import Block, Mode, adopt, distribute, mirror
 
 #: Tracing swaps a model's tensors for fake ones: one capture at a time.
 _CAPTURING = threading.RLock()
+
+#: What the graph of a call says of a node, apart from the options.
+_OF_THE_CALL = ("num_heads", "head_dim", "value_dim", "scale", "locality", "grid_ndim")
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -39,7 +43,7 @@ class Variant:
 
     structure: names (and nesting) of the arguments; constants: those that are not tensors; mode:
     number of the combination of train/eval flags and dtypes that it was captured in; autocast: the
-    devices whose autocast mode it sets for a while.
+    devices whose autocast mode it sets for a while; nodes: keys of the TTT nodes it runs.
     """
 
     structure: Any
@@ -49,6 +53,7 @@ class Variant:
     out_spec: Any
     piece: int
     autocast: tuple[str, ...]
+    nodes: frozenset[str]
 
     def serves(self, structure: Any, leaves: list[Any], mode: int) -> bool:
         if self.mode != mode or self.structure != structure:
@@ -85,12 +90,15 @@ class Linearized(Block):
     to run models, though: torch.export patches `nn.Module` for the whole process.
     """
 
-    def __init__(self, template: nn.Module, config: LinearizeConfig) -> None:
+    def __init__(
+        self, template: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TTT] | None = None
+    ) -> None:
         super().__init__(template, Mode())
         self._captures = Captures(config, Signature(template.forward))
         self.report = Report(type(template).__name__)
         self.__class__ = _with_signature(self._captures.signature)
         mirror(template, self)
+        adopt(self, nodes or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (), self.__dict__
@@ -170,9 +178,8 @@ class Linearized(Block):
         existing = self._nodes()
         view = View(captured.graph, template, captured.constants)
         plans = plan(view, config, lambda m: m.key in existing if existing else None)
-        if existing:
-            _refuse(plans, existing)
-        else:
+        refuse_calls(view, plans, existing)
+        if not self.report.sites:
             self.report.sites = [entry.site for entry in plans]
             self.report.capture = captured.note
         modules = rewrite(view, plans, existing)
@@ -183,6 +190,7 @@ class Linearized(Block):
         variant = Variant(
             *(structure, _constants(leaves), self._mode(), captured.guards),
             *(captured.out_spec, piece, AutocastState.devices(captured.graph)),
+            frozenset(modules),
         )
         captures.variants.append(variant)
         return variant
@@ -207,7 +215,7 @@ class Linearized(Block):
             if stand_ins:
                 self._bind_template(lambda tensor: tensor)
 
-    def _nodes(self) -> dict[str, nn.Module]:
+    def _nodes(self) -> dict[str, TTT]:
         return {n: m for n, m in self.named_modules() if isinstance(m, TTT)}
 
     def _bind_template(self, seen_as: Callable[[Any], Any]) -> None:
@@ -308,15 +316,26 @@ def _whole(tensor: Any, stand_ins: dict[int, Any]) -> Any:
     return stand_ins[id(tensor)]
 
 
-def _refuse(plans: list[Plan], existing: dict[str, nn.Module]) -> None:
+def refuse_calls(view: View, plans: list[Plan], existing: Mapping[str, TTT]) -> None:
+    """Raise where a site that has a node cannot be rewritten to that node in this call."""
     for entry in plans:
-        site = entry.site
-        if entry.match.key in existing and site.status != "rewritten":
+        site, node = entry.site, existing.get(entry.match.key)
+        if node is None:
+            continue
+        if site.status != "rewritten":
             raise RefusedCallError(
                 f"this call needs '{site.fqn}', which was rewritten, to do what its TTT node "
                 f"cannot: {site.reason} ({site.detail}); call it as when it was linearized, or "
                 f"linearize again with this call as the example"
             )
+        for name, wanted in settings(view, entry).items():
+            got = getattr(node, name)
+            close = isinstance(got, float) and math.isclose(got, wanted, rel_tol=1e-6)
+            if name in _OF_THE_CALL and got != wanted and not close:
+                raise RefusedCallError(
+                    f"this call needs '{site.fqn}' with {name} {wanted}, and its TTT node was made "
+                    f"for {name} {got}"
+                )
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ _STRIDED = {
 }
 
 
-def rewrite(view: View, plans: list[Plan], existing: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def rewrite(
+    view: View, plans: list[Plan], existing: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
     """Rewrite the planned sites of `view.graph` in place.
 
     existing: TTT modules by key that are to be used again. Returns the module of every rewritten
@@ -116,18 +119,18 @@ def _module(view: View, entry: Plan) -> TTT:
     assert entry.match.binding is not None
     value = view.val(entry.match.binding.v.like)
     assert value is not None
-    dtype = _parameter_dtype(view, entry, value.dtype)
+    dtype = parameter_dtype(view.root, entry.match.owner, value.dtype)
     name, chosen = entry.match.key, settings(view, entry)
     return TTT(**chosen, name=name, device=value.device, dtype=dtype)
 
 
-def _parameter_dtype(view: View, entry: Plan, default: torch.dtype) -> torch.dtype:
+def parameter_dtype(root: nn.Module, owner: str, default: torch.dtype) -> torch.dtype:
     """The dtype of the owner's own parameters, so that a cast of the model fits both."""
     try:
-        owner = view.root.get_submodule(entry.match.owner)
+        module = root.get_submodule(owner)
     except AttributeError:
         return default
-    return next((p.dtype for p in owner.parameters() if p.is_floating_point()), default)
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
 def _replace(view: View, entry: Plan) -> None:

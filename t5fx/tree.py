@@ -12,7 +12,7 @@ import copy
 import itertools
 import linecache
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -175,16 +175,21 @@ def distribute(graph: fx.Graph, root: Block, modules: dict[str, nn.Module]) -> i
     Every run of neighbouring nodes that ran inside one call of a module becomes one piece of that
     module's block. modules: leaf modules that `call_module` nodes call, put under their owners.
     """
-    for key, module in modules.items():
-        parent, _, name = key.rpartition(".")
-        owner = root.get_submodule(parent)
-        if name not in owner._modules:
-            owner.add_module(name, module)
+    adopt(root, modules)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     stacks = _stacks(nodes)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.nodes if n.op == "output")
     return _Cutter(root, stacks).root_piece(nodes, inputs, output)
+
+
+def adopt(root: Block, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules under their owners, where there is none of that name yet."""
+    for key, module in modules.items():
+        parent, _, name = key.rpartition(".")
+        owner = root.get_submodule(parent)
+        if name not in owner._modules:
+            owner.add_module(name, module)
 
 
 Stack = tuple[tuple[str, str], ...]

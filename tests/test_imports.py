@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "t5fx.errors",
     "t5fx.config",
+    "t5fx.checkpoint",
     "t5fx.report",
+    "t5fx.hooks",
     "t5fx.canon",
     "t5fx.axes",
     "t5fx.masks",
@@ -39,6 +41,10 @@ ORDER = [
     "t5fx.sharing",
     "t5fx.backend",
     "t5fx.api",
+    "t5fx.pretrained",
+    "t5fx.training",
+    "t5fx.align",
+    "t5fx.finetune",
     "t5fx",  # the public names, resolved on first use
     "t5fx.bench",
 ]

@@ -1,0 +1,232 @@
+"""`Align`: the original as a teacher in every site at once, and what the nodes learn from it."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import vits
+from hypothesis import given, settings
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.data import DataLoader, TensorDataset
+from vits import Shape
+
+import t5fx
+from t5fx import backend
+from t5fx.align import _merge_heads, _Student, _taught
+from t5fx.errors import TrainingError
+from t5fx.kernels import TTT
+
+CONFIG = t5fx.LinearizeConfig(min_tokens=0)
+
+
+def linearized(shape, model=None, **kwargs):
+    model = shape.model() if model is None else model
+    return t5fx.linearize(model, (shape.images(),), config=CONFIG, **kwargs)
+
+
+def batches(shape, count=2):
+    return [shape.images() for _ in range(count)]
+
+
+def nodes(lin):
+    return {name: m for name, m in lin.named_modules() if isinstance(m, TTT)}
+
+
+@settings(max_examples=10)
+@given(vits.shapes)
+def test_teacher_is_the_original(shape):
+    """With the softmax back in its nodes, the linearized model computes what the original does."""
+    model, images = shape.model(), shape.images()
+    lin = linearized(shape, model)
+    students = {key: _Student(key, node) for key, node in nodes(lin).items()}
+    with _taught(students, lin):
+        taught = lin(images)
+    torch.testing.assert_close(taught, model(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(lin(images), taught, rtol=1e-3, atol=1e-4)
+
+
+def test_loss_is_the_relative_error_at_the_output_projection():
+    """Each site's first loss, worked out from the original alone."""
+    shape = Shape(depth=2, heads=2, head_dim=8)
+    model, images = shape.model(), shape.images()
+    lin = linearized(shape, model)
+    align = t5fx.Align([images], steps=1, lr=1e-9)
+    align(lin)
+
+    inputs = []
+    for block in model.blocks:
+        attend = block.attn.attend
+        block.attn.attend = lambda q, k, v, f=attend: (inputs.append((q, k, v)), f(q, k, v))[1]
+    model(images)
+    for i, (q, k, v) in enumerate(inputs):
+        softmax = _merge_heads(F.scaled_dot_product_attention(q, k, v))
+        got = _merge_heads(nodes(lin)[f"blocks.{i}.attn.t5"](q, k, v, grid=shape.grid, prefix=1))
+        weight = model.blocks[i].attn.proj.weight
+        wanted = ((got - softmax) @ weight.mT).square().sum()
+        wanted /= (softmax @ weight.mT).square().sum()
+        loss = align.result.losses[f"blocks.{i}.attn.t5"]
+        assert loss == [pytest.approx(wanted.item(), rel=1e-4)]
+        assert align.result.measured[f"blocks.{i}.attn.t5"] == f"blocks.{i}.attn.proj"
+
+
+def test_learns_and_touches_nothing_but_the_nodes():
+    shape = Shape(depth=2, heads=2, head_dim=8, grid=(4, 4))
+    model = shape.model()
+    data = batches(shape, 4)
+    lin = linearized(shape, model).train()
+    lin.blocks[0].mlp.requires_grad_(False)
+    before = copy.deepcopy(lin.state_dict())
+    align = t5fx.Align(data, steps=60, lr=2e-2)
+    assert align(lin) is None
+
+    result = align.result
+    assert (result.steps, result.samples) == (60, 120)
+    assert set(result.losses) == set(nodes(lin))
+    assert all(len(values) == 60 for values in result.losses.values())
+    for key in result.losses:
+        assert result.after[key] < 0.6 * result.before[key], str(result)
+    for name, value in lin.state_dict().items():
+        assert torch.equal(value, before[name]) == (".t5." not in name), name
+    assert all("forward" not in vars(node) for node in nodes(lin).values())
+    assert all(m.training for m in lin.modules())
+    frozen = {name for name, p in lin.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in lin.named_parameters() if n.startswith("blocks.0.mlp")}
+    assert all(p.grad is None for p in lin.parameters())
+
+    # What it is for: the whole model is nearer to the original than it was.
+    images = shape.images()
+    lin.eval()
+    aligned = (lin(images) - model(images)).norm()
+    lin.load_state_dict(before)
+    assert aligned < 0.8 * (lin(images) - model(images)).norm()
+
+
+def test_same_on_a_linearized_and_on_a_compiled_untouched_model(monkeypatch):
+    monkeypatch.setattr(backend, "_inductor", lambda options, more: aot_eager)
+    shape = Shape(depth=2)
+    model, data = shape.model(), batches(shape)
+    lin = linearized(shape, model)
+    fast = torch.compile(model, backend="t5", options={"min_tokens": 0})
+    with pytest.warns(t5fx.errors.UntrainedWarning):
+        fast(data[0])
+    state = copy.deepcopy(model.state_dict())
+    one, two = t5fx.Align(data, steps=3), t5fx.Align(data, steps=3)
+    one(lin)
+    two(fast)
+    for key, losses in one.result.losses.items():
+        assert two.result.losses[key] == pytest.approx(losses, rel=1e-4)
+    new = t5fx.adapter(model).state_dict()
+    for name, value in new.items():
+        torch.testing.assert_close(value, lin.state_dict()[name])
+    torch.testing.assert_close(fast(data[0]), lin(data[0]), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+    compiled = torch.compile(lin, backend="t5")
+    t5fx.Align(data, steps=1)(compiled)  # through torch.compile, without compiling anything
+    assert not torch.equal(lin.blocks[0].attn.t5.w1, new["blocks.0.attn.t5.w1"])
+
+
+def test_graph_module_is_measured_at_the_attention_itself():
+    shape = Shape(depth=1)
+    model = shape.model()
+    gm = torch.export.export(model, (shape.images(),), strict=False).module()
+    lin = t5fx.linearize(gm, config=CONFIG)
+    align = t5fx.Align(batches(shape), steps=2)
+    align(lin)
+    assert set(align.result.measured.values()) == {""}
+    assert "attention" in str(align.result)
+
+
+def test_half_precision_learns_in_float32():
+    """Steps too small for bfloat16 add up."""
+    shape = Shape(depth=1)
+    model = shape.model().bfloat16()
+    images = shape.images(torch.bfloat16)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    twin = copy.deepcopy(lin)
+    t5fx.Align([images], steps=100, lr=1e-5, warmup=0.01)(lin)
+    t5fx.Align([images], steps=1, lr=1e-5)(twin)
+    assert lin.blocks[0].attn.t5.w1.dtype == torch.bfloat16
+    moved = (lin.blocks[0].attn.t5.w1 - twin.blocks[0].attn.t5.w1).abs().max()
+    assert moved > 1e-4
+
+
+def test_batches_of_every_form():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = Shape(depth=1).model()
+
+        def forward(self, images, gain=None):
+            return self.vit(images) if gain is None else gain * self.vit(images)
+
+    shape = Shape(depth=1)
+    images = shape.images()
+    losses = []
+    for data, inputs in (
+        ([images], None),
+        ([(images,)], None),
+        ([{"images": images}], None),
+        (DataLoader(TensorDataset(images, torch.arange(2)), 2), lambda batch: batch[0]),
+    ):
+        lin = t5fx.linearize(Named().eval(), (images,), config=CONFIG)
+        align = t5fx.Align(data, inputs=inputs, steps=2)
+        align(lin)
+        losses.append(align.result.losses["vit.blocks.0.attn.t5"])
+    assert losses == [pytest.approx(losses[0])] * 4
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "got no batch from a list"),
+        (iter([Shape().images()]), "batches for 1 pass over it only"),
+    ],
+)
+def test_data_that_ends(data, message):
+    lin = linearized(Shape())
+    with pytest.raises(TrainingError, match=message):
+        t5fx.Align(data, steps=3)(lin)
+
+
+def test_loss_that_is_not_finite_leaves_the_last_good_values():
+    shape = Shape(depth=1)
+    good = shape.images()
+    lin, twin = linearized(shape), linearized(shape)
+    align = t5fx.Align([good, good * math.nan], steps=4)
+    with pytest.raises(TrainingError, match=r"'blocks.0.attn.t5'.*got nan at step 1"):
+        align(lin)
+    assert align.result.steps == 1
+    assert torch.isfinite(lin(good)).all()
+    assert not torch.equal(lin.blocks[0].attn.t5.w1, twin.blocks[0].attn.t5.w1)
+    assert "forward" not in vars(lin.blocks[0].attn.t5)
+
+
+def test_interrupt_keeps_the_steps_that_were_done():
+    shape = Shape(depth=1)
+
+    class Interrupted(list):
+        def __iter__(self):
+            yield from batches(shape, 3)
+            raise KeyboardInterrupt
+
+    lin, twin = linearized(shape), linearized(shape)
+    with pytest.raises(KeyboardInterrupt):
+        t5fx.Align(Interrupted(), steps=9)(lin)
+    assert not torch.equal(lin.blocks[0].attn.t5.w1, twin.blocks[0].attn.t5.w1)
+    assert lin.blocks[0].attn.t5.w1.requires_grad
+
+
+def test_model_without_nodes_and_bad_settings():
+    with pytest.raises(TrainingError, match="nothing to train"):
+        t5fx.Align([Shape().images()])(Shape().model())
+    for bad in ({"steps": 0}, {"lr": -1.0}, {"lr": math.nan}):
+        with pytest.raises(TrainingError, match="expected a number above 0"):
+            t5fx.Align([], **bad)
+
+
+def test_says_nothing_where_there_is_no_terminal(capsys):
+    t5fx.Align(batches(Shape(depth=1)), steps=2)(linearized(Shape(depth=1)))
+    assert capsys.readouterr() == ("", "")
