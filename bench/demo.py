@@ -1,7 +1,10 @@
-"""The whole pass on a really pretrained model: `python -m t5fx.bench.demo`.
+"""The whole way of a really pretrained model: `python -m t5fx.bench.demo`.
 
-Explains the DINOv2-S that a saliency package ships at 518 px, linearizes it, compares the features
-before and after on photographs, times both compiled with stock Inductor, and draws one picture.
+Explains the DINOv2-S that a saliency package ships, linearizes it, aligns it on photographs without
+labels, saves it, loads it into a fresh copy of the model, compares features before, between and
+after on other photographs, times it compiled with backend="t5" against the softmax model compiled
+with Inductor, and draws one picture.
+
 A converted model keeps every weight but has fresh parameters in every attention: until it is
 aligned or fine-tuned its features are wrong, and the numbers say by how much.
 """
@@ -19,17 +22,20 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import t5fx
+from t5fx.align import AlignResult
 
 from . import dinov2, photos
-from .features import agreement, tokens
+from .features import tokens
 from .figure import Example, draw
-from .tables import Table, agreement_table, time_table
+from .tables import agreement_table, time_table
 from .timing import Named, Timing, time_models
 
 # The size at which the model is explained and linearized, and at which features are compared: that
-# of its own position table.
+# of its own position table; and the one at which it is aligned.
 SIZE = 518
-TITLE = "A DINOv2-S, softmax attention to TTT-SwiGLU: just converted, not aligned yet"
+ALIGN_SIZE = 224
+BATCH = 4
+TITLE = "A DINOv2-S, softmax attention to TTT-SwiGLU: converted, then aligned without labels"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,25 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     with _step(console, "loading the model and the photographs"):
         model = dinov2.load_dinov2_small()
-        images = photos.centre_crops(tuple(photos.HELD_OUT), SIZE)
-    linear = convert(model, dinov2.preprocess(images[:2]), console)
+        images = {s: photos.centre_crops(tuple(photos.HELD_OUT), s) for s in (ALIGN_SIZE, SIZE)}
+    linear = convert(model, dinov2.preprocess(images[SIZE][:2]), console)
 
-    with _step(console, f"comparing features of {len(images)} photographs"):
-        compared = [("softmax", model), ("TTT, not aligned", linear)]
-        features = {name: tokens(one, dinov2.preprocess(images)) for name, one in compared}
-    cosines = compare(features)
+    features: dict[int, dict[str, Tensor]] = {size: {} for size in images}
+
+    def look(name: str, one: nn.Module) -> None:
+        with _step(console, f"features of {len(photos.HELD_OUT)} photographs: {name}"):
+            for size, crops in images.items():
+                features[size][name] = tokens(one, dinov2.preprocess(crops))
+
+    look("softmax", model)
+    look("TTT, converted", linear)
+    aligned = align(linear, options.steps, console)
+    linear = reload(linear, model, options.save, console)
+    look("TTT, aligned", linear)
+    cosines = agreement_table(features, len(photos.HELD_OUT), aligned.steps, aligned.seconds)
     cosines.print(console)
     timings = measure([("softmax", model), ("TTT", linear)], options.sizes, console)
     times = time_table(timings, torch.get_num_threads())
     times.print(console)
 
-    rows = "; ".join(f"{name}: class token {a}, patch tokens {b}" for name, a, b in cosines.rows)
-    notes = (f"{rows}. {cosines.note}", times.note)
-    draw(options.out, TITLE, examples(images, features), timings, break_even(linear), notes)
+    shown = examples(images[SIZE], features[SIZE])
+    draw(options.out, TITLE, shown, timings, break_even(linear), (cosines.note, times.note))
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(f"{cosines.markdown()}\n{times.markdown()}", encoding="utf-8")
     console.print(
-        f"picture: {options.out}\ntables: {options.table}\ntotal: {perf_counter() - start:.0f} s",
+        f"picture: {options.out}\ntables: {options.table}\ncheckpoint: {options.save}\n"
+        f"total: {perf_counter() - start:.0f} s",
         highlight=False,
     )
 
@@ -77,11 +92,27 @@ def convert(model: nn.Module, example: Tensor, console: Console) -> nn.Module:
         return t5fx.linearize(model, (example,), config=config).eval()
 
 
-def compare(features: Mapping[str, Tensor]) -> Table:
-    """Agreement of every model's tokens [B, 1 + N, C] with the first's."""
-    (_, original), *others = features.items()
-    agreements = {name: agreement(original, one) for name, one in others}
-    return agreement_table(agreements, len(original), SIZE)
+def align(linear: nn.Module, steps: int, console: Console) -> AlignResult:
+    """Aligns the model in place on random crops of the photographs that are not held out."""
+    crops = photos.RandomCrops(photos.OTHERS, ALIGN_SIZE, BATCH)
+    hook = t5fx.Align(crops, inputs=dinov2.preprocess, steps=steps)
+    hook(linear)
+    assert hook.result is not None
+    print(hook.result)
+    console.print(f"aligning: {hook.result.seconds:.1f} s", style="dim", highlight=False)
+    return hook.result
+
+
+def reload(linear: nn.Module, model: nn.Module, folder: Path, console: Console) -> nn.Module:
+    """Saves the model and loads it into a copy of the original; its outputs are the same bits."""
+    image = dinov2.preprocess(photos.centre_crops(("astronaut", "chelsea"), ALIGN_SIZE))
+    with _step(console, f"saving to {folder}, loading again"):
+        t5fx.save_pretrained(linear, folder, adapter_only=True)
+        again = t5fx.from_pretrained(folder, model, (image,)).eval()
+        with torch.no_grad():
+            if not torch.equal(again(image), linear(image)):
+                raise t5fx.T5Error("expected a reloaded model with the same outputs, got others")
+    return again
 
 
 def examples(images: Tensor, features: Mapping[str, Tensor]) -> list[Example]:
@@ -135,6 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", type=Path, default=docs / "demo.md", help="the tables")
     parser.add_argument(
         "--sizes", type=_sizes, default=(224, 518, 1036), help="image sides to time, in pixels"
+    )
+    parser.add_argument("--steps", type=int, default=120, help="steps of the alignment")
+    parser.add_argument(
+        "--save", type=Path, default=Path("build") / "dinov2-t5", help="where the adapter goes"
     )
     parser.add_argument("--threads", type=int, help="cores to use, torch's choice if not given")
     return parser

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 # Inches: the side of one map, and the width of the times.
-MAP, TIMES = 2.3, 7.0
+MAP, TIMES = 2.0, 7.0
 
 
 @dataclass(frozen=True)

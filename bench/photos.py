@@ -6,6 +6,8 @@ largest square, or a random one, resized to the size asked for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -78,11 +80,19 @@ def centre_crops(names: tuple[str, ...], size: int) -> Tensor:
     return torch.stack([crop(load(name), size) for name in names])
 
 
-def random_crops(names: tuple[str, ...], size: int, count: int, seed: int = 0) -> Tensor:
-    """`count` random crops, the photographs taken in turn: [count, 3, size, size] in 0..1.
+class RandomCrops:
+    """Batches of random crops, [batch, 3, size, size] in 0..1, new ones in every pass.
 
-    The same arguments give the same crops.
+    A pass takes the photographs in random order, as many as make whole batches.
     """
-    generator = torch.Generator().manual_seed(seed)
-    photos = [load(name) for name in names]
-    return torch.stack([crop(photos[i % len(photos)], size, generator) for i in range(count)])
+
+    def __init__(self, names: tuple[str, ...], size: int, batch: int, seed: int = 0) -> None:
+        self.photos = [load(name) for name in names]
+        self.size, self.batch = size, batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.randperm(len(self.photos), generator=self.generator)
+        for chosen in order[: len(order) // self.batch * self.batch].split(self.batch):
+            photos = (self.photos[i] for i in chosen.tolist())
+            yield torch.stack([crop(photo, self.size, self.generator) for photo in photos])

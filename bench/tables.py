@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
+from torch import Tensor
 
-from .features import Agreement
+from .features import agreement
 from .timing import Spread, Timing
 
 
@@ -47,17 +48,33 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def agreement_table(agreements: dict[str, Agreement], num_photos: int, size: int) -> Table:
-    """Cosine similarity with the original, one row a model."""
+def agreement_table(
+    features: Mapping[int, Mapping[str, Tensor]], num_photos: int, steps: int, seconds: float
+) -> Table:
+    """Cosine similarity with the first model, one row for each other one.
+
+    Args:
+        features: for each image size every model's tokens [B, 1 + N, C].
+        num_photos: B; steps, seconds: of the alignment.
+    """
+    sizes = sorted(features)
+    names = list(features[sizes[0]])
+    found = {
+        (name, size): agreement(features[size][names[0]], features[size][name])
+        for name in names[1:]
+        for size in sizes
+    }
     return Table(
-        title=f"Agreement with the original at {size} px",
-        columns=("model", "class token", "patch tokens"),
+        title="Agreement with the original",
+        columns=("model", *(f"{what}, {s} px" for s in sizes for what in ("class", "patches"))),
         rows=tuple(
-            (name, f"{one.class_token:.3f}", f"{one.patches:.3f}")
-            for name, one in agreements.items()
+            (name, *(f"{value:.3f}" for size in sizes for value in found[name, size]))
+            for name in names[1:]
         ),
-        note=f"Mean cosine similarity over {num_photos} held-out photographs; 1 is the original. "
-        "A model that was only converted is not aligned yet: its new parameters are random.",
+        note=f"Mean cosine similarity of class and patch tokens over {num_photos} held-out "
+        "photographs; 1 is the original. Converted: every weight is kept, the new parameters are "
+        f"random. Aligned: {steps} steps ({seconds:.0f} s) without labels on random crops of "
+        f"other photographs at {sizes[0]} px, saved and loaded again.",
     )
 
 
@@ -79,10 +96,11 @@ def time_table(timings: Sequence[Timing], threads: int) -> Table:
             )
             for timing in timings
         ),
-        note=f"Median (first to third quartile) of {rounds} interleaved rounds. All compiled by "
-        f"stock Inductor, no_grad, float32, batch 1, on {machine(threads)}. Compiled outputs "
-        f"differ from eager ones by a relative {error:.0e} at most; a first call, which compiles, "
-        f"took {min(first_calls):.0f} to {max(first_calls):.0f} s.",
+        note=f"Median (first to third quartile) of {rounds} interleaved rounds; {names[0]} "
+        f"compiled with Inductor, {' and '.join(names[1:])} with backend='t5', no_grad, float32, "
+        f"batch 1, on {machine(threads)}. Compiled outputs differ from eager ones by a relative "
+        f"{error:.0e} at most; a first call, which compiles, took {min(first_calls):.0f} to "
+        f"{max(first_calls):.0f} s.",
     )
 
 

@@ -18,6 +18,7 @@ from t5fx.api import build
 from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
 from t5fx.linearized import Linearized, template_of
+from t5fx.muon import Muon
 from t5fx.report import Report
 from t5fx.training import (
     as_call,
@@ -87,8 +88,8 @@ class Align:
         inputs: what of a batch the model is called with, such as `lambda batch: batch[0]` where
             batches have labels too.
         steps: how many batches.
-        lr: peak learning rate of AdamW; linear warm-up over `warmup` of the steps, then a cosine.
-        weight_decay: of AdamW.
+        lr: peak learning rate, of Muon for the inner model's matrices and AdamW for the
+            convolutions; linear warm-up over a fraction `warmup` of the steps, then a cosine.
 
     Raises:
         TrainingError: data that ends, a site that no batch reaches, a loss that is not finite. The
@@ -101,7 +102,6 @@ class Align:
     steps: int = 200
     lr: float = 1e-2
     warmup: float = 0.1
-    weight_decay: float = 0.0
     result: AlignResult | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -114,13 +114,13 @@ class Align:
         nodes = nodes_of(module)
         device = next(iter(nodes.values())).tensors()[0][0].device
         students = {key: _Student(key, node) for key, node in nodes.items()}
-        parameters = [p for student in students.values() for p in student.node.parameters()]
-        optimizer = torch.optim.AdamW(
-            parameters, self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warm_cosine(step, self.steps, self.warmup)
-        )
+        optimizers = self._optimizers(students)
+        schedules = [
+            torch.optim.lr_scheduler.LambdaLR(
+                one, lambda step: warm_cosine(step, self.steps, self.warmup)
+            )
+            for one in optimizers
+        ]
         self.result = result = AlignResult(losses={key: [] for key in nodes})
         start = time.perf_counter()
         with kept(module), progress("align", self.steps) as advance:
@@ -130,18 +130,30 @@ class Align:
             try:
                 for step in range(self.steps):
                     args, kwargs = self._call(first if step == 0 else next(batches), device)
-                    optimizer.zero_grad()
+                    for optimizer in optimizers:
+                        optimizer.zero_grad()
                     with _taught(students, module):
                         module(*args, **kwargs)
                     self._record(result, students, step)
-                    optimizer.step()
-                    schedule.step()
+                    for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                        optimizer.step()
+                        schedule.step()
                     result.steps, result.samples = step + 1, result.samples + _size(args, kwargs)
                     advance(f"mean loss {sum(result.after.values()) / len(nodes):.3f}")
             finally:
                 for student in students.values():
                     student.give_back()
                 result.seconds = time.perf_counter() - start
+
+    def _optimizers(self, students: Mapping[str, _Student]) -> list[torch.optim.Optimizer]:
+        named = [pair for s in students.values() for pair in s.node.named_parameters()]
+        matrices = [p for name, p in named if "." not in name]
+        convolutions = [p for name, p in named if "." in name]
+        optimizers: list[torch.optim.Optimizer] = [Muon(matrices, self.lr, momentum=0.9)]
+        if convolutions:
+            adam = torch.optim.AdamW(convolutions, self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+            optimizers.append(adam)
+        return optimizers
 
     def _original(self, module: nn.Module, batches: Iterator[Any]) -> tuple[nn.Module, Any]:
         """The linearized form of what is to be aligned, on the same new parameters, and a batch.

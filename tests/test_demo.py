@@ -184,11 +184,13 @@ class TestPhotos:
         torch.testing.assert_close(photos.crop(photo, 28), photo[:, :, 6:34], rtol=0, atol=1e-6)
 
     def test_random_crops_follow_the_seed(self):
-        names = ("chelsea", "camera")
-        first = photos.random_crops(names, 28, 5, seed=1)
-        assert first.shape == (5, 3, 28, 28)
-        assert torch.equal(first, photos.random_crops(names, 28, 5, seed=1))
-        assert not torch.equal(first, photos.random_crops(names, 28, 5, seed=2))
+        names = ("chelsea", "camera", "coffee")
+        crops = photos.RandomCrops(names, 28, 2, seed=1)
+        (first,), (second,) = list(crops), list(crops)
+        assert first.shape == (2, 3, 28, 28) and not torch.equal(first, second)
+        (same,) = photos.RandomCrops(names, 28, 2, seed=1)
+        (other,) = photos.RandomCrops(names, 28, 2, seed=2)
+        assert torch.equal(first, same) and not torch.equal(first, other)
 
     def test_preprocess_normalises(self):
         grey = torch.full((1, 3, 4, 4), 0.5)
@@ -276,11 +278,14 @@ class TestTables:
             assert fact in lines[-1]
 
     def test_terminal(self):
-        table = tables.agreement_table({"TTT": features.Agreement(0.4, 0.25)}, 4, 518)
+        x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])
+        original = torch.stack([x, x, x])[None]
+        seen = {224: {"softmax": original, "TTT": torch.stack([y, x, y])[None]}}
+        table = tables.agreement_table(seen, 4, 120, 30.0)
         console = Console(width=80, record=True, file=io.StringIO())
         table.print(console)
         text = console.export_text()
-        assert re.search(r"TTT\s*│\s*0\.400 │\s*0\.250", text)
+        assert re.search(r"TTT\s*│\s*0\.600 │\s*0\.800", text)
         assert "4 held-out photographs" in text
 
 
@@ -310,15 +315,18 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     """All of the demo on a tiny model: the real conversion, compilation, checks and files."""
     monkeypatch.setattr(dinov2, "load_dinov2_small", lambda: tiny_vit(depth=1))
     monkeypatch.setattr(demo, "SIZE", SIDE)
+    monkeypatch.setattr(demo, "ALIGN_SIZE", 28)
     threads = torch.get_num_threads()
     picture, table = tmp_path / "demo.png", tmp_path / "docs" / "demo.md"
-    demo.main(["--out", str(picture), "--table", str(table), "--sizes", "28", "--threads", "1"])
+    files = ["--out", str(picture), "--table", str(table), "--save", str(tmp_path / "saved")]
+    demo.main([*files, "--sizes", "28", "--threads", "1", "--steps", "3"])
     torch.set_num_threads(threads)
     text = capsys.readouterr().out
     assert "below-break-even (1)" in text  # explain's default, which the demo's linearize overrides
-    assert "Agreement with the original at 56 px" in text
+    assert "aligned in 3 steps, 12 samples" in text
+    assert (tmp_path / "saved" / "t5fx_config.json").exists()
     assert picture.read_bytes().startswith(b"\x89PNG")
     markdown = table.read_text()
-    assert "| TTT, not aligned |" in markdown
+    assert "| TTT, converted |" in markdown and "| TTT, aligned |" in markdown
     assert "| 28 | 5 |" in markdown
     assert "1 cores used" in markdown

@@ -42,6 +42,7 @@ ORDER = [
     "t5fx.backend",
     "t5fx.api",
     "t5fx.pretrained",
+    "t5fx.muon",
     "t5fx.training",
     "t5fx.align",
     "t5fx.finetune",
