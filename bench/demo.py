@@ -12,8 +12,7 @@ aligned or fine-tuned its features are wrong, and the numbers say by how much.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -25,10 +24,11 @@ import t5fx
 from t5fx.align import AlignResult
 
 from . import dinov2, photos
+from .console import step
 from .features import tokens
 from .figure import Example, draw
 from .tables import agreement_table, time_table
-from .timing import Named, Timing, time_models
+from .timing import Named, Timing, break_even, time_models
 
 # The size at which the model is explained and linearized, and at which features are compared: that
 # of its own position table; and the one at which it is aligned.
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, start = Console(), perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
-    with _step(console, "loading the model and the photographs"):
+    with step(console, "loading the model and the photographs"):
         model = dinov2.load_dinov2_small()
         images = {s: photos.centre_crops(tuple(photos.HELD_OUT), s) for s in (ALIGN_SIZE, SIZE)}
     linear = convert(model, dinov2.preprocess(images[SIZE][:2]), console)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     features: dict[int, dict[str, Tensor]] = {size: {} for size in images}
 
     def look(name: str, one: nn.Module) -> None:
-        with _step(console, f"features of {len(photos.HELD_OUT)} photographs: {name}"):
+        with step(console, f"features of {len(photos.HELD_OUT)} photographs: {name}"):
             for size, crops in images.items():
                 features[size][name] = tokens(one, dinov2.preprocess(crops))
 
@@ -83,10 +83,10 @@ def convert(model: nn.Module, example: Tensor, console: Console) -> nn.Module:
     Args:
         example: [2, 3, H, W]: two images, so that the batch can be dynamic.
     """
-    with _step(console, f"explaining at {SIZE} px"):
+    with step(console, f"explaining at {SIZE} px"):
         report = t5fx.explain(model, (example[:1],))
     print(report)
-    with _step(console, f"linearizing at {SIZE} px"):
+    with step(console, f"linearizing at {SIZE} px"):
         # min_tokens=0: at 224 px too, where the cost model would rather keep the softmax.
         config = t5fx.LinearizeConfig(min_tokens=0)
         return t5fx.linearize(model, (example,), config=config).eval()
@@ -106,7 +106,7 @@ def align(linear: nn.Module, steps: int, console: Console) -> AlignResult:
 def reload(linear: nn.Module, model: nn.Module, folder: Path, console: Console) -> nn.Module:
     """Saves the model and loads it into a copy of the original; its outputs are the same bits."""
     image = dinov2.preprocess(photos.centre_crops(("astronaut", "chelsea"), ALIGN_SIZE))
-    with _step(console, f"saving to {folder}, loading again"):
+    with step(console, f"saving to {folder}, loading again"):
         t5fx.save_pretrained(linear, folder, adapter_only=True)
         again = t5fx.from_pretrained(folder, model, (image,)).eval()
         with torch.no_grad():
@@ -129,34 +129,9 @@ def measure(models: Named, sizes: Sequence[int], console: Console) -> list[Timin
     timings = []
     for size in sorted(sizes):
         image = dinov2.preprocess(photos.crop(photo, size))[None]
-        with _step(console, f"compiling and timing at {size} px") as say:
+        with step(console, f"compiling and timing at {size} px") as say:
             timings.append(time_models(models, image, say=say))
     return timings
-
-
-def break_even(linear: nn.Module) -> float | None:
-    """Tokens at which both attentions cost the same FLOPs, if all rewritten sites agree on it.
-
-    Softmax costs b N^2 and TTT a N, so they meet at a / b, which is N after / before at any N.
-    """
-    meets = {
-        round(site.num_tokens * site.flops_after / site.flops_before)
-        for site in linear.report.sites
-        if site.status == "rewritten"
-    }
-    return meets.pop() if len(meets) == 1 else None
-
-
-@contextmanager
-def _step(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Shows what is being done, on a terminal only, and then how long it took.
-
-    Yields a function that changes the text shown meanwhile.
-    """
-    start = perf_counter()
-    with console.status(text) as status:
-        yield status.update
-    console.print(f"{text}: {perf_counter() - start:.1f} s", style="dim", highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -76,6 +76,40 @@ def draw(
     figure.savefig(path, dpi=100)
 
 
+def draw_accuracies(
+    path: Path,
+    title: str,
+    accuracies: Sequence[tuple[str, float]],
+    timings: Sequence[Timing],
+    break_even: float | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Draws accuracies (0..1, by name, the first the reference) beside the times as `draw` does."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 * TIMES, 7.5), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
+    figure.suptitle(title, fontsize=17, fontweight="bold")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(4, 1))
+    left, right = top.subplots(1, 2)
+    names = [name for name, _ in accuracies]
+    percent = [100 * value for _, value in accuracies]
+    colours = [COLOURS[0], *[COLOURS[1]] * (len(names) - 1)]
+    bars = left.barh(names, percent, color=colours)
+    left.bar_label(bars, [f"{value:.1f} %" for value in percent], padding=4, fontsize=12)
+    left.axvline(percent[0], color=COLOURS[0], linestyle=":", linewidth=1.5, zorder=0)
+    left.invert_yaxis()
+    left.set(xlim=(0, 112), xlabel="% of test images")
+    left.tick_params("y", labelsize=12)
+    left.spines[["top", "right"]].set_visible(False)
+    left.set_title("accuracy", fontsize=12)
+    _draw_times(right, timings, break_even)
+    paragraphs = "\n\n".join(fill(note, 165) for note in notes)
+    bottom.text(0.02, 0.95, paragraphs, va="top", fontsize=10.5, color="#333333")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
 def _draw_maps(figure: SubFigure, examples: Sequence[Example], names: Sequence[str]) -> None:
     """A row an example: the photograph, every model's colours, every model's similarities."""
     axes = figure.subplots(len(examples), 1 + 2 * len(names), squeeze=False)

@@ -66,6 +66,7 @@ def time_models(
     models: Named,
     image: Tensor,
     *,
+    num_tokens: int | None = None,
     budget: float = 12.0,
     rounds: tuple[int, int] = (5, 40),
     say: Callable[[str], Any] = lambda text: None,
@@ -75,8 +76,10 @@ def time_models(
     The first is compiled with stock Inductor, the others with backend="t5".
 
     Args:
-        models: (name, module [B, 3, H, W] -> [B, 1 + N, C]) pairs; the first is the reference.
-        image: the input, [B, 3, H, W].
+        models: (name, module) pairs, images in and tokens [B, 1 + N, C] or other tensors out; the
+            first is the reference.
+        image: the input, [B, C, H, W].
+        num_tokens: 1 + N, where the output does not tell.
         budget: seconds that all the rounds together may take, as far as `rounds` allows.
         rounds: the least and the most rounds.
         say: is told what is being done.
@@ -103,7 +106,7 @@ def time_models(
     count = int(np.clip(budget / once, *rounds))
     return Timing(
         size=size,
-        num_tokens=compiled.shape[1],
+        num_tokens=num_tokens or compiled.shape[1],
         names=tuple(name for name, _ in models),
         seconds=_interleave(functions, image, count),
         first_calls=tuple(first_calls),
@@ -139,3 +142,16 @@ def _interleave(
         for position, function in order if index % 2 else reversed(order):
             seconds[position].append(_clock(function, image)[1])
     return tuple(map(tuple, seconds))
+
+
+def break_even(linear: nn.Module) -> float | None:
+    """Tokens at which both attentions cost the same FLOPs, if all rewritten sites agree on it.
+
+    Softmax costs b N^2 and TTT a N, so they meet at a / b, which is N after / before at any N.
+    """
+    meets = {
+        round(site.num_tokens * site.flops_after / site.flops_before)
+        for site in linear.report.sites
+        if site.status == "rewritten"
+    }
+    return meets.pop() if len(meets) == 1 else None
