@@ -57,8 +57,8 @@ def backward(
         grad.reshape(tensor.shape).to(tensor.dtype)
         for grad, tensor in zip(conv_q_grads + conv_k_grads, conv, strict=True)
     ]
-    tokens_first = (grad.transpose(1, 2) for grad in (grad_q, grad_k, grad_v))
-    return *tokens_first, grad_weights, conv_grads
+    grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in (grad_q, grad_k, grad_v))
+    return grad_q, grad_k, grad_v, grad_weights, conv_grads
 
 
 def _updated_weights(

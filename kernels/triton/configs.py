@@ -23,6 +23,9 @@ class Config(NamedTuple):
         return {"BLOCK_N": self.block_n, "num_warps": self.warps, "num_stages": self.stages}
 
 
+#: Widths that a head is padded to.
+WIDTHS = (16, 32, 64, 128, 256)
+
 #: By kernel, then by the width that a head is padded to, for products of float16 and bfloat16.
 #: The two jobs of ``second_order_gradient`` have a row each.
 HALF = {

@@ -1,7 +1,7 @@
 """What the launchers of the kernels share: sizes, settings and the launch itself."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Site:
     value_dim: int
     conv_ndim: int  # 0: no convolution
     prefix: int
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]  # of three axes, missing ones first, of size 1
     wide: bool  # products of float32
 
     @property
@@ -175,7 +175,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(kernel: Callable, programs: int, *args: Any, **settings: Any) -> None:
+def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
     """Runs a kernel on the device of its first argument, or has it traced by ``triton_op``."""
     if isinstance(kernel, triton.JITFunction):  # in Triton's interpreter it is something else
         kernel = torch.library.wrap_triton(kernel)

@@ -44,9 +44,10 @@ def query_output(
     w2_base = w2 + group.to(tl.int64) * (D * D)
     w3_base = w3 + group.to(tl.int64) * (D * DV)
     hidden = tl.arange(0, BLOCK_M)
-    w1_block = load_matrix(w1_base, channels, hidden, D, D).to(dtype)
-    w2_block = load_matrix(w2_base, channels, hidden, D, D).to(dtype)
-    w3_block = load_matrix(w3_base, hidden, values, D, DV).to(dtype)
+    if BLOCKS_M == 1:
+        w1_block = load_matrix(w1_base, channels, hidden, D, D).to(dtype)
+        w2_block = load_matrix(w2_base, channels, hidden, D, D).to(dtype)
+        w3_block = load_matrix(w3_base, hidden, values, D, DV).to(dtype)
 
     begin = split * chunk
     for start in range(begin, tl.minimum(begin + chunk, num_tokens), BLOCK_N):
@@ -55,13 +56,15 @@ def query_output(
             taps + head * (3**NDIM * D), bias + head * D, unused, unused,
             conv_rows, prefix, g0, g1, g2, NDIM, False, 1,
         ).to(dtype)  # fmt: skip
-        z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
-        o = tl.dot(z, w3_block, input_precision=PRECISION)
-        for block in range(1, BLOCKS_M):
-            more = block * BLOCK_M + hidden
-            w1_more = load_matrix(w1_base, channels, more, D, D).to(dtype)
-            w2_more = load_matrix(w2_base, channels, more, D, D).to(dtype)
-            w3_more = load_matrix(w3_base, more, values, D, DV).to(dtype)
-            z = gated(x, w1_more, w2_more, PRECISION).to(dtype)
-            o = tl.dot(z, w3_more, o, input_precision=PRECISION)
+        if BLOCKS_M == 1:
+            z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
+            o = tl.dot(z, w3_block, input_precision=PRECISION)
+        else:
+            o = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            for first in range(0, D, BLOCK_M):
+                w1_block = load_matrix(w1_base, channels, first + hidden, D, D).to(dtype)
+                w2_block = load_matrix(w2_base, channels, first + hidden, D, D).to(dtype)
+                w3_block = load_matrix(w3_base, first + hidden, values, D, DV).to(dtype)
+                z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
+                o = tl.dot(z, w3_block, o, input_precision=PRECISION)
         store_tile(out_base, o, start, lanes, values, num_tokens, DV, heads * DV)

@@ -107,14 +107,13 @@ def second_order_gradient(
     w1_base, u1_base = w1 + head * (D * D), u1 + group.to(tl.int64) * (D * D)
     w2_base, u2_base = w2 + head * (D * D), u2 + group.to(tl.int64) * (D * D)
     w3_base, u3_base = w3 + head * (D * DV), u3 + group.to(tl.int64) * (D * DV)
-    w1_block = load_matrix(w1_base, channels, hidden, D, D).to(dtype)
-    w2_block = load_matrix(w2_base, channels, hidden, D, D).to(dtype)
-    w3_block = load_matrix(w3_base, hidden, values, D, DV).to(dtype)
-    u1_block = load_scaled(u1_base, channels, hidden, D, D, rate).to(dtype)
-    u2_block = load_scaled(u2_base, channels, hidden, D, D, rate).to(dtype)
-    u3_block = load_scaled(u3_base, hidden, values, D, DV, rate).to(dtype)
-
     if WEIGHTS:
+        w1_block = load_matrix(w1_base, channels, hidden, D, D).to(dtype)
+        w2_block = load_matrix(w2_base, channels, hidden, D, D).to(dtype)
+        w3_block = load_matrix(w3_base, hidden, values, D, DV).to(dtype)
+        u1_block = load_scaled(u1_base, channels, hidden, D, D, rate).to(dtype)
+        u2_block = load_scaled(u2_base, channels, hidden, D, D, rate).to(dtype)
+        u3_block = load_scaled(u3_base, hidden, values, D, DV, rate).to(dtype)
         sum1 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum2 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum3 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -127,36 +126,40 @@ def second_order_gradient(
         ).to(dtype)  # fmt: skip
         g_tile = load_tile(g_base, start, lanes, values, num_tokens, DV, g_stride_n, g_stride_d)
         g_tile = g_tile.to(dtype)
-        z, da, db, at_dz, at_a, at_b = second_order_terms(
-            x_tile, g_tile, w1_block, w2_block, w3_block, u1_block, u2_block, u3_block, PRECISION
-        )
+        dx_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dg_tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         if WEIGHTS:
+            z, da, db, at_dz, at_a, at_b = second_order_terms(
+                x_tile, g_tile, w1_block, w2_block, w3_block, u1_block, u2_block, u3_block,
+                PRECISION,
+            )  # fmt: skip
             x_transposed = tl.trans(x_tile)
             sum1 = tl.dot(x_transposed, at_a, sum1, input_precision=PRECISION)
             sum2 = tl.dot(x_transposed, at_b, sum2, input_precision=PRECISION)
             sum3 = tl.dot(tl.trans(at_dz), g_tile, sum3, input_precision=PRECISION)
-        if TOKENS:
-            dx_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            dg_tile = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            dx_tile, dg_tile = token_gradients(
-                dx_tile, dg_tile, z, da, db, at_dz, at_a, at_b,
-                w1_block, w2_block, w3_block, u1_block, u2_block, u3_block, PRECISION,
-            )  # fmt: skip
-            for first in range(BLOCK_M, BLOCK_M if WEIGHTS else D, BLOCK_M):
-                more = first + tl.arange(0, BLOCK_M)
-                w1_more = load_matrix(w1_base, channels, more, D, D).to(dtype)
-                w2_more = load_matrix(w2_base, channels, more, D, D).to(dtype)
-                w3_more = load_matrix(w3_base, more, values, D, DV).to(dtype)
-                u1_more = load_scaled(u1_base, channels, more, D, D, rate).to(dtype)
-                u2_more = load_scaled(u2_base, channels, more, D, D, rate).to(dtype)
-                u3_more = load_scaled(u3_base, more, values, D, DV, rate).to(dtype)
-                z, da, db, at_dz, at_a, at_b = second_order_terms(
-                    x_tile, g_tile, w1_more, w2_more, w3_more, u1_more, u2_more, u3_more, PRECISION
-                )
+            if TOKENS:
                 dx_tile, dg_tile = token_gradients(
                     dx_tile, dg_tile, z, da, db, at_dz, at_a, at_b,
-                    w1_more, w2_more, w3_more, u1_more, u2_more, u3_more, PRECISION,
+                    w1_block, w2_block, w3_block, u1_block, u2_block, u3_block, PRECISION,
                 )  # fmt: skip
+        else:
+            for first in range(0, D, BLOCK_M):
+                units = first + tl.arange(0, BLOCK_M)
+                w1_block = load_matrix(w1_base, channels, units, D, D).to(dtype)
+                w2_block = load_matrix(w2_base, channels, units, D, D).to(dtype)
+                w3_block = load_matrix(w3_base, units, values, D, DV).to(dtype)
+                u1_block = load_scaled(u1_base, channels, units, D, D, rate).to(dtype)
+                u2_block = load_scaled(u2_base, channels, units, D, D, rate).to(dtype)
+                u3_block = load_scaled(u3_base, units, values, D, DV, rate).to(dtype)
+                z, da, db, at_dz, at_a, at_b = second_order_terms(
+                    x_tile, g_tile, w1_block, w2_block, w3_block, u1_block, u2_block, u3_block,
+                    PRECISION,
+                )  # fmt: skip
+                dx_tile, dg_tile = token_gradients(
+                    dx_tile, dg_tile, z, da, db, at_dz, at_a, at_b,
+                    w1_block, w2_block, w3_block, u1_block, u2_block, u3_block, PRECISION,
+                )  # fmt: skip
+        if TOKENS:
             dx_base = dx + first_token * D
             dg_base = dg + first_token * DV
             store_tile(dx_base, dx_tile, start, lanes, channels, num_tokens, D, heads * D)
