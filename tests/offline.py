@@ -79,7 +79,9 @@ def compiled(kernel, arguments, architecture, *, floats="fp32"):
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[i,] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+        elif parameter.is_constexpr or (
+            isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        ):
             signature[parameter.name] = "constexpr"
             constants[i,] = value
         elif isinstance(value, float):

@@ -14,10 +14,11 @@ import triton.language as tl
 
 from .statistics import merged_statistics
 from .tiles import (
+    SIZES,
     convolved_tile,
     head_base,
-    load_matrix,
     load_tile,
+    load_weights,
     silu_and_slope,
     store_tile,
 )
@@ -44,10 +45,7 @@ def store_gradients(base, g1, g2, g3, channels, hidden, values, D: tl.constexpr,
     tl.store(base + 2 * D * D + hidden[:, None] * DV + values[None, :], g3, mask=rows)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "chunk", "splits", "key_chunk", "key_splits"]
-    + ["conv_rows", "prefix", "g0", "g1", "g2"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def inner_gradient(
     x, g, w1, w2, w3, taps, bias, key_partial, mean, rstd, partial, dx,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
@@ -76,7 +74,7 @@ def inner_gradient(
     lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
-    hidden = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    units = tl.arange(0, BLOCK_M)
 
     mean_row = tl.zeros([BLOCK_D], tl.float32)
     rstd_row = mean_row
@@ -89,9 +87,10 @@ def inner_gradient(
             tl.store(rstd + group.to(tl.int64) * D + channels, rstd_row, mask=channels < D)
 
     owner = (group if BATCHED else head).to(tl.int64)
-    w1_block = load_matrix(w1 + owner * (D * D), channels, hidden, D, D).to(dtype)
-    w2_block = load_matrix(w2 + owner * (D * D), channels, hidden, D, D).to(dtype)
-    w3_block = load_matrix(w3 + owner * (D * DV), hidden, values, D, DV).to(dtype)
+    w1_block, w2_block, w3_block = load_weights(
+        w1 + owner * (D * D), w2 + owner * (D * D), w3 + owner * (D * DV),
+        block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
+    )  # fmt: skip
     x_base = head_base(x, group, heads, x_stride_b, x_stride_h)
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h)
     dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D
@@ -121,12 +120,10 @@ def inner_gradient(
             store_tile(dx_base, back, start, lanes, channels, num_tokens, D, heads * D)
 
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
-    store_gradients(at, sum1, sum2, sum3, channels, hidden, values, D, DV)
+    store_gradients(at, sum1, sum2, sum3, channels, block * BLOCK_M + units, values, D, DV)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "chunk", "splits", "conv_rows", "prefix", "g0", "g1", "g2"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def query_gradient(
     x, g, w1, w2, w3, taps, bias, dx,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
@@ -143,6 +140,7 @@ def query_gradient(
     lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
+    units = tl.arange(0, BLOCK_M)
     unused = tl.zeros([BLOCK_D], tl.float32)
     w1_base = w1 + group.to(tl.int64) * (D * D)
     w2_base = w2 + group.to(tl.int64) * (D * D)
@@ -162,10 +160,9 @@ def query_gradient(
         g_tile = g_tile.to(dtype)
         back = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for first in range(0, D, BLOCK_M):
-            hidden = first + tl.arange(0, BLOCK_M)
-            w1_block = load_matrix(w1_base, channels, hidden, D, D).to(dtype)
-            w2_block = load_matrix(w2_base, channels, hidden, D, D).to(dtype)
-            w3_block = load_matrix(w3_base, hidden, values, D, DV).to(dtype)
+            w1_block, w2_block, w3_block = load_weights(
+                w1_base, w2_base, w3_base, first, units, channels, values, D, DV, 1.0, dtype
+            )
             _, da, db = hidden_gradients(x_tile, g_tile, w1_block, w2_block, w3_block, PRECISION)
             back = tl.dot(da.to(dtype), tl.trans(w1_block), back, input_precision=PRECISION)
             back = tl.dot(db.to(dtype), tl.trans(w2_block), back, input_precision=PRECISION)

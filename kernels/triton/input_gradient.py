@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    SIZES,
     convolved_tile,
     head_base,
     is_on_grid,
@@ -28,9 +29,7 @@ from .tiles import (
 SUMS = 6
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "chunk", "splits", "conv_rows", "prefix", "g0", "g1", "g2"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def convolution_sums(
     x, g, taps, mean, rstd, partial,
     stride_b, stride_h, stride_n, stride_d,
@@ -116,9 +115,7 @@ def convolution_sums(
         tl.store(out + 5 * D, tl.sum(keys, 0) * scale, mask=in_head)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "chunk", "splits", "conv_rows", "prefix", "g0", "g1", "g2"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def input_gradient(
     x, g, taps, mean, rstd, sums, dx,
     stride_b, stride_h, stride_n, stride_d,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import convolved_tile, head_base, load_matrix, silu_and_slope, store_tile
+from .tiles import SIZES, convolved_tile, head_base, load_weights, silu_and_slope, store_tile
 
 
 @triton.jit
@@ -13,9 +13,7 @@ def gated(x, w1, w2, PRECISION: tl.constexpr):
     return silu * tl.dot(x, w2, input_precision=PRECISION)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "chunk", "splits", "conv_rows", "prefix", "g0", "g1", "g2"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def query_output(
     q, w1, w2, w3, taps, bias, out,
     stride_b, stride_h, stride_n, stride_d, heads, num_tokens, chunk, splits,
@@ -43,11 +41,11 @@ def query_output(
     w1_base = w1 + group.to(tl.int64) * (D * D)
     w2_base = w2 + group.to(tl.int64) * (D * D)
     w3_base = w3 + group.to(tl.int64) * (D * DV)
-    hidden = tl.arange(0, BLOCK_M)
+    units = tl.arange(0, BLOCK_M)
     if BLOCKS_M == 1:
-        w1_block = load_matrix(w1_base, channels, hidden, D, D).to(dtype)
-        w2_block = load_matrix(w2_base, channels, hidden, D, D).to(dtype)
-        w3_block = load_matrix(w3_base, hidden, values, D, DV).to(dtype)
+        w1_block, w2_block, w3_block = load_weights(
+            w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype
+        )
 
     begin = split * chunk
     for start in range(begin, tl.minimum(begin + chunk, num_tokens), BLOCK_N):
@@ -62,9 +60,9 @@ def query_output(
         else:
             o = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
             for first in range(0, D, BLOCK_M):
-                w1_block = load_matrix(w1_base, channels, first + hidden, D, D).to(dtype)
-                w2_block = load_matrix(w2_base, channels, first + hidden, D, D).to(dtype)
-                w3_block = load_matrix(w3_base, first + hidden, values, D, DV).to(dtype)
+                w1_block, w2_block, w3_block = load_weights(
+                    w1_base, w2_base, w3_base, first, units, channels, values, D, DV, 1.0, dtype
+                )
                 z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
                 o = tl.dot(z, w3_block, o, input_precision=PRECISION)
         store_tile(out_base, o, start, lanes, values, num_tokens, DV, heads * DV)

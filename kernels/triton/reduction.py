@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .tiles import SIZES
+
 
 @triton.jit
 def _load(w1, w2, w3, owner, at, D: tl.constexpr, DV: tl.constexpr):
@@ -19,7 +21,7 @@ def _load(w1, w2, w3, owner, at, D: tl.constexpr, DV: tl.constexpr):
     return x1.to(tl.float32) + x2.to(tl.float32) + x3.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "base_rows"])
+@triton.jit(do_not_specialize=SIZES)
 def sum_matrices(
     partial, base1, base2, base3, out1, out2, out3, owners, base_owners, rows, base_rows, rate,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,

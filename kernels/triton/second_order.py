@@ -19,10 +19,11 @@ import triton.language as tl
 
 from .first_order import store_gradients
 from .tiles import (
+    SIZES,
     convolved_tile,
     head_base,
-    load_matrix,
     load_tile,
+    load_weights,
     silu_and_slope,
     silu_curvature,
     store_tile,
@@ -63,15 +64,7 @@ def token_gradients(
     return dx, dg
 
 
-@triton.jit
-def load_scaled(base, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rate):
-    """``rate`` times a part of a float32 matrix."""
-    return load_matrix(base, rows, columns, ROWS, COLUMNS) * tl.cast(rate, tl.float32)
-
-
-@triton.jit(
-    do_not_specialize=["num_tokens", "chunk", "splits", "conv_rows", "prefix", "g0", "g1", "g2"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def second_order_gradient(
     x, g, w1, w2, w3, u1, u2, u3, taps, bias, mean, rstd, partial, dx, dg,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
@@ -96,7 +89,7 @@ def second_order_gradient(
     lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
-    hidden = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    units = tl.arange(0, BLOCK_M)
 
     in_head = channels < D
     mean_row = tl.load(mean + group.to(tl.int64) * D + channels, mask=in_head, other=0.0)
@@ -108,12 +101,12 @@ def second_order_gradient(
     w2_base, u2_base = w2 + head * (D * D), u2 + group.to(tl.int64) * (D * D)
     w3_base, u3_base = w3 + head * (D * DV), u3 + group.to(tl.int64) * (D * DV)
     if WEIGHTS:
-        w1_block = load_matrix(w1_base, channels, hidden, D, D).to(dtype)
-        w2_block = load_matrix(w2_base, channels, hidden, D, D).to(dtype)
-        w3_block = load_matrix(w3_base, hidden, values, D, DV).to(dtype)
-        u1_block = load_scaled(u1_base, channels, hidden, D, D, rate).to(dtype)
-        u2_block = load_scaled(u2_base, channels, hidden, D, D, rate).to(dtype)
-        u3_block = load_scaled(u3_base, hidden, values, D, DV, rate).to(dtype)
+        w1_block, w2_block, w3_block = load_weights(
+            w1_base, w2_base, w3_base, block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype
+        )
+        u1_block, u2_block, u3_block = load_weights(
+            u1_base, u2_base, u3_base, block * BLOCK_M, units, channels, values, D, DV, rate, dtype
+        )
         sum1 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum2 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum3 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -144,13 +137,12 @@ def second_order_gradient(
                 )  # fmt: skip
         else:
             for first in range(0, D, BLOCK_M):
-                units = first + tl.arange(0, BLOCK_M)
-                w1_block = load_matrix(w1_base, channels, units, D, D).to(dtype)
-                w2_block = load_matrix(w2_base, channels, units, D, D).to(dtype)
-                w3_block = load_matrix(w3_base, units, values, D, DV).to(dtype)
-                u1_block = load_scaled(u1_base, channels, units, D, D, rate).to(dtype)
-                u2_block = load_scaled(u2_base, channels, units, D, D, rate).to(dtype)
-                u3_block = load_scaled(u3_base, units, values, D, DV, rate).to(dtype)
+                w1_block, w2_block, w3_block = load_weights(
+                    w1_base, w2_base, w3_base, first, units, channels, values, D, DV, 1.0, dtype
+                )
+                u1_block, u2_block, u3_block = load_weights(
+                    u1_base, u2_base, u3_base, first, units, channels, values, D, DV, rate, dtype
+                )
                 z, da, db, at_dz, at_a, at_b = second_order_terms(
                     x_tile, g_tile, w1_block, w2_block, w3_block, u1_block, u2_block, u3_block,
                     PRECISION,
@@ -167,4 +159,4 @@ def second_order_gradient(
 
     if WEIGHTS:
         at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
-        store_gradients(at, sum1, sum2, sum3, channels, hidden, values, D, DV)
+        store_gradients(at, sum1, sum2, sum3, channels, block * BLOCK_M + units, values, D, DV)

@@ -8,13 +8,13 @@ are from means of the tokens at hand, never from 0: a shift that all keys share 
 import triton
 import triton.language as tl
 
-from .tiles import head_base, load_tile
+from .tiles import SIZES, head_base, load_tile
 
 #: Splits that are merged at a time.
 MERGED = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunk", "splits"])
+@triton.jit(do_not_specialize=SIZES)
 def key_statistics(
     k, partial, stride_b, stride_h, stride_n, stride_d, heads, num_tokens, chunk, splits,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -8,6 +8,13 @@ is an offset of 64 bits.
 import triton
 import triton.language as tl
 
+#: Arguments that Triton must not specialise on: they differ from one resolution or batch to the
+#: next, and a kernel is compiled once for all of them.
+SIZES = [
+    *("groups", "owners", "num_tokens", "chunk", "splits", "key_chunk", "key_splits"),
+    *("rows", "base_rows", "conv_rows", "prefix", "g0", "g1", "g2"),
+]
+
 
 @triton.jit
 def head_base(ptr, group, heads, stride_b, stride_h):
@@ -41,10 +48,24 @@ def store_tile(base, tile, start, lanes, channels, num_tokens, D: tl.constexpr, 
 
 
 @triton.jit
-def load_matrix(base, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Some rows and columns of a contiguous ``[ROWS, COLUMNS]`` matrix, in its own dtype."""
-    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
-    return tl.load(base + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0)
+def load_weights(
+    w1, w2, w3, first, units, channels, values, D: tl.constexpr, DV: tl.constexpr, rate,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """``rate`` times the weights of the hidden units ``first + units``, in a dtype.
+
+    Columns of W1 and W2 ``[D, D]`` and rows of W3 ``[D, Dv]``, all contiguous.
+    """
+    rate = tl.cast(rate, tl.float32)
+    inside = first + units < D
+    columns = (channels < D)[:, None] & inside[None, :]
+    rows = inside[:, None] & (values < DV)[None, :]
+    at = channels[:, None] * D + units[None, :]
+    w1_block = tl.load(w1 + first + at, mask=columns, other=0.0).to(tl.float32) * rate
+    w2_block = tl.load(w2 + first + at, mask=columns, other=0.0).to(tl.float32) * rate
+    at = units[:, None] * DV + values[None, :]
+    w3_block = tl.load(w3 + first * DV + at, mask=rows, other=0.0).to(tl.float32) * rate
+    return w1_block.to(dtype), w2_block.to(dtype), w3_block.to(dtype)
 
 
 @triton.jit
