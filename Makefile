@@ -33,9 +33,10 @@ lint: types  ## ruff (lint and format) and mypy
 # The folders by the names they are installed under, for mypy.
 types: .venv/.test-installed
 	rm -rf build/types
-	mkdir -p build/types/t5fx
+	mkdir -p build/types/t5fx/kernels
 	ln -s $(CURDIR)/t5fx/* $(CURDIR)/patterns $(CURDIR)/bench build/types/t5fx
-	ln -s $(CURDIR)/kernels/ops build/types/t5fx/kernels
+	ln -s $(CURDIR)/kernels/ops/* build/types/t5fx/kernels
+	ln -s $(CURDIR)/kernels/triton build/types/t5fx/kernels/triton_kernels
 	.venv/bin/mypy
 
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch

@@ -30,6 +30,7 @@ CORE_LIBRARIES = {
     "safetensors",
     "t5fx",
     "torch",
+    "triton",  # comes with torch
 }
 
 

@@ -1,0 +1,139 @@
+"""Tile sizes and launch settings of each kernel, by architecture, as data.
+
+No row below has been measured yet. They were chosen with the offline compiler alone: for 16-bit
+products and widths of 64 and 128, tiles that spill next to nothing on sm_90; the others are guesses
+that fit. tests/test_triton_compile.py builds each of them for sm_80, sm_90, sm_100 and gfx942 and
+holds it to the architecture's shared memory. ``python -m t5fx.bench.kernels`` measures; a row found
+so goes to ``MEASURED`` with the GPU and the versions it was found on.
+"""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """How one kernel is launched."""
+
+    block_n: int  # tokens in a tile
+    block_m: int  # hidden units in a block
+    warps: int
+    stages: int  # depth of the software pipeline
+    programs: int  # wanted on each multiprocessor, where there are tokens enough
+
+    def launched(self) -> dict[str, int]:
+        """The arguments of a kernel that multiplies no matrices."""
+        return {"BLOCK_N": self.block_n, "num_warps": self.warps, "num_stages": self.stages}
+
+
+#: Widths that a head is padded to.
+WIDTHS = (16, 32, 64, 128, 256)
+
+#: By kernel, then by the width that a head is padded to, for products of float16 and bfloat16.
+#: The two jobs of ``second_order_gradient`` have a row each.
+HALF = {
+    "key_statistics": {
+        16: Config(256, 0, 4, 1, 4),
+        32: Config(256, 0, 4, 1, 4),
+        64: Config(128, 0, 4, 1, 4),
+        128: Config(64, 0, 4, 1, 4),
+        256: Config(32, 0, 4, 1, 4),
+    },
+    "inner_gradient": {
+        16: Config(64, 16, 4, 1, 2),
+        32: Config(64, 32, 4, 1, 2),
+        64: Config(128, 64, 8, 1, 1),
+        128: Config(64, 32, 8, 1, 1),
+        256: Config(32, 32, 8, 1, 1),
+    },
+    "query_output": {
+        16: Config(64, 16, 4, 1, 4),
+        32: Config(64, 32, 4, 1, 4),
+        64: Config(128, 64, 8, 1, 2),
+        128: Config(128, 128, 8, 1, 1),
+        256: Config(32, 32, 8, 1, 1),
+    },
+    "query_gradient": {
+        16: Config(64, 16, 4, 1, 4),
+        32: Config(64, 32, 4, 1, 4),
+        64: Config(64, 64, 4, 1, 2),
+        128: Config(64, 32, 8, 1, 1),
+        256: Config(32, 16, 8, 1, 1),
+    },
+    "second_order_weights": {
+        16: Config(64, 16, 4, 1, 2),
+        32: Config(64, 32, 4, 1, 2),
+        64: Config(64, 32, 4, 1, 2),
+        128: Config(32, 32, 8, 1, 1),
+        256: Config(32, 32, 8, 1, 1),
+    },
+    "second_order_tokens": {
+        16: Config(64, 16, 4, 1, 2),
+        32: Config(64, 32, 4, 1, 2),
+        64: Config(64, 32, 4, 1, 2),
+        128: Config(32, 16, 8, 1, 1),
+        256: Config(16, 16, 8, 1, 1),
+    },
+    "convolution_sums": {
+        16: Config(64, 0, 4, 1, 4),
+        32: Config(64, 0, 4, 1, 4),
+        64: Config(32, 0, 4, 1, 4),
+        128: Config(16, 0, 4, 1, 4),
+        256: Config(16, 0, 8, 1, 4),
+    },
+    "input_gradient": {
+        16: Config(128, 0, 4, 1, 4),
+        32: Config(128, 0, 4, 1, 4),
+        64: Config(64, 0, 4, 1, 4),
+        128: Config(32, 0, 4, 1, 4),
+        256: Config(16, 0, 4, 1, 4),
+    },
+}
+
+#: The same for products of float32, which have no tensor cores: every multiply-add is unrolled, so
+#: that tiles must stay small.
+WIDE = HALF | {
+    "inner_gradient": {
+        16: Config(32, 16, 4, 1, 2),
+        32: Config(32, 32, 4, 1, 2),
+        64: Config(32, 32, 4, 1, 2),
+        128: Config(32, 32, 8, 1, 1),
+        256: Config(16, 16, 8, 1, 1),
+    },
+    "query_output": {
+        16: Config(32, 16, 4, 1, 4),
+        32: Config(32, 32, 4, 1, 4),
+        64: Config(32, 32, 4, 1, 2),
+        128: Config(32, 32, 8, 1, 2),
+        256: Config(16, 16, 8, 1, 2),
+    },
+    "query_gradient": {
+        16: Config(32, 16, 4, 1, 4),
+        32: Config(32, 32, 4, 1, 4),
+        64: Config(32, 32, 4, 1, 2),
+        128: Config(32, 32, 8, 1, 2),
+        256: Config(16, 16, 8, 1, 2),
+    },
+    "second_order_weights": {
+        16: Config(32, 16, 4, 1, 2),
+        32: Config(32, 32, 4, 1, 2),
+        64: Config(32, 32, 8, 1, 1),
+        128: Config(16, 16, 8, 1, 1),
+        256: Config(16, 16, 8, 1, 1),
+    },
+    "second_order_tokens": {
+        16: Config(32, 16, 4, 1, 2),
+        32: Config(32, 32, 4, 1, 2),
+        64: Config(32, 32, 8, 1, 1),
+        128: Config(16, 16, 8, 1, 1),
+        256: Config(16, 16, 8, 1, 1),
+    },
+}
+
+#: Rows that a measurement on an architecture put in place of the above, by (architecture, kernel,
+#: width, wide): none yet.
+MEASURED: dict[tuple[str, str, int, bool], Config] = {}
+
+
+def config(kernel: str, architecture: str, width: int, wide: bool) -> Config:
+    """The settings of a kernel on an architecture ("sm_90", "gfx942", ...)."""
+    default = (WIDE if wide else HALF)[kernel][width]
+    return MEASURED.get((architecture, kernel, width, wide), default)

@@ -1,0 +1,215 @@
+"""What the launchers of the kernels share: sizes, settings and the launch itself."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..errors import NodeArgumentError
+from .configs import Config, config
+from .reduction import sum_matrices
+
+#: The widest head that the kernels take, in channels.
+MAX_WIDTH = 256
+#: Elements that one program of the reduction sums up.
+SUM_BLOCK = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Sizes of one call; those of tokens and batch may be symbolic."""
+
+    device: torch.device
+    batch: int
+    heads: int
+    tokens: int
+    dim: int
+    value_dim: int
+    conv_ndim: int  # 0: no convolution
+    prefix: int
+    grid: tuple[int, ...]  # of three axes, missing ones first, of size 1
+    wide: bool  # products of float32
+
+    @property
+    def groups(self) -> int:
+        """Pairs of batch item and head."""
+        return self.batch * self.heads
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in the three weights of a head."""
+        return self.dim * (2 * self.dim + self.value_dim)
+
+    @property
+    def convolved(self) -> tuple[int, ...]:
+        """Rows of three taps, tokens before the grid, and the grid's sizes."""
+        return (3 ** max(0, self.conv_ndim - 1), self.prefix, *self.grid)
+
+    def config(self, kernel: str) -> Config:
+        width = padded(max(self.dim, self.value_dim))
+        return config(kernel, architecture(self.device), width, self.wide)
+
+    def chunks(self, settings: Config, blocks: int = 1) -> tuple[int, int]:
+        """(tokens in a chunk, number of chunks) that let ``blocks`` programs each fill the chip."""
+        tiles = triton.cdiv(self.tokens, settings.block_n)
+        wanted = triton.cdiv(settings.programs * multiprocessors(self.device), self.groups * blocks)
+        chunk = triton.cdiv(tiles, torch.sym_min(tiles, wanted)) * settings.block_n
+        return chunk, triton.cdiv(self.tokens, chunk)
+
+    def shape(self, kernel: str) -> dict[str, Any]:
+        """The compile-time arguments of a kernel that multiplies matrices."""
+        settings = self.config(kernel)
+        return {
+            "D": self.dim,
+            "DV": self.value_dim,
+            "NDIM": self.conv_ndim,
+            "WIDE": self.wide,
+            "PRECISION": precision(),
+            "BLOCK_M": min(settings.block_m, padded(self.dim)),
+            "BLOCK_D": padded(self.dim),
+            "BLOCK_V": padded(self.value_dim),
+            **settings.launched(),
+        }
+
+    def hidden_blocks(self, kernel: str) -> int:
+        """How many blocks of hidden units a kernel has."""
+        return triton.cdiv(self.dim, self.shape(kernel)["BLOCK_M"])
+
+
+def site(
+    q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], prefix: int, locality: str
+) -> Site:
+    """The sizes of a call.
+
+    Raises:
+        NodeArgumentError: a dtype, a width of heads or a locality that the kernels do not know.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype not in DTYPES:
+            raise NodeArgumentError(
+                f'{name}: expected float32, float16 or bfloat16 with impl="triton"; got '
+                f'{tensor.dtype}; use impl="reference"'
+            )
+        if tensor.shape[3] > MAX_WIDTH:
+            raise NodeArgumentError(
+                f'{name}: expected at most {MAX_WIDTH} channels with impl="triton"; got '
+                f'{tensor.shape[3]}; use impl="reference"'
+            )
+    if locality not in ("dwc_qk", "none"):
+        raise NodeArgumentError(
+            f'locality: expected "dwc_qk" or "none" with impl="triton"; got {locality!r}; use '
+            'impl="reference"'
+        )
+    convolved = locality == "dwc_qk"
+    axes = tuple(grid) if convolved else ()
+    batch, heads, tokens, dim = q.shape
+    return Site(
+        device=q.device,
+        batch=batch,
+        heads=heads,
+        tokens=tokens,
+        dim=dim,
+        value_dim=v.shape[3],
+        conv_ndim=len(axes),
+        prefix=prefix if convolved else 0,
+        grid=((1,) * (3 - len(axes)) + axes),
+        wide=q.dtype == torch.float32 or not q.dtype == k.dtype == v.dtype,
+    )
+
+
+def convolutions(conv: Sequence[Tensor], shape: Site, unread: Tensor) -> list[tuple[Tensor, ...]]:
+    """(taps ``[H, 3**ndim, D]``, bias ``[H, D]``) of q's and k's convolution, float32.
+
+    Channels come last, where a tile of tokens has them. ``unread`` stands for what does not exist.
+    """
+    if not shape.conv_ndim:
+        return [(unread, unread)] * 2
+    return [
+        (
+            weight.float().reshape(shape.heads, shape.dim, -1).transpose(1, 2).contiguous(),
+            bias.float().contiguous(),
+        )
+        for weight, bias in (conv[:2], conv[2:])
+    ]
+
+
+def near(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where offsets within one tile could exceed 32 bits."""
+    if max(tensor.stride(2), tensor.stride(3)) < 2**22:
+        return tensor
+    return tensor.contiguous()
+
+
+def padded(channels: int) -> int:
+    """The width of a tile: a power of two that the matrix units take."""
+    return max(16, triton.next_power_of_2(channels))
+
+
+def precision() -> str:
+    """How float32 is multiplied: exactly, unless the user lets cuBLAS use tf32 too."""
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "cpu" in Triton's interpreter."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; a few in Triton's interpreter, so that work is split there too."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
+    """Runs a kernel on the device of its first argument, or has it traced by ``triton_op``."""
+    if isinstance(kernel, triton.JITFunction):  # in Triton's interpreter it is something else
+        kernel = torch.library.wrap_triton(kernel)
+    with torch.cuda.device_of(args[0]):
+        kernel[(programs,)](*args, **settings)
+
+
+def new_matrices(like: Tensor, dtype: torch.dtype, shape: Site, *owners: int) -> list[Tensor]:
+    """Empty tensors in the shapes of the three weights of each owner."""
+    widths = (shape.dim, shape.dim), (shape.dim, shape.dim), (shape.dim, shape.value_dim)
+    return [like.new_empty(*owners, *width, dtype=dtype) for width in widths]
+
+
+def sum_partials(
+    partial: Tensor,
+    out: Sequence[Tensor],
+    shape: Site,
+    *,
+    owners: int,
+    rate: float = 1.0,
+    base: Sequence[Tensor] = (),
+) -> None:
+    """out = base + rate * the sum of the rows of ``partial``, for three matrices of each owner.
+
+    ``partial``: ``[splits, B*H, matrices]``; owners are the B*H groups or, for sums over the batch
+    too, the H heads. ``base``: ``[H, ...]``, or ``[B, H, ...]`` to be summed over the batch.
+    """
+    base_rows = 0 if not base else shape.batch if base[0].dim() == 4 else 1
+    launch(
+        sum_matrices,
+        owners * triton.cdiv(shape.matrices, SUM_BLOCK),
+        *(partial, *(base or out), *out, owners, shape.heads),
+        *(partial.shape[0] * (shape.groups // owners), base_rows, rate),
+        D=shape.dim,
+        DV=shape.value_dim,
+        BLOCK=SUM_BLOCK,
+    )

@@ -1,0 +1,68 @@
+"""The query side: o = (silu(q W1') * (q W2')) W3' with q <- q + conv(q), in one pass."""
+
+import triton
+import triton.language as tl
+
+from .tiles import SIZES, convolved_tile, head_base, load_weights, silu_and_slope, store_tile
+
+
+@triton.jit
+def gated(x, w1, w2, PRECISION: tl.constexpr):
+    """silu(x W1) * (x W2), float32."""
+    silu, _ = silu_and_slope(tl.dot(x, w1, input_precision=PRECISION))
+    return silu * tl.dot(x, w2, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def query_output(
+    q, w1, w2, w3, taps, bias, out,
+    stride_b, stride_h, stride_n, stride_d, heads, num_tokens, chunk, splits,
+    conv_rows, prefix, g0, g1, g2,
+    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """out ``[B, N, H, Dv]``, contiguous; the weights are ``[B*H, ...]`` float32.
+
+    One program for each (batch item, head) and chunk of tokens. Weights that fit in one block of
+    hidden units stay on the chip over all tiles of the chunk.
+    """
+    BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
+    dtype: tl.constexpr = tl.float32 if WIDE else q.dtype.element_ty
+    group = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    head = group % heads
+    lanes = tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_D)
+    values = tl.arange(0, BLOCK_V)
+    unused = tl.zeros([BLOCK_D], tl.float32)
+    q_base = head_base(q, group, heads, stride_b, stride_h)
+    out_base = out + ((group // heads).to(tl.int64) * num_tokens * heads + head) * DV
+    w1_base = w1 + group.to(tl.int64) * (D * D)
+    w2_base = w2 + group.to(tl.int64) * (D * D)
+    w3_base = w3 + group.to(tl.int64) * (D * DV)
+    units = tl.arange(0, BLOCK_M)
+    if BLOCKS_M == 1:
+        w1_block, w2_block, w3_block = load_weights(
+            w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype
+        )
+
+    begin = split * chunk
+    for start in range(begin, tl.minimum(begin + chunk, num_tokens), BLOCK_N):
+        x = convolved_tile(
+            q_base, start, lanes, channels, num_tokens, D, stride_n, stride_d,
+            taps + head * (3**NDIM * D), bias + head * D, unused, unused,
+            conv_rows, prefix, g0, g1, g2, NDIM, False, 1,
+        ).to(dtype)  # fmt: skip
+        if BLOCKS_M == 1:
+            z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
+            o = tl.dot(z, w3_block, input_precision=PRECISION)
+        else:
+            o = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            for first in range(0, D, BLOCK_M):
+                w1_block, w2_block, w3_block = load_weights(
+                    w1_base, w2_base, w3_base, first, units, channels, values, D, DV, 1.0, dtype
+                )
+                z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
+                o = tl.dot(z, w3_block, o, input_precision=PRECISION)
+        store_tile(out_base, o, start, lanes, values, num_tokens, DV, heads * DV)

@@ -1,0 +1,71 @@
+"""Every Triton kernel in each configuration is compiled for every architecture, without a GPU."""
+
+import offline
+import pytest
+import torch
+
+from t5fx.kernels.triton_kernels import configs
+
+#: Bytes of spilled registers that are let pass, of the 1,020 that a thread can have.
+FEW_REGISTERS = 192
+#: The rest is compiled by `make nightly`: 2 seconds each.
+FREQUENT = (64, torch.bfloat16)
+
+
+def cases():
+    for architecture in offline.TARGETS:
+        for dim in configs.WIDTHS:
+            for dtype in (torch.bfloat16, torch.float32):
+                marks = [] if (dim, dtype) == FREQUENT else [pytest.mark.slow]
+                yield pytest.param(architecture, dim, dtype, marks=marks)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize(("architecture", "dim", "dtype"), list(cases()))
+def test_resources(architecture, dim, dtype):
+    launches = offline.launches(architecture, dtype, dim)
+    for name, (kernel, arguments) in launches.items():
+        compiled = offline.compiled(kernel, arguments, architecture)
+        assert compiled.metadata.shared <= offline.SHARED_MEMORY[architecture], name
+        if (architecture, dtype) == ("sm_90", torch.bfloat16) and dim in (64, 128):
+            assert offline.spilled(compiled) <= FEW_REGISTERS, name
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize("grid", [(4096,), (16, 16, 16)])
+def test_other_grids(grid):
+    launches = offline.launches("sm_90", torch.bfloat16, 32, grid=grid)
+    for kernel, arguments in launches.values():
+        offline.compiled(kernel, arguments, "sm_90")
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_floats_may_be_64_bits_wide():
+    """So Inductor passes them; the kernels must not compute in float64 for it."""
+    for kernel, arguments in offline.launches("sm_90", torch.bfloat16, 32).values():
+        if any(isinstance(value, float) for value in arguments.values()):
+            compiled = offline.compiled(kernel, arguments, "sm_90", floats="fp64")
+            lines = [line for line in compiled.asm["ttgir"].splitlines() if "f64" in line]
+            assert lines
+            assert all("tt.func" in line or "arith.truncf" in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_compilation_for_all_resolutions(dtype):
+    """What Triton specialises on is the same on any grid and batch."""
+
+    def keys(grid, batch):
+        launches = offline.launches("sm_90", dtype, 64, grid=grid, batch=batch)
+        return {
+            name: [specialised(parameter, arguments[parameter.name]) for parameter in kernel.params]
+            for name, (kernel, arguments) in launches.items()
+        }
+
+    def specialised(parameter, value):
+        if isinstance(value, torch.Tensor) or parameter.is_constexpr:
+            return str(getattr(value, "dtype", value))
+        if isinstance(value, float) or parameter.do_not_specialize:
+            return None
+        return value == 1, value % 16 == 0
+
+    assert keys((64, 64), 2) == keys((33, 17), 8) == keys((1, 1), 1)
