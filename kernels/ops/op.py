@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import opaque
 from .checks import check_counts, check_settings
 from .reference import reference
 
@@ -41,6 +42,11 @@ def _ttt(
         inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
     )
     check_counts(weights, conv, grid, inner=inner, locality=locality)
+    node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
+    if impl == "auto" and opaque.supports(**node) and not _in_torch_func():
+        return torch.ops.t5fx.ttt_forward(
+            q, k, v, weights, conv, scale, grid, prefix, key_norm_eps
+        )[0]
     return reference(
         q,
         k,
@@ -50,12 +56,14 @@ def _ttt(
         scale=scale,
         grid=grid,
         prefix=prefix,
-        inner=inner,
-        inner_loss=inner_loss,
-        key_norm=key_norm,
         key_norm_eps=key_norm_eps,
-        locality=locality,
+        **node,
     )
+
+
+def _in_torch_func() -> bool:
+    """Whether a transform of torch.func, which needs to look into the node, is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 torch.library.define(
