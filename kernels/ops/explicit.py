@@ -93,8 +93,8 @@ def backward(
     rate, wide = scale / q.shape[2], weights[0].dtype
     scratch = Scratch(wide, q.device)
     grad_q, grad_k, grad_v = (token_major_empty(x, x.shape[3]) for x in (q, k, v))
-    grad_weights = [torch.zeros_like(w) for w in weights]
-    grad_conv = [torch.zeros_like(c) for c in conv]
+    grad_weights = [w.new_zeros(w.shape) for w in weights]
+    grad_conv = [c.new_zeros(c.shape) for c in conv]
     for items, heads in _blocks(q):
         kernels = _of_heads(conv, heads, q.shape[1])
         grad_kernels = _of_heads(grad_conv, heads, q.shape[1])

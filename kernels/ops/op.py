@@ -1,11 +1,11 @@
 """The operator ``torch.ops.t5fx.ttt``: one node in a captured graph.
 
-It is CompositeImplicitAutograd: a Python body of ordinary PyTorch operators. torch.export and
-Dynamo keep the call as one node; autograd (any number of times), AOTAutograd with
-Inductor, torch.func, FLOP counters and ``ExportedProgram.run_decompositions`` look through it. For
-the same reason it has no fake implementation, and torch accepts none for such an operator: on fake
-and meta tensors the body itself runs, so that shapes, strides and dtypes cannot differ from the
-real ones.
+It is CompositeImplicitAutograd. torch.export and Dynamo keep the call as one node; autograd,
+AOTAutograd with Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it:
+at the opaque operators of `opaque` where they compute what is asked for, else, and for torch.func
+and impl="reference" always, at the ordinary operators of `reference`. For the same reason it has no
+fake implementation, and torch accepts none for such an operator: on fake and meta tensors the body
+itself runs.
 """
 
 from collections.abc import Sequence
