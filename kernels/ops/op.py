@@ -43,7 +43,7 @@ def _ttt(
     )
     check_counts(weights, conv, grid, inner=inner, locality=locality)
     node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
-    if impl == "auto" and opaque.supports(**node) and not _in_torch_func():
+    if opaque.supports({"impl": impl, **node}) and not _in_torch_func():
         return torch.ops.t5fx.ttt_forward(
             q, k, v, weights, conv, scale, grid, prefix, key_norm_eps
         )[0]
