@@ -11,7 +11,7 @@ from .key_norm import KEY_NORMS
 from .locality import CONVOLVED
 from .reference import INNER_LOSSES
 
-#: Implementations that can be asked for; "auto" is the reference on every device.
+#: Implementations that can be asked for; see ``t5fx.kernels.ttt``.
 IMPLS = ("auto", "reference")
 
 

@@ -62,14 +62,19 @@ def ttt(
             "rms", "layer" over the D channels of a token; "none".
         key_norm_eps: eps of the key norm.
         locality: "dwc_qk", "dwc_v" or "none".
-        impl: "auto" or "reference". "auto" is the reference on every device.
+        impl: "reference", which autograd and compilers see as the ordinary operators it is made
+            of; or "auto", for "swiglu", "dot", "instance" with "dwc_qk" or "none" one opaque
+            operator with a written-out backward, for others (and inside torch.func's
+            transforms) the reference.
 
     Returns:
         ``[B, H, N, Dv]`` in q's dtype; computed in the widest of the arguments' dtypes and
-        float32, also under autocast. Differentiable any number of times in all tensors.
+        float32, also under autocast. Differentiable in all tensors: any number of times where the
+        reference is what runs, else once.
 
     Raises:
         NodeArgumentError: a ``T5Error`` and ``ValueError`` that says what was expected and got.
+        T5Error: a second derivative of the opaque operator.
 
     >>> q, k, v = torch.randn(3, 2, 6, 17, 8).unbind()
     >>> weights = [0.02 * torch.randn(6, 8, 8) for _ in range(3)]

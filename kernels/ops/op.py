@@ -1,11 +1,11 @@
 """The operator ``torch.ops.t5fx.ttt``: one node in a captured graph.
 
-It is CompositeImplicitAutograd: a Python body of ordinary PyTorch operators. torch.export and
-Dynamo keep the call as one node; autograd (any number of times), AOTAutograd with
-Inductor, torch.func, FLOP counters and ``ExportedProgram.run_decompositions`` look through it. For
-the same reason it has no fake implementation, and torch accepts none for such an operator: on fake
-and meta tensors the body itself runs, so that shapes, strides and dtypes cannot differ from the
-real ones.
+It is CompositeImplicitAutograd. torch.export and Dynamo keep the call as one node; autograd,
+AOTAutograd with Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it:
+at the opaque operators of `opaque` where they compute what is asked for, else, and for torch.func
+and impl="reference" always, at the ordinary operators of `reference`. For the same reason it has no
+fake implementation, and torch accepts none for such an operator: on fake and meta tensors the body
+itself runs.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import opaque
 from .checks import check_counts, check_settings
 from .reference import reference
 
@@ -41,6 +42,11 @@ def _ttt(
         inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
     )
     check_counts(weights, conv, grid, inner=inner, locality=locality)
+    node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
+    if opaque.supports({"impl": impl, **node}) and not _in_torch_func():
+        return torch.ops.t5fx.ttt_forward(
+            q, k, v, weights, conv, scale, grid, prefix, key_norm_eps
+        )[0]
     return reference(
         q,
         k,
@@ -50,12 +56,14 @@ def _ttt(
         scale=scale,
         grid=grid,
         prefix=prefix,
-        inner=inner,
-        inner_loss=inner_loss,
-        key_norm=key_norm,
         key_norm_eps=key_norm_eps,
-        locality=locality,
+        **node,
     )
+
+
+def _in_torch_func() -> bool:
+    """Whether a transform of torch.func, which needs to look into the node, is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 torch.library.define(

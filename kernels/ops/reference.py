@@ -1,15 +1,13 @@
 """The TTT node in plain PyTorch, in closed form: what other implementations are checked with."""
 
-import contextlib
-import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .inner import inner_model
 from .key_norm import KEY_NORMS
 from .locality import add_depthwise_conv
+from .precision import no_autocast, widest
 
 #: Inner losses: "dot" is -(s/N) sum_t v_t . f(k_t), "l2" is (s/2N) sum_t |f(k_t) - v_t|^2.
 INNER_LOSSES = ("dot", "l2")
@@ -36,9 +34,8 @@ def reference(
     Computes in the widest of the arguments' dtypes and float32, also under autocast.
     """
     out_dtype = q.dtype
-    dtypes = [t.dtype for t in (q, k, v, *weights, *conv)]
-    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    with _no_autocast(q.device.type):
+    wide = widest(q, k, v, *weights, *conv)
+    with no_autocast(q.device.type):
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         weights = [w.to(wide) for w in weights]
         conv = [c.to(wide) for c in conv]
@@ -67,10 +64,3 @@ def reference(
         grads = model.gradient(k, hidden, weights, g)
         updated = [w - rate * dw for w, dw in zip(weights, grads, strict=True)]
         return model.forward(q, updated).unflatten(0, (batch, heads)).to(out_dtype)
-
-
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Switches autocast off where the device has one ("meta" has none)."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
