@@ -55,6 +55,12 @@ def _expected_files() -> dict[str, Path]:
     return files
 
 
+def _expected_data() -> set[str]:
+    """Everything else that the wheel holds, by its path in it."""
+    weights = (ROOT / "bench" / "weights").iterdir()
+    return {"t5fx/py.typed", *(f"t5fx/bench/weights/{path.name}" for path in weights)}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy: a build leaves files behind, which a later wheel would take in."""
@@ -79,13 +85,15 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_every_file_under_its_mapped_name(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
-    assert names - metadata == set(_expected_files()) | {"t5fx/py.typed"}
+    assert names - metadata == set(_expected_files()) | _expected_data()
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
     assert {
         "t5fx/kernels/reference.py",
         "t5fx/kernels/inner/swiglu.py",
         "t5fx/patterns/base.py",
         "t5fx/bench/demo.py",
+        "t5fx/bench/weights/vit_digits.safetensors",
+        "t5fx/bench/weights/vit_fashion.safetensors",
     } <= names
 
 
