@@ -262,7 +262,8 @@ def _add_conv_(x: Tensor, kernel: Sequence[Tensor], grid: Sequence[int], prefix:
     """x += conv(x) on the grid tokens of a contiguous token-major x."""
     if kernel:
         image = _image(x, grid, prefix)
-        image += _CONV[len(grid)](image, *kernel, padding=1, groups=image.shape[1])
+        weight, bias = kernel
+        image += _CONV[len(grid)](image, weight, bias, padding=1, groups=image.shape[1])
 
 
 def _conv_backward_(
