@@ -1,8 +1,8 @@
 """Compiles what several sites of a graph do alike only once.
 
-A TTT node that is not one opaque operator decomposes into some forty; twelve sites make twelve
-times as many to trace and schedule. Sites that are equal but for their tensors become calls of one
-subgraph, for which AOTAutograd and Inductor do that once.
+Every TTT node decomposes into some forty operators; twelve sites make twelve times as many to
+trace and schedule. Sites that are equal but for their tensors become calls of one subgraph, for
+which AOTAutograd and Inductor do that once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from t5fx.canon import View
-from t5fx.kernels import opaque
 
 _TTT = (torch.ops.t5fx.ttt, torch.ops.t5fx.ttt.default)
 
@@ -35,7 +34,7 @@ def share_nodes(gm: fx.GraphModule) -> None:
         value = View.meta(node)
         if node.op == "placeholder" and isinstance(value, torch.SymInt):
             symbols.setdefault(value.node.expr, node)
-        if node.target in _TTT and not opaque.supports(node.kwargs):
+        if node.target in _TTT:
             signature = fx.map_arg((node.args, node.kwargs), _signature)
             groups.setdefault(repr(signature), []).append(node)
     number = 0

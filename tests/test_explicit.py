@@ -165,10 +165,11 @@ def test_a_second_derivative_is_refused_with_the_way_out():
         ({"inner_loss": "l2"}, 0),
         ({"key_norm": "rms"}, 0),
         ({"locality": "dwc_v"}, 0),
+        ({"requires_grad": False}, 0),
     ],
 )
 def test_which_nodes_are_one_call(settings, calls):
-    args, settings = nodes.arguments(**settings)
+    args, settings = nodes.arguments(**({"requires_grad": True} | settings))
 
     class Counter(torch.utils._python_dispatch.TorchDispatchMode):
         seen = 0
@@ -179,6 +180,9 @@ def test_which_nodes_are_one_call(settings, calls):
 
     with Counter() as counter:
         ttt(*args, **settings)
+        assert counter.seen == calls
+        with torch.no_grad():
+            ttt(*args, **settings)
     assert counter.seen == calls
 
 

@@ -63,9 +63,9 @@ def ttt(
         key_norm_eps: eps of the key norm.
         locality: "dwc_qk", "dwc_v" or "none".
         impl: "reference", which autograd and compilers see as the ordinary operators it is made
-            of; or "auto", for "swiglu", "dot", "instance" with "dwc_qk" or "none" one opaque
-            operator with a written-out backward, for others (and inside torch.func's
-            transforms) the reference.
+            of; or "auto": one opaque operator with a written-out backward where a gradient is
+            recorded and the settings are "swiglu", "dot", "instance" and "dwc_qk" or "none";
+            the reference for all else, and inside torch.func's transforms.
 
     Returns:
         ``[B, H, N, Dv]`` in q's dtype; computed in the widest of the arguments' dtypes and

@@ -2,10 +2,9 @@
 
 It is CompositeImplicitAutograd. torch.export and Dynamo keep the call as one node; autograd,
 AOTAutograd with Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it:
-at the opaque operators of `opaque` where they compute what is asked for, else, and for torch.func
-and impl="reference" always, at the ordinary operators of `reference`. For the same reason it has no
-fake implementation, and torch accepts none for such an operator: on fake and meta tensors the body
-itself runs.
+at the opaque operators of `opaque` where it is trained and they compute what is asked for, else at
+the ordinary operators of `reference`. For the same reason it has no fake implementation, and torch
+accepts none for such an operator: on fake and meta tensors the body itself runs.
 """
 
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ def _ttt(
     )
     check_counts(weights, conv, grid, inner=inner, locality=locality)
     node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
-    if opaque.supports({"impl": impl, **node}) and not _in_torch_func():
+    if impl == "auto" and opaque.supports(**node) and _is_trained(q, k, v, *weights, *conv):
         return torch.ops.t5fx.ttt_forward(
             q, k, v, weights, conv, scale, grid, prefix, key_norm_eps
         )[0]
@@ -61,9 +60,14 @@ def _ttt(
     )
 
 
-def _in_torch_func() -> bool:
-    """Whether a transform of torch.func, which needs to look into the node, is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def _is_trained(*tensors: Tensor) -> bool:
+    """Whether autograd, and not a transform of torch.func, will differentiate the node.
+
+    Without a backward pass the operators are the slower: Inductor fuses the reference.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 torch.library.define(

@@ -4,7 +4,7 @@ No compiler looks into them. A graph of many sites is traced, differentiated and
 time of a few calls, and only q, k, v, the parameters and W' are kept for the backward pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,19 +32,11 @@ torch.library.define(
 )
 
 
-#: The settings of ``t5fx::ttt`` that the operators compute, the defaults first.
-_SUPPORTED = {
-    "impl": ("auto",),
-    "inner": ("swiglu",),
-    "inner_loss": ("dot",),
-    "key_norm": ("instance",),
-    "locality": ("dwc_qk", "none"),
-}
-
-
-def supports(settings: Mapping[str, Any]) -> bool:
-    """Whether a node with these keyword arguments of ``t5fx::ttt`` is one call of the operators."""
-    return all(settings.get(name, valid[0]) in valid for name, valid in _SUPPORTED.items())
+def supports(*, inner: str, inner_loss: str, key_norm: str, locality: str) -> bool:
+    """Whether the operators compute the node with these settings."""
+    return (inner, inner_loss, key_norm) == ("swiglu", "dot", "instance") and (
+        locality in ("dwc_qk", "none")
+    )
 
 
 @torch.library.impl("t5fx::ttt_forward", "CompositeExplicitAutograd")
