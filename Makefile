@@ -11,13 +11,16 @@ PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 export PYTHONUTF8 := 1
 
-.PHONY: help demo test test-newest test-oldest unit lint types format nightly hooks clean
+.PHONY: help demo classify test test-newest test-oldest unit lint types format nightly hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
 
-demo: .venv/.demo-installed  ## explain, convert, compare and time a pretrained DINOv2-S; writes docs/demo.*
+demo: .venv/.demo-installed  ## explain, convert, align, save and time a pretrained DINOv2-S; writes docs/demo.*
 	.venv/bin/python -m t5fx.bench.demo
+
+classify: .venv/.demo-installed  ## a small classifier converted, aligned and fine-tuned; writes docs/classify.*
+	.venv/bin/python -m t5fx.bench.classify
 
 test: lint unit  ## ruff, mypy and every test, on the newest torch
 

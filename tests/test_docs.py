@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_shows_the_demos_own_tables():
+@pytest.mark.parametrize("demo", ["demo", "classify"])
+def test_the_readme_shows_the_demos_own_tables(demo):
     readme = (ROOT / "README.md").read_text()
-    tables = (ROOT / "docs" / "demo.md").read_text().strip()
+    tables = (ROOT / "docs" / f"{demo}.md").read_text().strip()
     assert tables in readme
-    assert "](docs/demo.png)" in readme
-    assert (ROOT / "docs" / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert f"](docs/{demo}.png)" in readme
+    assert (ROOT / "docs" / f"{demo}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
