@@ -24,7 +24,7 @@ FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 import t5fx
-names = ["t5fx", "t5fx.bench", "t5fx.kernels", "t5fx.patterns"]
+names = ["t5fx", "t5fx.bench", "t5fx.kernels", "t5fx.kernels.triton_kernels", "t5fx.patterns"]
 for name in names[:]:
     package = importlib.import_module(name)
     names += [found.name for found in pkgutil.walk_packages(package.__path__, name + ".")]

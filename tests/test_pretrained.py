@@ -306,7 +306,7 @@ def test_tensors_of_another_model(saved, tmp_path, change, message):
     [
         (lambda d: d.update(version=2), "expected a checkpoint of version 1, got 2"),
         (lambda d: d.pop("version"), "got None"),
-        (lambda d: d.update(content="front"), "content 'half'"),
+        (lambda d: d.update(content="half"), "content 'half'"),
         (lambda d: d.update(more=1), r"unknown fields \['more'\]"),
         (lambda d: d.pop("sites"), "expected 'sites' to be a dict, got None"),
         (lambda d: d["config"].update(version=9), "LinearizeConfig of version"),
