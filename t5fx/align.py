@@ -27,6 +27,7 @@ from t5fx.training import (
     kept,
     nodes_of,
     progress,
+    samples,
     table,
     warm_cosine,
 )
@@ -138,7 +139,10 @@ class Align:
                     for optimizer, schedule in zip(optimizers, schedules, strict=True):
                         optimizer.step()
                         schedule.step()
-                    result.steps, result.samples = step + 1, result.samples + _size(args, kwargs)
+                    result.steps, result.samples = (
+                        step + 1,
+                        result.samples + samples((args, kwargs)),
+                    )
                     advance(f"mean loss {sum(result.after.values()) / len(nodes):.3f}")
             finally:
                 for student in students.values():
@@ -311,9 +315,3 @@ class _Compare:
             self.student.projection = self.name
             self.student.weight = self.weight.detach().float()
             self.student.merged = None
-
-
-def _size(args: Any, kwargs: Any) -> int:
-    """Samples in a call: the first axis of its first tensor that has one."""
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)

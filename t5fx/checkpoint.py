@@ -69,11 +69,8 @@ def write(
         shards = list(_shards(stored, shard_bytes))
         for number, shard in enumerate(shards, start=1):
             suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            path = _write_shard(folder, description.content, suffix, shard, written)
-            description.files[path.name] = {
-                "bytes": path.stat().st_size,
-                "sha256": _digest(path),
-            }
+            path, digest = _write_shard(folder, description.content, suffix, shard, written)
+            description.files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
             description.tensors |= dict.fromkeys(shard, path.name)
         text = json.dumps({"version": VERSION, **asdict(description)}, indent=2)
         with _scratch(folder) as scratch:
@@ -92,16 +89,18 @@ def write(
 
 def _write_shard(
     folder: Path, content: str, suffix: str, shard: dict[str, Tensor], written: list[Path]
-) -> Path:
+) -> tuple[Path, str]:
+    """The file that was written, and its digest."""
     from safetensors.torch import save_file
 
     with _scratch(folder) as scratch:
         save_file({n: _alone(t) for n, t in shard.items()}, scratch, {"format": "pt"})
         _sync(scratch)
-        path = folder / f"{content}-{_digest(scratch)[:12]}{suffix}.safetensors"
+        digest = _digest(scratch)
+        path = folder / f"{content}-{digest[:12]}{suffix}.safetensors"
         written.append(path)
         os.replace(scratch, path)
-    return path
+    return path, digest
 
 
 def _alone(tensor: Tensor) -> Tensor:

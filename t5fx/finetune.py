@@ -9,14 +9,23 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
 from t5fx.report import Report
-from t5fx.training import check_positive, endless, kept, nodes_of, progress, table, warm_cosine
+from t5fx.training import (
+    check_positive,
+    endless,
+    kept,
+    nodes_of,
+    placed,
+    progress,
+    samples,
+    table,
+    warm_cosine,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -165,7 +174,7 @@ class FineTune:
         interval = _Interval()
         with progress("fine-tune", self.steps) as advance:
             while result.steps < self.steps:
-                batch = _placed(next(batches), accelerator.device)
+                batch = placed(next(batches), accelerator.device)
                 with accelerator.accumulate(model):
                     loss = self._loss(model, batch, result.steps)
                     accelerator.backward(loss)
@@ -175,7 +184,7 @@ class FineTune:
                     optimizer.step()
                     optimizer.zero_grad()
                 interval.add(loss.detach(), norm)
-                result.samples += _size(batch) * accelerator.num_processes
+                result.samples += samples(batch) * accelerator.num_processes
                 if not accelerator.sync_gradients:
                     continue
                 rate = optimizer.param_groups[0]["lr"]
@@ -248,13 +257,3 @@ def _accelerator(device: torch.device) -> Accelerator:
             "FineTune: expected the package accelerate, found none: pip install t5fx[train]"
         ) from error
     return Accelerator(cpu=device.type == "cpu")
-
-
-def _placed(batch: Any, device: torch.device) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-
-
-def _size(batch: Any) -> int:
-    """Samples in a batch: the first axis of its first tensor that has one."""
-    leaves = pytree.tree_leaves(batch)
-    return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)

@@ -25,14 +25,12 @@ from t5fx.checkpoint import (
 from t5fx.config import LinearizeConfig
 from t5fx.errors import CheckpointError
 from t5fx.kernels import TTT
+from t5fx.kernels.module import SETTINGS
 from t5fx.linearized import Linearized, template_of
 from t5fx.rewrite import parameter_dtype
 
 #: The arguments of a node that are kept with it; its name, dtype and device are the model's.
-_SETTINGS = (
-    *("num_heads", "head_dim", "value_dim", "grid_ndim", "scale", "inner", "inner_loss"),
-    *("key_norm", "key_norm_eps", "locality", "impl", "seed"),
-)
+_SETTINGS = ("num_heads", "head_dim", "value_dim", "grid_ndim", *SETTINGS, "seed")
 
 
 def save_pretrained(
@@ -159,23 +157,20 @@ def from_pretrained(
     checkpoint = Checkpoint(folder)
     chosen = config or checkpoint.config()
     nodes = _checked_nodes(checkpoint, model)
-    _check_originals(model, checkpoint, nodes)
+    _check_originals(model, checkpoint)
 
     template = template_of(model, share_parameters)
     device = _first_device(args, kwargs)
     _fill_meta(template, device)
     with torch.no_grad():
         originals = template.state_dict(keep_vars=True)
-        for name, value in checkpoint.tensors(lambda name: site_of(name, nodes) is None):
+        for name, value in checkpoint.tensors(lambda name: checkpoint.site(name) is None):
             originals[name].copy_(value)
-        new = dict(checkpoint.tensors(lambda name: site_of(name, nodes) is not None))
+        new = dict(checkpoint.tensors(lambda name: checkpoint.site(name) is not None))
         for key, node in nodes.items():
-            _place(
-                node, key, template, device, next(new[n] for n in new if site_of(n, nodes) == key)
-            )
-        for name, value in new.items():
-            key = site_of(name, nodes) or ""
-            nodes[key].get_parameter(name.removeprefix(f"{key}.")).copy_(value)
+            values = {n: new[f"{key}.{n}"] for n in node.state_dict()}
+            _place(node, key, template, device, next(iter(values.values())).dtype)
+            node.load_state_dict(values)
     return build(template, args, kwargs, chosen, nodes)
 
 
@@ -195,8 +190,10 @@ def _checked_nodes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, TTT]:
             nodes[key] = TTT(**settings, name=key, device="meta")
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"'{where}': site '{key}' has bad settings: {error}") from error
-    expected = {f"{k}.{n}": t.shape for k, node in nodes.items() for n, t in _state(node).items()}
-    stored = {name for name in checkpoint.shapes if site_of(name, nodes) is not None}
+    expected = {
+        f"{k}.{n}": t.shape for k, node in nodes.items() for n, t in node.state_dict().items()
+    }
+    stored = {name for name in checkpoint.shapes if checkpoint.site(name) is not None}
     if stored != set(expected):
         raise CheckpointError(
             f"'{where}': expected the parameters of {len(nodes)} nodes, "
@@ -207,13 +204,9 @@ def _checked_nodes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, TTT]:
     return nodes
 
 
-def _state(node: TTT) -> dict[str, Tensor]:
-    return dict(node.state_dict())
-
-
-def _check_originals(model: nn.Module, checkpoint: Checkpoint, nodes: Mapping[str, TTT]) -> None:
+def _check_originals(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Whether the checkpoint's other tensors are those of the model, in its shapes."""
-    stored = {name for name in checkpoint.shapes if site_of(name, nodes) is None}
+    stored = {name for name in checkpoint.shapes if checkpoint.site(name) is None}
     state = model.state_dict()
     content, folder = checkpoint.description.content, checkpoint.folder
     if content == "model" and stored != set(state):
@@ -257,12 +250,14 @@ def _fill_meta(template: nn.Module, device: torch.device) -> None:
                 tensors[name] = made[id(tensor)]
 
 
-def _place(node: TTT, key: str, template: nn.Module, device: torch.device, saved: Tensor) -> None:
+def _place(
+    node: TTT, key: str, template: nn.Module, device: torch.device, saved: torch.dtype
+) -> None:
     """Give a node memory, on the device and in the dtype of its owner's parameters."""
     owner = key.rpartition(".")[0]
     first = next(template.get_submodule(owner).parameters(), None)
     node.to_empty(device=device if first is None else first.device)
-    node.to(parameter_dtype(template, owner, saved.dtype))
+    node.to(parameter_dtype(template, owner, saved))
 
 
 def _first_device(args: Any, kwargs: Any) -> torch.device:

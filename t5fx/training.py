@@ -49,12 +49,23 @@ def endless(data: Iterable[Any]) -> Iterator[Any]:
         passes += 1
 
 
+def placed(batch: Any, device: torch.device) -> Any:
+    """The same structure with its tensors on `device`."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def samples(batch: Any) -> int:
+    """Samples in a batch: the first axis of its first tensor that has one."""
+    leaves = pytree.tree_leaves(batch)
+    return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+
+
 def as_call(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call of a model that a batch stands for, its tensors on `device`.
 
     A mapping is keyword arguments, a tuple or list positional ones, anything else the only one.
     """
-    batch = pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    batch = placed(batch, device)
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
