@@ -11,7 +11,7 @@ PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 export PYTHONUTF8 := 1
 
-.PHONY: help demo classify test test-newest test-oldest unit lint types format nightly hooks clean
+.PHONY: help demo classify test test-newest test-oldest unit lint types format gpu nightly hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -44,6 +44,10 @@ types: .venv/.test-installed
 
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
 	.venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
+
+gpu: .venv/.test-installed  ## the tests that need a GPU, then the kernels' times (docs/kernels.csv)
+	.venv/bin/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	.venv/bin/python -m t5fx.bench.kernels docs/kernels.csv
 
 nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)

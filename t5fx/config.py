@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "key_norm": ("instance", "instance_center", "instance_scale", "rms", "layer", "none"),
     "locality": ("dwc_qk", "dwc_v", "none"),
     "policy": ("flops",),
-    "impl": ("auto", "reference"),
+    "impl": ("auto", "reference", "triton"),
 }
 
 #: Fields that decide which sites are taken at all; an override per site may not set them.
@@ -48,7 +48,8 @@ class LinearizeConfig:
     overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
         where several patterns match, later ones win.
     policy: "flops": decide by counted FLOPs at the example's sizes.
-    impl: "auto" or "reference".
+    impl: "auto", "reference" (ordinary operators) or "triton" (kernels for GPUs; the default inner
+        model, loss and key norm, locality "dwc_qk" or "none"): see `t5fx.kernels.ttt`.
     seed: fresh parameters depend on this number and the site's name alone.
     capture_seconds: budget of the capture with dynamic sizes, in seconds; past it, or where it
         fails, sizes are captured static and the report says so. 0 captures static at once.

@@ -158,7 +158,7 @@ def wrong(**changes):
         ({"inner_loss": "l1"}, "inner_loss: expected one of 'dot', 'l2'; got 'l1'"),
         ({"key_norm": "batch"}, "key_norm: expected one of 'instance', .*; got 'batch'"),
         ({"locality": "cpe"}, "locality: expected one of 'dwc_qk', 'dwc_v', 'none'; got 'cpe'"),
-        ({"impl": "triton"}, "impl: expected one of 'auto', 'reference'; got 'triton'"),
+        ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton'; got 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_told_what_was_expected(changes, message):

@@ -9,7 +9,11 @@ import numpy
 import pytest
 import torch
 import triton
-from triton_cases import arguments, check, run
+from triton_cases import arguments, assert_close, check, run, run_reference, split
+from vits import Shape
+
+import t5fx
+from t5fx.kernels import ttt
 
 LAYOUTS = ["BHND", "packed"]
 HALF = [torch.float16, torch.bfloat16]
@@ -90,3 +94,65 @@ def test_cuda_graph():
         result.zero_()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.gpu
+def test_impl_triton_compiled_for_all_resolutions():
+    """By Inductor, forward and backward in one graph each, and compiled once."""
+
+    def call(q, k, v, weights, conv, grid, **keywords):
+        return ttt(q, k, v, weights, conv, grid=grid, **keywords, impl="triton").transpose(1, 2)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    for height, width in ((14, 15), (20, 21), (33, 17)):
+        tensors, keywords, grad_out = arguments(
+            device="cuda", head_dim=64, value_dim=64, grid=(height, width), dtype=torch.bfloat16,
+            layout="packed",
+        )  # fmt: skip
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = compiled(*split(leaves), **keywords)
+        grads = torch.autograd.grad(out.transpose(1, 2), leaves, grad_out)
+        assert_close([out.detach().transpose(1, 2), *grads],
+                     run_reference(tensors, keywords, grad_out), 3e-2)  # fmt: skip
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_linearized_model_compiled_with_the_kernels(mode):
+    """backend="t5", CUDA graphs included, against the same model in float64."""
+    shape = Shape(depth=2, heads=2, head_dim=64, grid=(12, 12))
+    model, images = shape.model(), shape.images()
+    configs = (t5fx.LinearizeConfig(min_tokens=0, impl=i) for i in ("triton", "reference"))
+    lin, exact = (t5fx.linearize(model, (images,), config=c) for c in configs)
+    wanted = exact.double()(images.double())
+    fast = torch.compile(lin.cuda(), backend="t5", fullgraph=True, options={"mode": mode})
+    for _ in range(4):
+        with torch.no_grad():
+            got = fast(images.cuda()).clone()
+        torch.testing.assert_close(got.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+    fast(images.cuda()).square().sum().backward()
+    wanted.square().sum().backward()
+    for name, parameter in exact.named_parameters():
+        grad = lin.get_parameter(name).grad.cpu().double()
+        assert (grad - parameter.grad).norm() <= 1e-3 * parameter.grad.norm() + 1e-6, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("locality", ["dwc_qk", "none"])
+def test_opcheck(locality):
+    tensors, keywords, grad = arguments(
+        device="cuda", heads=2, head_dim=16, value_dim=20, grid=(4, 4), locality=locality
+    )
+    rest = (0.7, list(keywords["grid"]), keywords["prefix"], 1.0)
+    leaves = split([t.requires_grad_() for t in tensors])
+    forward = torch.ops.t5fx.ttt_triton_forward
+    assert set(torch.library.opcheck(forward.default, (*leaves, *rest)).values()) == {"SUCCESS"}
+    plain = split([t.detach() for t in tensors])
+    _, *saved = forward(*plain, *rest)
+    results = torch.library.opcheck(
+        torch.ops.t5fx.ttt_triton_backward.default, (grad, *plain, saved, *rest)
+    )
+    assert set(results.values()) == {"SUCCESS"}

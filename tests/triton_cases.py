@@ -6,6 +6,7 @@ from unittest import mock
 import nodes
 import torch
 
+from t5fx.kernels import ttt
 from t5fx.kernels.reference import reference
 from t5fx.kernels.triton_kernels import backward, forward
 
@@ -59,6 +60,14 @@ def run(tensors, keywords, grad_out):
     out, saved = forward(*args, **keywords)
     dq, dk, dv, weights, conv = backward(grad_out, *args, saved, **keywords)
     return [out, dq, dk, dv, *weights, *conv]
+
+
+def run_op(tensors, keywords, grad_out):
+    """The same through `ttt` and autograd."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = ttt(*split(leaves), **keywords, impl="triton")
+    grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+    return [out.detach(), *grads]
 
 
 def run_reference(tensors, keywords, grad_out):

@@ -5,9 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpretedFunction
-from triton_cases import arguments, assert_close, check, poisoned, run
+from triton_cases import arguments, assert_close, check, poisoned, run, run_op, split
 
+from t5fx.errors import T5Error
+from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError
 from t5fx.kernels.triton_kernels import configs, forward
 from t5fx.kernels.triton_kernels.query import query_output
@@ -92,6 +95,86 @@ def test_expanded_gradient_of_the_output():
     ones = torch.ones((), dtype=grad_out.dtype).expand_as(grad_out)
     expanded, dense = (run(tensors, keywords, g) for g in (ones, ones.contiguous()))
     assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+@pytest.mark.parametrize("locality", ["dwc_qk", "none"])
+def test_impl_triton_runs_the_kernels(locality):
+    case = arguments(
+        batch=2, heads=2, head_dim=24, value_dim=16, grid=(5, 3), locality=locality,
+        dtype=torch.float16,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(run_op(*case), run(*case), strict=True))
+
+
+def test_impl_triton_under_checkpointing_and_autocast():
+    tensors, keywords, grad_out = arguments(batch=1, heads=1, head_dim=16, value_dim=16, grid=(5,))
+    wanted = run_op(tensors, keywords, grad_out)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+
+    def call(*leaves):
+        return ttt(*split(leaves), **keywords, impl="triton")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out = checkpoint(call, *leaves, use_reentrant=False)
+    grads = torch.autograd.grad(out, leaves, grad_out)
+    got = [out.detach(), *grads]
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_impl_triton_is_differentiable_once():
+    tensors, keywords, _ = arguments(batch=1, heads=1, head_dim=16, value_dim=16, grid=(2,))
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = ttt(*split(leaves), **keywords, impl="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(T5Error, match="expected to be differentiated once"):
+        grad.sum().backward()
+
+
+def test_what_is_saved_for_the_backward_pass():
+    """q, k, v, the parameters, two statistics of the keys and W'."""
+    tensors, keywords, _ = arguments(batch=2, heads=2, head_dim=16, value_dim=16, grid=(30,))
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ttt(*split(leaves), **keywords, impl="triton")
+    own = {t.data_ptr() for t in leaves}
+    rest = sum(t.numel() for t in kept if t.data_ptr() not in own)
+    assert len(kept) == len(leaves) + 5
+    assert rest == 2 * 2 * (2 * 16 + 3 * 16 * 16)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("locality", ["dwc_qk", "none"])
+def test_opcheck(locality):
+    """All but tracing into the launches, which the interpreter's kernels are not made for."""
+    tensors, keywords, grad = arguments(
+        batch=1, heads=2, head_dim=16, value_dim=20, grid=(2, 2), locality=locality
+    )
+    rest = (0.7, list(keywords["grid"]), keywords["prefix"], 1.0)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    leaves = [t.requires_grad_() for t in tensors]
+    results = torch.library.opcheck(
+        torch.ops.t5fx.ttt_triton_forward.default, (*split(leaves), *rest), test_utils=utils
+    )
+    assert set(results.values()) == {"SUCCESS"}
+    plain = split([t.detach() for t in tensors])
+    _, *saved = torch.ops.t5fx.ttt_triton_forward(*plain, *rest)
+    results = torch.library.opcheck(
+        torch.ops.t5fx.ttt_triton_backward.default, (grad, *plain, saved, *rest), test_utils=utils
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_module_computes_with_the_kernels():
+    """Of any impl: the parameters are the same."""
+    sizes = {"num_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.25, "grid_ndim": 2}
+    q, k, v = torch.randn(3, 1, 2, 7, 16).unbind()
+    node, same = TTT(**sizes, impl="triton"), TTT(**sizes, impl="reference")
+    out, wanted = (m(q, k, v, grid=(2, 3), prefix=1) for m in (node, same))
+    torch.testing.assert_close(out, wanted)
+    with pytest.raises(NodeArgumentError, match="parameters: expected float32"):
+        node.double()(q, k, v, grid=(2, 3), prefix=1)
 
 
 @pytest.mark.parametrize(

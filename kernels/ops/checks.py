@@ -12,7 +12,7 @@ from .locality import CONVOLVED
 from .reference import INNER_LOSSES
 
 #: Implementations that can be asked for; see ``t5fx.kernels.ttt``.
-IMPLS = ("auto", "reference")
+IMPLS = ("auto", "reference", "triton")
 
 
 def check_settings(*, inner: str, inner_loss: str, key_norm: str, locality: str, impl: str) -> None:
@@ -22,6 +22,20 @@ def check_settings(*, inner: str, inner_loss: str, key_norm: str, locality: str,
     require_name("key_norm", key_norm, KEY_NORMS)
     require_name("locality", locality, CONVOLVED)
     require_name("impl", impl, IMPLS)
+    node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
+    if impl == "triton" and not is_written_out(**node):
+        raise NodeArgumentError(
+            'impl: expected "auto" or "reference", got "triton", which has kernels for inner '
+            '"swiglu", inner_loss "dot", key_norm "instance" and locality "dwc_qk" or "none" '
+            f"alone; got {node}"
+        )
+
+
+def is_written_out(*, inner: str, inner_loss: str, key_norm: str, locality: str) -> bool:
+    """Whether forward and backward with these settings exist written out, beside the reference."""
+    return (inner, inner_loss, key_norm) == ("swiglu", "dot", "instance") and (
+        locality in ("dwc_qk", "none")
+    )
 
 
 def check_counts(

@@ -63,9 +63,10 @@ def ttt(
         key_norm_eps: eps of the key norm.
         locality: "dwc_qk", "dwc_v" or "none".
         impl: "reference", which autograd and compilers see as the ordinary operators it is made
-            of; or "auto": one opaque operator with a written-out backward where a gradient is
-            recorded and the settings are "swiglu", "dot", "instance" and "dwc_qk" or "none";
-            the reference for all else, and inside torch.func's transforms.
+            of; "triton", kernels for a GPU, float32 or narrower, for the settings "swiglu", "dot",
+            "instance" and "dwc_qk" or "none"; or "auto": with the same settings and a gradient
+            recorded, one opaque operator with a written-out backward; the reference for all else,
+            and inside torch.func's transforms.
 
     Returns:
         ``[B, H, N, Dv]`` in q's dtype; computed in the widest of the arguments' dtypes and
@@ -74,7 +75,7 @@ def ttt(
 
     Raises:
         NodeArgumentError: a ``T5Error`` and ``ValueError`` that says what was expected and got.
-        T5Error: a second derivative of the opaque operator.
+        T5Error: a second derivative where the reference is not what ran.
 
     >>> q, k, v = torch.randn(3, 2, 6, 17, 8).unbind()
     >>> weights = [0.02 * torch.randn(6, 8, 8) for _ in range(3)]

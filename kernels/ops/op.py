@@ -2,8 +2,9 @@
 
 It is CompositeImplicitAutograd. torch.export and Dynamo keep the call as one node; autograd,
 AOTAutograd with Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it:
-at the opaque operators of `opaque` where it is trained and they compute what is asked for, else at
-the ordinary operators of `reference`. For the same reason it has no fake implementation, and torch
+at the opaque operators of `opaque` where it is trained and they compute what is asked for, at the
+launches of ``t5fx.kernels.triton_kernels`` with impl "triton", else at the ordinary operators of
+`reference`. For the same reason it has no fake implementation, and torch
 accepts none for such an operator: on fake and meta tensors the body itself runs.
 """
 
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import opaque
-from .checks import check_counts, check_settings
+from . import opaque  # noqa: F401 (registers the operators)
+from .checks import check_counts, check_settings, is_written_out
 from .reference import reference
 
 QUALNAME = "t5fx::ttt"
@@ -42,10 +43,14 @@ def _ttt(
     )
     check_counts(weights, conv, grid, inner=inner, locality=locality)
     node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
-    if impl == "auto" and opaque.supports(**node) and _is_trained(q, k, v, *weights, *conv):
-        return torch.ops.t5fx.ttt_forward(
-            q, k, v, weights, conv, scale, grid, prefix, key_norm_eps
-        )[0]
+    call = (q, k, v, weights, conv, scale, grid, prefix, key_norm_eps)
+    if impl == "triton":
+        # Imported where it is asked for: Triton is slow to import.
+        from t5fx.kernels import triton_kernels  # noqa: F401
+
+        return torch.ops.t5fx.ttt_triton_forward(*call)[0]
+    if impl == "auto" and is_written_out(**node) and _is_trained(q, k, v, *weights, *conv):
+        return torch.ops.t5fx.ttt_forward(*call)[0]
     return reference(
         q,
         k,

@@ -17,6 +17,8 @@ from .reduction import sum_matrices
 MAX_WIDTH = 256
 #: Elements that one program of the reduction sums up.
 SUM_BLOCK = 256
+#: Triton's interpreter takes any device; it is chosen before the kernels are imported.
+INTERPRETED = not isinstance(sum_matrices, triton.JITFunction)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -87,8 +89,10 @@ def site(
     """The sizes of a call.
 
     Raises:
-        NodeArgumentError: a dtype, a width of heads or a locality that the kernels do not know.
+        NodeArgumentError: a device, a dtype, a width of heads or a locality that the kernels do not
+            know.
     """
+    check_device(q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in DTYPES:
             raise NodeArgumentError(
@@ -120,6 +124,15 @@ def site(
         grid=((1,) * (3 - len(axes)) + axes),
         wide=q.dtype == torch.float32 or not q.dtype == k.dtype == v.dtype,
     )
+
+
+def check_device(device: torch.device) -> None:
+    """Raise unless the kernels run there."""
+    if device.type not in ("cuda", "meta") and not INTERPRETED:
+        raise NodeArgumentError(
+            f'q: expected a GPU (device "cuda") with impl="triton"; got {device}; use '
+            'impl="auto" or move model and inputs'
+        )
 
 
 def convolutions(conv: Sequence[Tensor], shape: Site, unread: Tensor) -> list[tuple[Tensor, ...]]:
@@ -177,7 +190,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
     """Runs a kernel on the device of its first argument, or has it traced by ``triton_op``."""
-    if isinstance(kernel, triton.JITFunction):  # in Triton's interpreter it is something else
+    if not INTERPRETED:
         kernel = torch.library.wrap_triton(kernel)
     with torch.cuda.device_of(args[0]):
         kernel[(programs,)](*args, **settings)

@@ -1,0 +1,76 @@
+"""What each implementation as a pair of operators, forward and backward, has in common.
+
+The forward takes q, k, v, the weights, the convolutions' tensors and the settings, and returns the
+output and what it wants saved; the backward takes the output's gradient, the same and what was
+saved, and returns a gradient of each tensor. Both are closed to autograd: the pair can be
+differentiated once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from t5fx.errors import T5Error
+
+from .explicit import token_major_empty
+from .inner import inner_model
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] weights, Tensor[] conv"
+_SETTINGS = "float scale, SymInt[] grid, SymInt prefix, float eps"
+
+BACKWARD = f"(Tensor grad, {_INPUTS}, Tensor[] saved, {_SETTINGS}) -> Tensor[]"
+
+
+def forward_schema(saved: int) -> str:
+    """Of a forward that wants that many tensors saved."""
+    return f"({_INPUTS}, {_SETTINGS}) -> ({', '.join(['Tensor'] * (1 + saved))})"
+
+
+def join(forward: Any, backward: Any) -> None:
+    """Make the two overloads a pair: autograd, the backward's fake, FLOP formulas."""
+
+    def differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+        weights, conv = ctx.counts
+        q, k, v, *rest = ctx.saved_tensors
+        parts = rest[:weights], rest[weights : weights + conv], rest[weights + conv :]
+        grads = backward(grad, q, k, v, *parts, *ctx.settings)
+        nothing = [None] * len(ctx.settings)
+        return *grads[:3], grads[3 : 3 + weights], grads[3 + weights :], *nothing
+
+    torch.library.register_autograd(forward.name(), differentiate, setup_context=_save)
+    torch.library.register_autograd(backward.name(), _refuse)
+    torch.library.register_fake(backward.name(), _backward_fake)
+    register_flop_formula(forward.overloadpacket)(_forward_flops)
+    register_flop_formula(backward.overloadpacket)(_backward_flops)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, weights, conv, *ctx.settings = inputs
+    ctx.counts = len(weights), len(conv)
+    ctx.save_for_backward(q, k, v, *weights, *conv, *output[1:])
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise T5Error(
+        "the TTT node: expected to be differentiated once, got a second derivative; use "
+        "impl='reference', which is differentiable any number of times"
+    )
+
+
+def _backward_fake(grad, q, k, v, weights, conv, saved, scale, grid, prefix, eps):  # type: ignore[no-untyped-def]
+    token_major = [token_major_empty(x, x.shape[3]) for x in (q, k, v)]
+    return [*token_major, *(x.new_empty(x.shape) for x in (*weights, *conv))]
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """FLOP of the matrix products, from shapes."""
+    batch, heads, tokens, head_dim = q
+    return batch * heads * inner_model("swiglu").flops(tokens, head_dim, v[3])
+
+
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """FLOP of the matrix products: 16 with W1 and W2, 7 with W3, the recomputed ones included."""
+    batch, heads, tokens, head_dim = q
+    return batch * heads * tokens * head_dim * (32 * head_dim + 14 * v[3])

@@ -1,0 +1,78 @@
+"""The operators ``t5fx::ttt_triton_forward`` and ``t5fx::ttt_triton_backward``: the kernels for
+compilers. Inductor sees the launches themselves; torch.export keeps one node.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import pair
+from ..errors import NodeArgumentError
+from ..explicit import token_major_empty
+from .backward import backward
+from .forward import forward
+from .launch import DTYPES
+
+
+@torch.library.triton_op("t5fx::ttt_triton_forward", mutates_args=(), schema=pair.forward_schema(5))
+def ttt_triton_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The output ``[B, H, N, Dv]`` and what the backward needs: see `forward`."""
+    for tensor in (*weights, *conv):
+        if tensor.dtype not in DTYPES:
+            raise NodeArgumentError(
+                'parameters: expected float32, float16 or bfloat16 with impl="triton"; got '
+                f'{tensor.dtype}; use impl="reference"'
+            )
+    out, saved = forward(q, k, v, weights, conv, **_settings(conv, scale, grid, prefix, eps))
+    return out, *saved
+
+
+# Shapes alone: torch would run the body itself, launches and all.
+@ttt_triton_forward.register_fake
+def _forward_fake(q, k, v, weights, conv, scale, grid, prefix, eps):  # type: ignore[no-untyped-def]
+    batch, heads, _, dim = q.shape
+    statistics = (q.new_empty(batch, heads, dim, dtype=torch.float32) for _ in range(2))
+    updated = (w.new_empty(batch, *w.shape, dtype=torch.float32) for w in weights)
+    return token_major_empty(q, v.shape[3]), *statistics, *updated
+
+
+@torch.library.triton_op("t5fx::ttt_triton_backward", mutates_args=(), schema=pair.BACKWARD)
+def ttt_triton_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of q, k, v, the weights and conv, each in its dtype; see `backward`."""
+    settings = _settings(conv, scale, grid, prefix, eps)
+    dq, dk, dv, dw, dconv = backward(grad, q, k, v, weights, conv, saved, **settings)
+    return [dq, dk, dv, *dw, *dconv]
+
+
+def _settings(
+    conv: Sequence[Tensor], scale: float, grid: Sequence[int], prefix: int, eps: float
+) -> dict[str, Any]:
+    named = {"scale": scale, "grid": grid, "prefix": prefix, "key_norm_eps": eps}
+    return {**named, "locality": "dwc_qk" if conv else "none"}
+
+
+pair.join(torch.ops.t5fx.ttt_triton_forward.default, torch.ops.t5fx.ttt_triton_backward.default)

@@ -1,0 +1,117 @@
+"""impl="triton" as compilers see it, without a GPU: launches in a graph, for all resolutions."""
+
+import collections
+
+import pytest
+import torch
+import triton
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from triton.backends.compiler import GPUTarget
+from vits import Shape
+
+import t5fx
+from t5fx.kernels import TTT, NodeArgumentError, ttt
+from t5fx.kernels.triton_kernels import launch
+
+
+class OfAnH100:
+    """A driver for the part of Triton that reads a kernel's source; it runs nothing."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return 0
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.t5 = TTT(2, 64, 64, scale=0.125, grid_ndim=2, impl="triton")
+
+    def forward(self, qkv, image):
+        """qkv [B, 1 + H*W, 3*128], image [H, W]."""
+        q, k, v = qkv.unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+        out = self.t5(q, k, v, grid=image.shape, prefix=1)
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """CPU tensors are taken for a GPU's, and nothing is launched."""
+    monkeypatch.setattr(launch, "check_device", lambda device: None)
+    monkeypatch.setattr(triton.runtime.driver, "_active", OfAnH100())
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_one_graph_of_launches_for_all_resolutions(pretended, caplog):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        results = graph.graph.output_node().args[0]
+        return lambda *_: [zeros(n.meta["val"]) if n is not None else None for n in results]
+
+    def zeros(value):
+        """Of the first call's sizes."""
+        if not isinstance(value, torch.Tensor):
+            return 1
+        shape = (s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape)
+        return torch.zeros(*shape, dtype=value.dtype)
+
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    model = torch.compile(Attention(), backend=backend, fullgraph=True, dynamic=True)
+    for height, width in ((14, 15), (20, 21)):
+        qkv = torch.randn(2, 1 + height * width, 384, requires_grad=True)
+        out = model(qkv, torch.empty(height, width))
+        if len(graphs) == 1:
+            out.sum().backward()
+    assert len(graphs) == 2  # of both resolutions
+    forward, backward = (
+        collections.Counter(str(n.target) for n in graph.graph.nodes) for graph in graphs
+    )
+    assert forward["triton_kernel_wrapper_functional"] == 4
+    assert backward["triton_kernel_wrapper_functional"] == 10
+    assert not [name for name in (*forward, *backward) if "t5fx" in name]
+    # Otherwise torch takes every argument of a kernel for one that is written to.
+    assert "assuming every input is mutated" not in caplog.text
+
+
+def test_refused_on_a_cpu():
+    q = torch.randn(1, 2, 9, 16)
+    weights = [torch.randn(2, 16, 16) for _ in range(3)]
+    with pytest.raises(NodeArgumentError, match=r'expected a GPU .*got cpu; use impl="auto"'):
+        ttt(q, q, q, weights, scale=0.1, locality="none", impl="triton")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"inner": "mlp2"}, {"inner_loss": "l2"}, {"key_norm": "none"}, {"locality": "dwc_v"}],
+)
+def test_refused_where_there_are_no_kernels(other):
+    """When the model is linearized, not when it runs."""
+    settings = {"num_heads": 2, "head_dim": 8, "value_dim": 8, "scale": 1.0, "grid_ndim": 2}
+    with pytest.raises(NodeArgumentError, match=r"impl: expected .* alone; got"):
+        TTT(**settings, **other, impl="triton")
+    shape = Shape(depth=1)
+    config = t5fx.LinearizeConfig(min_tokens=0, impl="triton", **other)
+    with pytest.raises(t5fx.T5Error, match="impl: expected"):
+        t5fx.linearize(shape.model(), (shape.images(),), config=config)
+
+
+def test_linearized_for_a_gpu_on_a_cpu():
+    """As when a model is converted before it is moved."""
+    shape = Shape(depth=1)
+    config = t5fx.LinearizeConfig(min_tokens=0, impl="triton")
+    lin = t5fx.linearize(shape.model(), (shape.images(),), config=config)
+    with pytest.raises(NodeArgumentError, match=r"expected a GPU"):
+        lin(shape.images())
+    assert lin.to("meta")(shape.images().to("meta")).device.type == "meta"
