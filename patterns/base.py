@@ -8,12 +8,17 @@ refuses them with a reason of the closed set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from t5fx.canon import View
+
+
+class Unlike(Exception):
+    """Nodes that have a pattern's shape, and are something else that nobody takes for attention."""
 
 
 class Refusal(Exception):
@@ -32,7 +37,7 @@ class Operand:
     like: a node of the graph with the operand's axes: `batch` (batch and heads, in order), `token`
     and `channel` are positions in it. node: where the value comes from, constant scales taken out:
     `like` itself, or a tensor above it to which the layout nodes `replay` (topmost first) are to be
-    applied again.
+    applied again. factor: a constant scale that `node` holds still, to be divided out.
     """
 
     like: fx.Node
@@ -41,6 +46,7 @@ class Operand:
     channel: int
     node: fx.Node
     replay: tuple[fx.Node, ...] = ()
+    factor: float = 1.0
 
     @property
     def rank(self) -> int:
@@ -79,6 +85,10 @@ class Pattern:
 
     name: ClassVar[str]
     anchor: ClassVar[str]  # canonical operator that starts the search
+    #: Spellings by name, for the tests: functions of q, k, v [B, H, N, D] that compute attention
+    #: with the scale 1/sqrt(D), and functions that do not, with the reason that each has to get.
+    examples: ClassVar[dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]
+    rejects: ClassVar[dict[str, tuple[str | None, Callable[[Tensor, Tensor, Tensor], Tensor]]]]
 
     @staticmethod
     def shape(*tensors: Any) -> Any:
@@ -88,6 +98,7 @@ class Pattern:
     def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
         """The meaning of the found nodes (by name in the traced `shape`).
 
-        Raises `Refusal` where they are not an attention that may be rewritten.
+        Raises `Refusal` where they are not an attention that may be rewritten, `Unlike` where they
+        are not even worth a word.
         """
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,9 +84,15 @@ def _einsum(view: View, node: fx.Node) -> Product:
     tensors = view.inputs(node)
     inputs, _, out = equation.partition("->")
     terms = inputs.split(",")
-    if len(tensors) != 2 or len(terms) != 2 or not out or "." in equation:
+    if len(tensors) != 2 or len(terms) != 2 or not out:
         raise Refusal("not-attention", f"einsum '{equation}' is no product of two tensors")
-    left, right = terms
+    # Letters for the axes that an ellipsis stands for, the last of them the same in every term.
+    spare = [c for c in string.ascii_letters if c not in equation]
+    ranks = [len(view.shape(n)) for n in (*tensors, node)]
+    left, right, out = (
+        term.replace("...", "".join(spare[: rank - len(term) + 3][::-1]))
+        for term, rank in zip((*terms, out), ranks, strict=True)
+    )
     summed = [c for c in left if c in right and c not in out]
     rows = [c for c in left if c not in right]
     columns = [c for c in right if c not in left]
@@ -152,16 +159,26 @@ class Chain:
     factor: float = 1.0
     dropout: Any = 0.0
     temperatures: tuple[fx.Node, ...] = ()
+    divided: bool = False
 
 
 def follow(
-    view: View, start: fx.Node, end: fx.Node, dims: Dims, probabilities: bool = False
+    view: View,
+    start: fx.Node,
+    end: fx.Node,
+    dims: Dims,
+    *,
+    probabilities: bool = False,
+    total: fx.Node | None = None,
+    also: tuple[fx.Node, ...] = (),
 ) -> Chain:
     """Judge each node between `start` and `end`, tracking the query and key axes.
 
-    Casts, layout, constant scales, learned temperatures and provably empty masks are harmless.
-    Raises `Refusal` for whatever else happens to the scores (or, past the softmax, to the
-    probabilities), and where a tensor in between is read elsewhere.
+    Casts, layout, constant scales, learned temperatures, provably empty masks and whatever is the
+    same for all keys of a query are harmless before the softmax; past it, so is a division by
+    `total`, the sum over the keys. Raises `Refusal` for whatever else happens to the scores (or the
+    probabilities), and where a tensor in between is read by anything but the attention itself,
+    which the nodes `also` are a part of.
     """
     if probabilities:
         paths = [path for found, path in descend(view, start) if found is end]
@@ -169,24 +186,37 @@ def follow(
         paths = [path for found, path in climb(view, end) if found is start]
     chain = Chain(tuple(paths[0]), start, dims)
     for node in chain.nodes:
-        chain = replace(_step(view, node, chain, probabilities), end=node)
-    inside = {start, *chain.nodes, end}
+        chain = replace(_step(view, node, chain, probabilities, total), end=node)
+    inside = {start, *chain.nodes, end, *also}
     for node in (start, *chain.nodes):
         for user in node.users:
-            if user not in inside and _reads(view, user):
+            if _leaks(view, user, inside):
                 what = "probabilities" if probabilities else "scores"
                 raise Refusal("probabilities-used", f"'{user.name}' reads the {what} too")
     return chain
 
 
-def _reads(view: View, user: fx.Node) -> bool:
-    """Whether a node outside an attention needs one of its tensors: not if it only checks it."""
-    return "_assert_tensor_metadata" not in str(user.target) and (
-        user.op == "output" or bool(user.users) or view.val(user) is None
-    )
+def _leaks(view: View, user: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether what a node reads of an attention gets out of it.
+
+    Not if the node only checks it, or computes something (the greatest score, their sum) that only
+    the attention itself reads.
+    """
+    stack, seen = [user], set(inside)
+    while stack:
+        node = stack.pop()
+        if node in seen or "_assert_tensor_metadata" in str(node.target):
+            continue
+        seen.add(node)
+        if node.op == "output" or (not node.users and view.meta(node) is None):
+            return True
+        stack.extend(node.users)
+    return False
 
 
-def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain:
+def _step(
+    view: View, node: fx.Node, chain: Chain, probabilities: bool, total: fx.Node | None
+) -> Chain:
     name = view.op(node)
     if name in ("to", "identity"):
         value = view.val(node)
@@ -205,7 +235,13 @@ def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain
     if name == "dropout":
         return _dropped(view, node, chain, probabilities)
     if probabilities:
+        if name == "nan_to_num":
+            return chain  # softmax of finite scores is no NaN
+        if total is not None and divides(view, node, chain.end, total, chain.dims.columns):
+            return replace(chain, divided=True)
         raise Refusal("probabilities-used", f"'{node.name}' ({name}) changes the probabilities")
+    if name == "log_softmax" and axis_of(view, node) == chain.dims.columns:
+        return chain  # it subtracts a number from all scores of a query
     changed = Refusal("scores-changed", f"'{node.name}' ({name}) changes the scores")
     first, second = view.arg(node, "input"), view.arg(node, "other")
     if name in ("add", "sub", "mul", "div"):
@@ -219,6 +255,8 @@ def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain
             return _scaled(view, node, chain, other)
         if not isinstance(other, fx.Node) or harmless(view, other):
             return chain  # the same number everywhere, which softmax does not see
+        if _same_for_all_keys(view, node, other, chain.dims):
+            return chain
         raise Refusal(*refusal(view, other))
     if name == "masked_fill" and first is chain.end:
         mask = view.arg(node, "mask")
@@ -232,6 +270,42 @@ def _step(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Chain
             return chain
         raise Refusal(*refusal(view, condition))
     raise changed
+
+
+def _same_for_all_keys(view: View, node: fx.Node, other: fx.Node, dims: Dims) -> bool:
+    """Whether a tensor is broadcast along the key axis of a node's result."""
+    shape = view.shape(other)
+    axis = dims.columns - len(view.shape(node)) + len(shape)
+    return axis < 0 or shape[axis] == 1
+
+
+def divides(view: View, node: fx.Node, over: fx.Node, total: fx.Node, axis: int) -> bool:
+    """Whether a node divides `over` by `total`, which has one number for all of `axis`."""
+    if view.op(node) != "div" or view.arg(node, "input") is not over:
+        return False
+    other = view.arg(node, "other")
+    return not node.kwargs.get("rounding_mode") and spread(view, other, node, axis) is total
+
+
+def spread(view: View, other: Any, like: fx.Node, axis: int) -> fx.Node | None:
+    """The reduction along `axis` whose result is broadcast to the shape of `like`, or None."""
+    while isinstance(other, fx.Node) and view.op(other) in ("to", "identity", "expand"):
+        other = view.inputs(other)[0]
+    wanted = list(view.shape(like))
+    wanted[axis] = 1
+    if not isinstance(other, fx.Node) or list(view.shape(other)) != wanted:
+        return None
+    while view.op(other) in ("to", "identity", "reshape"):
+        other = view.inputs(other)[0]
+    return other
+
+
+def axis_of(view: View, node: fx.Node) -> int | None:
+    """The one axis that a reduction or a softmax runs over."""
+    axis = view.arg(node, "dim")
+    if isinstance(axis, list | tuple) and len(axis) == 1:
+        axis = axis[0]
+    return axis % len(view.shape(view.inputs(node)[0])) if isinstance(axis, int) else None
 
 
 def _scaled(view: View, node: fx.Node, chain: Chain, other: Any) -> Chain:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from t5fx.canon import View
 from t5fx.masks import harmless, refusal
@@ -14,11 +15,55 @@ from t5fx.patterns.base import Binding, Pattern, Refusal
 from t5fx.patterns.operands import fused_operand
 
 
+def _repeated(q: Tensor, x: Tensor) -> Tensor:
+    return x[:, :1].repeat_interleave(q.shape[1], 1)
+
+
 class Fused(Pattern):
     """F.scaled_dot_product_attention, its ATen overloads and the backends they decompose to."""
 
     name = "fused"
     anchor = "scaled_dot_product_attention"
+
+    examples: ClassVar = {
+        "plain": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        "scale given": lambda q, k, v: F.scaled_dot_product_attention(
+            4 * q, k, v, scale=q.shape[-1] ** -0.5 / 4
+        ),
+        "scaled in place": lambda q, k, v: F.scaled_dot_product_attention(
+            q.clone().mul_(q.shape[-1] ** -0.5), k, v, scale=1.0
+        ),
+        "grouped heads": lambda q, k, v: F.scaled_dot_product_attention(
+            q, k[:, :1], v[:, :1], enable_gqa=True
+        ),
+        "grouped heads, repeated": lambda q, k, v: F.scaled_dot_product_attention(
+            q, _repeated(q, k), _repeated(q, v)
+        ),
+        "grouped heads, expanded": lambda q, k, v: F.scaled_dot_product_attention(
+            q, k[:, :1].expand_as(k), v[:, :1].expand_as(v)
+        ),
+        "a mask of ones": lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+        ),
+    }
+    rejects: ClassVar = {
+        "causal": (
+            "causal",
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        ),
+        "causal mask": (
+            "causal",
+            lambda q, k, v: F.scaled_dot_product_attention(
+                q, k, v, attn_mask=torch.ones(q.shape[2], q.shape[2]).tril().bool()
+            ),
+        ),
+        "tokens repeated": (
+            "cross-attention",
+            lambda q, k, v: F.scaled_dot_product_attention(
+                q, k[:, :, ::2].repeat_interleave(2, 2), v[:, :, ::2].repeat_interleave(2, 2)
+            ),
+        ),
+    }
 
     @staticmethod
     def shape(q: Any, k: Any, v: Any) -> Any:
@@ -43,22 +88,22 @@ class Fused(Pattern):
         dropout = view.arg(node, "dropout_p", 0.0) or 0.0
         groups = 1
         if len(shapes[0]) > 3 and shapes[0][-3] != shapes[1][-3]:
-            groups = _groups(shapes[0][-3], shapes[1][-3])
+            groups = groups_of(shapes[0][-3], shapes[1][-3])
         q, q_factor = fused_operand(view, query)
         k, k_factor = fused_operand(view, key)
         v, _ = fused_operand(view, value, scales=False)
-        output = _output(view, node)
+        output = output_of(view, node)
         axes = ("b",) * (len(shapes[0]) - 2) + ("t", "c")
         return Binding(q, k, v, scale * q_factor * k_factor, output, axes, (node,), groups, dropout)
 
 
-def _groups(heads: Any, shared: Any) -> int:
+def groups_of(heads: Any, shared: Any) -> int:
     if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared == 0:
         return heads // shared
     raise Refusal("head-dim", f"{heads} query heads are no multiple of {shared} key heads")
 
 
-def _output(view: View, node: fx.Node) -> fx.Node:
+def output_of(view: View, node: fx.Node) -> fx.Node:
     """The attention's result: the node itself, or item 0 of a backend's tuple."""
     if view.val(node) is not None:
         return node

@@ -36,12 +36,14 @@ def operand(
     states = [_State(node, roles, 0)]
     path: list[fx.Node] = []  # from the operand upwards
     factors: dict[fx.Node, float] = {}
+    held = 1.0
     while True:
         state = states[-1]
         in_place = view.mutated(state.node)
         factor = _factor(view, state.node) if scales else None
         if factor is not None and in_place:
-            raise Refusal("scores-changed", f"'{state.node.name}' scales queries or keys in place")
+            held = factor  # what it read is no more: the factor is divided out of what it wrote
+            break
         if factor is not None:
             factors[state.node] = factor
         elif not _layout(view, state.node):
@@ -52,17 +54,17 @@ def operand(
         states.append(_State(above, after, len(path)))
     top = max((path.index(n) + 1 for n in factors), default=0)
     chosen = _choose(view, states, path) if climb else states[0]
-    total = 1.0
+    total = held
     for value in factors.values():
         total *= value
-    start = states[max(top, chosen.below)]
+    start = states[-1] if held != 1.0 else states[max(top, chosen.below)]
     replay = [n for n in path[chosen.below : start.below][::-1] if n not in factors]
     assert chosen.roles is not None
     batch = tuple(i for i, role in enumerate(chosen.roles) if role == "b")
     places = batch, chosen.roles.index("t"), chosen.roles.index("c")
     if view.mutated(start.node, after=start.node):
         raise Refusal("scores-changed", f"'{start.node.name}' is changed in place later")
-    found = Operand(chosen.node, *places, start.node, tuple(replay))
+    found = Operand(chosen.node, *places, start.node, tuple(replay), held)
     return found, total
 
 

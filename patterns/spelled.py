@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from t5fx.canon import View
 from t5fx.patterns.base import Binding, Pattern, Refusal
-from t5fx.patterns.chains import Dims, follow, product
+from t5fx.patterns.chains import Chain, Dims, Product, axis_of, divides, follow, product
 from t5fx.patterns.operands import operand
+
+
+def _scale(q: Tensor) -> float:
+    return q.shape[-1] ** -0.5
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
 
 
 class Spelled(Pattern):
@@ -19,6 +29,98 @@ class Spelled(Pattern):
     name = "spelled"
     anchor = "softmax"
 
+    examples: ClassVar = {
+        "product scaled": lambda q, k, v: ((q @ k.mT) * _scale(q)).softmax(-1) @ v,
+        "product divided": lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v,
+        "queries scaled": lambda q, k, v: (q * _scale(q) @ k.mT).softmax(-1) @ v,
+        "keys scaled": lambda q, k, v: (q @ (k * _scale(q)).mT).softmax(-1) @ v,
+        "both by the root": lambda q, k, v: (
+            ((q * _scale(q) ** 0.5) @ (k * _scale(q) ** 0.5).mT).softmax(-1) @ v
+        ),
+        "queries scaled in place": lambda q, k, v: (
+            (q.clone().mul_(_scale(q)) @ k.mT).softmax(-1) @ v
+        ),
+        "product scaled in place": lambda q, k, v: (q @ k.mT).mul_(_scale(q)).softmax(-1) @ v,
+        "a tensor's scale": lambda q, k, v: (
+            (q @ k.mT / torch.sqrt(torch.tensor(float(q.shape[-1])))).softmax(-1) @ v
+        ),
+        "greatest score subtracted": lambda q, k, v: _without_maximum(q, k).softmax(-1) @ v,
+        "a number a query added": lambda q, k, v: (
+            (q @ k.mT * _scale(q) + q.sum(-1, keepdim=True)).softmax(-1) @ v
+        ),
+        "keys first": lambda q, k, v: (v.mT @ (k @ q.mT * _scale(q)).softmax(-2)).mT,
+        "bmm": lambda q, k, v: torch.bmm(
+            torch.bmm(_flat(q) * _scale(q), _flat(k).transpose(1, 2)).softmax(-1), _flat(v)
+        ).view_as(v),
+        "baddbmm": lambda q, k, v: torch.bmm(
+            torch.baddbmm(
+                q.new_empty(q.shape[0] * q.shape[1], q.shape[2], q.shape[2]),
+                *(_flat(q), _flat(k).mT),
+                beta=0,
+                alpha=_scale(q),
+            ).softmax(-1),
+            _flat(v),
+        ).view_as(v),
+        "einsum": lambda q, k, v: torch.einsum(
+            "bhnm,bhmd->bhnd", torch.einsum("bhnd,bhmd->bhnm", q, k).mul(_scale(q)).softmax(-1), v
+        ),
+        "einsum with an ellipsis": lambda q, k, v: torch.einsum(
+            "...nm,...md->...nd",
+            torch.einsum("...nd,...md->...nm", q * _scale(q), k).softmax(-1),
+            v,
+        ),
+        "softmax in float32": lambda q, k, v: (
+            F.softmax(q @ k.mT * _scale(q), dim=-1, dtype=torch.float32).type_as(q) @ v
+        ),
+        "no NaN": lambda q, k, v: (q @ k.mT * _scale(q)).softmax(-1).nan_to_num() @ v,
+        "inactive dropout": lambda q, k, v: (
+            F.dropout((q @ k.mT * _scale(q)).softmax(-1), 0.1, training=False) @ v
+        ),
+        "a mask of zeros": lambda q, k, v: (
+            (q @ k.mT * _scale(q) + torch.zeros(q.shape[2], q.shape[2])).softmax(-1) @ v
+        ),
+        "log-softmax before": lambda q, k, v: (
+            (q @ k.mT * _scale(q)).log_softmax(-1).softmax(-1) @ v
+        ),
+        "one key head, broadcast": lambda q, k, v: (
+            (q @ k[:, :1].mT * _scale(q)).softmax(-1) @ v[:, :1]
+        ),
+    }
+    rejects: ClassVar = {
+        "soft cap": (
+            "scores-changed",
+            lambda q, k, v: ((q @ k.mT * _scale(q)).tanh() * 5).softmax(-1) @ v,
+        ),
+        "clamped": (
+            "scores-changed",
+            lambda q, k, v: (q @ k.mT * _scale(q)).clamp(-1, 1).softmax(-1) @ v,
+        ),
+        "a number a key added": (
+            "masked",
+            lambda q, k, v: (q @ k.mT * _scale(q) + k.sum(-1)[..., None, :]).softmax(-1) @ v,
+        ),
+        "the greatest of each key subtracted": (
+            "masked",
+            lambda q, k, v: (q @ k.mT - (q @ k.mT).amax(-2, keepdim=True)).softmax(-1) @ v,
+        ),
+        "scaled by its own maximum": (
+            "scores-changed",
+            lambda q, k, v: _by_maximum(q @ k.mT).softmax(-1) @ v,
+        ),
+        "softmax over the queries": (
+            "not-attention",
+            lambda q, k, v: (q @ k.mT * _scale(q)).softmax(-2) @ v,
+        ),
+        "greatest score returned": (
+            "probabilities-used",
+            lambda q, k, v: _and_maximum(q @ k.mT * _scale(q), v),
+        ),
+        "log-softmax over the queries": (
+            "scores-changed",
+            lambda q, k, v: (q @ k.mT * _scale(q)).log_softmax(-2).softmax(-1) @ v,
+        ),
+    }
+
     @staticmethod
     def shape(q: Any, k: Any, v: Any) -> Any:
         scores = torch.matmul(q, k)
@@ -26,48 +128,96 @@ class Spelled(Pattern):
         return torch.matmul(probabilities, v)
 
     def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
-        scores, softmax, output = found["matmul"], found["softmax"], found["matmul_1"]
-        first = product(view, scores)
-        upper = follow(view, scores, softmax, Dims(first.rows, first.columns))
-        dims = upper.dims
-        axis = view.arg(softmax, "dim")
-        axis = None if axis is None else axis % len(view.shape(softmax))
-        if axis == dims.rows:  # k q^T with a softmax over its rows
-            first = first.swapped()
-            dims = Dims(dims.columns, dims.rows)
-        elif axis != dims.columns:
-            raise Refusal(
-                "not-attention", f"the softmax '{softmax.name}' runs over axis {axis}, not the keys"
-            )
-        lower = follow(view, softmax, output, dims, probabilities=True)
-        second = product(view, output)
-        if second.left is not lower.end:
-            second = second.swapped()
-        if second.left_contracted != lower.dims.columns or second.rows_in_left != lower.dims.rows:
-            raise Refusal("not-attention", f"'{output.name}' does not sum the values over the keys")
-        q, q_factor = operand(view, first.left, first.rows_in_left, first.left_contracted)
-        k, k_factor = operand(view, first.right, first.columns_in_right, first.right_contracted)
+        softmax = found["softmax"]
+        return bound(view, found["matmul"], softmax, found["matmul_1"], axis_of(view, softmax))
+
+
+def bound(
+    view: View,
+    scores: fx.Node,
+    softmax: fx.Node,
+    output: fx.Node,
+    axis: int | None,
+    *,
+    total: fx.Node | None = None,
+    last: fx.Node | None = None,
+) -> Binding:
+    """Read two products around a softmax over `axis`.
+
+    total: the sum that what `softmax` yields is to be divided by, at the node `last` below
+    `output` or else between the two.
+    """
+    also = (last,) if last is not None else ()
+    first, upper = _oriented(view, scores, softmax, axis, also)
+    dims = upper.dims
+    lower = follow(view, softmax, output, dims, probabilities=True, total=total, also=also)
+    if total is not None and lower.divided == (last is not None):
+        raise Refusal("probabilities-used", f"'{softmax.name}' is not divided by its sum")
+    second = product(view, output)
+    if second.left is not lower.end:
+        second = second.swapped()
+    if second.left_contracted != lower.dims.columns or second.rows_in_left != lower.dims.rows:
+        raise Refusal("not-attention", f"'{output.name}' does not sum the values over the keys")
+    q, q_factor = operand(view, first.left, first.rows_in_left, first.left_contracted)
+    k, k_factor = operand(view, first.right, first.columns_in_right, first.right_contracted)
+    v, _ = operand(
+        view, second.right, second.right_contracted, second.columns_in_right, scales=False
+    )
+    if len({len(x.batch) for x in (q, k, v)}) > 1:  # heads visible on some tensors only
+        q, q_factor = operand(
+            *(view, first.left, first.rows_in_left, first.left_contracted), climb=False
+        )
+        k, k_factor = operand(
+            *(view, first.right, first.columns_in_right, first.right_contracted), climb=False
+        )
         v, _ = operand(
-            view, second.right, second.right_contracted, second.columns_in_right, scales=False
+            *(view, second.right, second.right_contracted, second.columns_in_right),
+            scales=False,
+            climb=False,
         )
-        if len({len(x.batch) for x in (q, k, v)}) > 1:  # heads visible on some tensors only
-            q, q_factor = operand(
-                *(view, first.left, first.rows_in_left, first.left_contracted), climb=False
-            )
-            k, k_factor = operand(
-                *(view, first.right, first.columns_in_right, first.right_contracted), climb=False
-            )
-            v, _ = operand(
-                *(view, second.right, second.right_contracted, second.columns_in_right),
-                scales=False,
-                climb=False,
-            )
-        kinds = ["b"] * second.rank
-        kinds[second.rows], kinds[second.columns] = "t", "c"
-        factor = first.factor * upper.factor * q_factor * k_factor
-        nodes = (scores, *upper.nodes, softmax, *lower.nodes, output)
-        return Binding(
-            *(q, k, v, factor, output, tuple(kinds), nodes),
-            dropout=lower.dropout,
-            temperatures=upper.temperatures,
-        )
+    kinds = ["b"] * second.rank
+    kinds[second.rows], kinds[second.columns] = "t", "c"
+    factor = first.factor * upper.factor * q_factor * k_factor
+    nodes = (scores, *upper.nodes, softmax, *lower.nodes, output, *also)
+    if total is not None and last is not None:
+        if not divides(view, last, output, total, second.columns):
+            raise Refusal("probabilities-used", f"'{last.name}' divides by something else")
+        output = last
+    return Binding(
+        *(q, k, v, factor, output, tuple(kinds), nodes),
+        dropout=lower.dropout,
+        temperatures=upper.temperatures,
+    )
+
+
+def _oriented(
+    view: View, scores: fx.Node, softmax: fx.Node, axis: int | None, also: tuple[fx.Node, ...]
+) -> tuple[Product, Chain]:
+    """The product as q k^T, whichever way round it is written, and what happens to it."""
+    first = product(view, scores)
+    refusal = Refusal(
+        "not-attention", f"the softmax '{softmax.name}' runs over axis {axis}, not the keys"
+    )
+    for candidate in (first.swapped(), first):
+        try:
+            dims = Dims(candidate.rows, candidate.columns)
+            upper = follow(view, scores, softmax, dims, also=also)
+        except Refusal as found:
+            refusal = found
+        else:
+            if axis == upper.dims.columns:
+                return candidate, upper
+    raise refusal
+
+
+def _without_maximum(q: Tensor, k: Tensor) -> Tensor:
+    scores = q @ k.mT * _scale(q)
+    return scores - scores.max(dim=-1, keepdim=True).values.detach()
+
+
+def _by_maximum(scores: Tensor) -> Tensor:
+    return scores / scores.amax(-1, keepdim=True)
+
+
+def _and_maximum(scores: Tensor, v: Tensor) -> Tensor:
+    return scores.softmax(-1) @ v + scores.amax(-1, keepdim=True)

@@ -140,7 +140,7 @@ def explain(
         report.capture = captured.note
         view = View(captured.graph, template, captured.constants)
         resolved = resolve(config, *bound)
-    report.sites = [entry.site for entry in plan(view, resolved)]
+    report.sites = [entry.site for entry in plan(view, resolved, tried=report.patterns)]
     _count(report, model_or_gm)
     return report
 
@@ -179,7 +179,12 @@ def _build_graph(
     report.capture = _shapes(gm, args, kwargs)
     view = View(gm.graph, gm)
     resolved = resolve(config, args, kwargs)
-    plans = plan(view, resolved, lambda m: m.key in nodes if nodes else None)
+    plans = plan(
+        view,
+        resolved,
+        lambda m: m.key in nodes if nodes else None,
+        tried=report.patterns,
+    )
     refuse_calls(view, plans, nodes)
     report.sites = [entry.site for entry in plans]
     for key, module in rewrite(view, plans, nodes).items():

@@ -68,7 +68,8 @@ ALIASES = {
 
 #: Argument names by position, for operators whose torch-level functions carry no schema.
 _NAMES = {
-    "softmax": ("input", "dim"),
+    **dict.fromkeys(("softmax", "log_softmax", "sum", "logsumexp", "amax"), ("input", "dim")),
+    "repeat_interleave": ("input", "repeats", "dim"),
     "transpose": ("input", "dim0", "dim1"),
     "dropout": ("input", "p", "train"),
     "masked_fill": ("input", "mask", "value"),
@@ -80,6 +81,7 @@ _NAMES = {
     "split": ("input", "split_size", "dim"),
     "select": ("input", "dim", "index"),
     "slice": ("input", "dim", "start", "end", "step"),
+    "flex_attention": ("query", "key", "value"),
     "scaled_dot_product_attention": (
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
     ),

@@ -267,7 +267,7 @@ def _getitem(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if axes.view.val(producer) is not None:
         return _index(axes, node, producer, key)
     name = axes.view.op(producer)
-    if name == "scaled_dot_product_attention" and key == 0:
+    if name in ("scaled_dot_product_attention", "flex_attention") and key == 0:
         return _attention(axes, producer)
     if name in ("native_group_norm", "layer_norm", "native_batch_norm", "max_pool2d") and key == 0:
         return _RULES.get(name, _normalised)(axes, producer)
@@ -343,6 +343,20 @@ def _expand(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     padded = (Axis("unit", 1),) * (rank - len(source)) + source
     fresh = [axes.plain(node, i, "repeat") for i in range(rank)]
     return tuple(a if same(a.size, f.size) else f for a, f in zip(padded, fresh, strict=True))
+
+
+@rule("repeat_interleave")
+def _repeated(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """As of heads that several queries' heads share."""
+    result = list(axes[axes.view.inputs(node)[0]])
+    repeats, dim = axes.view.arg(node, "repeats"), axes.view.arg(node, "dim")
+    if not isinstance(repeats, int) or not isinstance(dim, int):
+        return None
+    dim %= len(result)
+    copies = replace(axes.plain(node, dim, "repeat"), size=repeats, example=repeats)
+    unit = result[dim].kind == "unit"
+    result[dim] = copies if unit else merge([result[dim], copies], axes.view.shape(node)[dim])
+    return tuple(result)
 
 
 @rule("linear")

@@ -24,7 +24,7 @@ from t5fx.config import LinearizeConfig
 from t5fx.errors import CaptureError, RefusedCallError
 from t5fx.kernels import TTT
 from t5fx.policy import Plan, plan
-from t5fx.report import Report
+from t5fx.report import Report, Tried
 from t5fx.rewrite import rewrite, settings
 from t5fx.tree import Block, Mode, adopt, distribute, mirror
 
@@ -177,10 +177,11 @@ class Linearized(Block):
         captured = self._trace(template, args, kwargs, seconds)
         existing = self._nodes()
         view = View(captured.graph, template, captured.constants)
-        plans = plan(view, config, lambda m: m.key in existing if existing else None)
+        tried: dict[str, Tried] = {}
+        plans = plan(view, config, lambda m: m.key in existing if existing else None, tried=tried)
         refuse_calls(view, plans, existing)
         if not self.report.sites:
-            self.report.sites = [entry.site for entry in plans]
+            self.report.sites, self.report.patterns = [entry.site for entry in plans], tried
             self.report.capture = captured.note
         modules = rewrite(view, plans, existing)
         for key, module in modules.items():

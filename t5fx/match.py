@@ -9,6 +9,7 @@ the nodes to q, k, v and the scale, or refuses them with a reason.
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from torch import fx
 
 from t5fx.canon import View
 from t5fx.patterns import patterns
-from t5fx.patterns.base import Binding, Pattern, Refusal
+from t5fx.patterns.base import Binding, Pattern, Refusal, Unlike
 from t5fx.patterns.chains import PRODUCTS, climb, descend
+from t5fx.report import Tried
 
 
 @dataclass
@@ -41,15 +43,25 @@ class Match:
     key: str
 
 
-def find(view: View) -> list[Match]:
-    """Every attention of the graph, and everything that looks like one, in graph order."""
+def find(view: View, tried: dict[str, Tried] | None = None) -> list[Match]:
+    """Every attention of the graph, and everything that looks like one, in graph order.
+
+    tried: is told what each pattern did, by its name.
+    """
     found: list[tuple[fx.Node, str, Binding | Refusal, tuple[fx.Node, ...]]] = []
     for pattern in patterns():
+        start, count = time.perf_counter(), Tried()
         for anchor in [n for n in view.graph.nodes if view.op(n) == pattern.anchor]:
             if view.meta(anchor) is not None:
+                count.anchors += 1
                 candidate = _candidate(view, pattern, anchor)
                 if candidate is not None:
                     found.append((anchor, pattern.name, *candidate))
+                    count.bound += not isinstance(candidate[0], Refusal)
+                    count.refused += isinstance(candidate[0], Refusal)
+        count.seconds = time.perf_counter() - start
+        if tried is not None:
+            tried[pattern.name] = count
     found.sort(key=lambda entry: view.order[entry[0]])
     matches = []
     ordinals: Counter[tuple[str, ...]] = Counter()
@@ -67,17 +79,19 @@ def find(view: View) -> list[Match]:
 def _candidate(
     view: View, pattern: Pattern, anchor: fx.Node
 ) -> tuple[Binding | Refusal, tuple[fx.Node, ...]] | None:
-    surroundings = _surroundings(view, anchor)
+    surroundings = _surroundings(view, pattern, anchor)
     refused: tuple[Refusal, tuple[fx.Node, ...]] | None = None
     for nodes in _isomorphisms(pattern, surroundings, anchor):
         try:
             return pattern.bind(view, nodes), tuple(nodes.values())
+        except Unlike:
+            continue
         except Refusal as refusal:
             refused = refused or (refusal, tuple(nodes.values()))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             unread = Refusal("not-attention", f"'{anchor.name}' could not be read: {error!r}")
             refused = refused or (unread, tuple(nodes.values()))
-    if refused is not None:
+    if refused is not None or pattern.anchor != "softmax":
         return refused
     reads = list(surroundings.predecessors(anchor))
     used = list(surroundings.successors(anchor))
@@ -95,11 +109,11 @@ def _is_weight(view: View, node: fx.Node) -> bool:
     return not view.depends_on_input(node)
 
 
-def _surroundings(view: View, anchor: fx.Node) -> nx.DiGraph:
+def _surroundings(view: View, pattern: Pattern, anchor: fx.Node) -> nx.DiGraph:
     """The anchor and the products next to it; an edge looks through what is harmless."""
     graph = nx.DiGraph()
     graph.add_node(anchor, op=view.op(anchor))
-    if view.op(anchor) == "softmax":
+    if len(_pattern_graph(pattern.shape)) > 1:
         for product, _ in climb(view, anchor):
             graph.add_node(product, op=view.op(product))
             graph.add_edge(product, anchor)

@@ -17,7 +17,7 @@ from t5fx.kernels import flops
 from t5fx.layout import Axes
 from t5fx.match import Match, find
 from t5fx.patterns.base import Binding, Operand, Refusal
-from t5fx.report import Site
+from t5fx.report import Site, Tried
 from t5fx.tokens import Axis, layout_of
 
 
@@ -48,8 +48,11 @@ def plan(
     config: LinearizeConfig,
     decided: Callable[[Match], bool | None] = _undecided,
     public: Callable[[str], str] = _same_name,
+    tried: dict[str, Tried] | None = None,
 ) -> list[Plan]:
     """Judge every attention of a graph.
+
+    tried: is told what each pattern did, by its name.
 
     public: the name that a module of the graph has for the user.
 
@@ -57,7 +60,7 @@ def plan(
     (and judged again for legality and layout, but not for selection and cost); False, it is left;
     None, nothing yet.
     """
-    matches = find(view)
+    matches = find(view, tried)
     axes = Axes(view) if matches else None
     plans = []
     for match in matches:

@@ -53,11 +53,22 @@ class Site:
 
 
 @dataclass
+class Tried:
+    """What one pattern did on a graph: anchors tried, of them bound to an attention, refused with a
+    reason, and how long that took."""
+
+    anchors: int = 0
+    bound: int = 0
+    refused: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class Report:
     """The sites of a model and how it was captured.
 
     trainable, total: numbers of trainable and of all parameters. `capture` says whether sizes are
-    dynamic or static, and why.
+    dynamic or static, and why. patterns: what each pattern did, by name.
     """
 
     model: str
@@ -65,6 +76,7 @@ class Report:
     capture: str = ""
     trainable: int | None = None
     total: int | None = None
+    patterns: dict[str, Tried] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -127,6 +139,13 @@ class Report:
             more = f" (and {len(details) - 1} other details)" if len(details) > 1 else ""
             sentence = details[0] or REASONS[reason]
             yield Text(f"{reason} ({count}): {sentence}{more}")
+        used = {name: tried for name, tried in self.patterns.items() if tried.anchors}
+        if used:
+            parts = (
+                f"{name} {tried.bound} of {tried.anchors} ({1e3 * tried.seconds:.0f} ms)"
+                for name, tried in used.items()
+            )
+            yield Text(f"patterns, attentions of anchors: {', '.join(parts)}")
         if self.capture:
             yield Text(f"capture: {self.capture}")
         if self.parameters:

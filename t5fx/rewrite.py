@@ -45,12 +45,13 @@ def rewrite(
     modules: dict[str, nn.Module] = {}
     chosen = [entry for entry in plans if entry.site.status == "rewritten"]
     before = _interface(view)
+    replaced: dict[fx.Node, fx.Node] = {}
     for entry in chosen:
         key = entry.match.key
         if key not in modules:
             modules[key] = existing.get(key) or _module(view, entry)
         try:
-            _replace(view, entry)
+            _replace(view, entry, replaced)
         except Exception as error:
             raise GraphSpecError(
                 f"site '{entry.match.owner}' could not be rewritten ({error}); leave it out with "
@@ -133,17 +134,19 @@ def parameter_dtype(root: nn.Module, owner: str, default: torch.dtype) -> torch.
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
-def _replace(view: View, entry: Plan) -> None:
+def _replace(view: View, entry: Plan, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Put the node in an attention's place. replaced: what earlier ones are now; is added to."""
     binding, graph = entry.match.binding, view.graph
     assert binding is not None
     old = binding.output
     with graph.inserting_before(old):
-        build = _Builder(view, old)
+        build = _Builder(view, old, replaced)
         q, k, v = (build.canonical(o, binding) for o in (binding.q, binding.k, binding.v))
         for node in binding.temperatures:
             q = build.temperature(node, q)
         if binding.groups > 1:
             k, v = (build.call("repeat_interleave", x, binding.groups, dim=1) for x in (k, v))
+        k, v = (build.broadcast(x, view.shape(q)[1]) for x in (k, v))
         kwargs: dict[str, Any] = {}
         if binding.dropout:
             v = build.call("mul", v, build.dropped(build.ones(v), binding.dropout))
@@ -158,6 +161,7 @@ def _replace(view: View, entry: Plan) -> None:
     if _type(view, new) != _type(view, old):
         raise TypeError(f"expected {_type(view, old)} at '{old.name}', got {_type(view, new)}")
     old.replace_all_uses_with(new)
+    replaced[old] = new
     _free_views(view, new)
 
 
@@ -190,8 +194,8 @@ def _heads_last(count: int, heads: int | None) -> list[int]:
 class _Builder:
     """Adds nodes to a graph in the dialect that the replaced node was written in."""
 
-    def __init__(self, view: View, like: fx.Node) -> None:
-        self.view, self.graph = view, view.graph
+    def __init__(self, view: View, like: fx.Node, replaced: dict[fx.Node, fx.Node]) -> None:
+        self.view, self.graph, self.replaced = view, view.graph, replaced
         self.aten = isinstance(like.target, torch._ops.OpOverload)
         keys = ("nn_module_stack", "stack_trace", "source_fn_stack", INSIDE)
         self.key = "example_value" if "example_value" in like.meta else "val"
@@ -232,10 +236,12 @@ class _Builder:
 
     def canonical(self, operand: Operand, binding: Binding) -> fx.Node:
         """The operand as [B, H, N, D]."""
-        node = operand.node
+        node = self.replaced.get(operand.node, operand.node)
         for layout in operand.replay:
             source = self.view.inputs(layout)[0]
             node = self.again(layout, {source: node})
+        if operand.factor != 1.0:
+            node = self.call("mul", node, 1.0 / operand.factor)
         outer = [operand.batch[i] for i in _heads_last(len(operand.batch), binding.heads)]
         order = [*outer, operand.token, operand.channel]
         if order != list(range(len(order))):
@@ -250,6 +256,11 @@ class _Builder:
         if batch == 0:
             node = self.call("unsqueeze", node, 0)
         return node if binding.heads is not None else self.call("unsqueeze", node, 1)
+
+    def broadcast(self, node: fx.Node, heads: Any) -> fx.Node:
+        """Keys or values [B, 1, N, D] of one head for all heads of the queries."""
+        one = self.view.shape(node)[1] == 1 != heads
+        return self.call("expand", node, [-1, heads, -1, -1]) if one else node
 
     def restored(self, node: fx.Node, binding: Binding) -> fx.Node:
         """[B, H, N, Dv] in the axes and the shape of the tensor that it replaces."""
@@ -297,6 +308,7 @@ class _Builder:
 
     def size_of(self, node: fx.Node, axis: int) -> Any:
         """A size of an existing node: a number, or a node that reads it."""
+        node = self.replaced.get(node, node)
         size = self.view.shape(node)[axis]
         if isinstance(size, int):
             return size
