@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from t5fx.axes import permutation, regroup_node
-from t5fx.canon import View, hint
+from t5fx.canon import View, changed, hint
 from t5fx.masks import harmless, interval, refusal
 from t5fx.patterns.base import Refusal
 
@@ -208,7 +208,8 @@ def _leaks(view: View, user: fx.Node, inside: set[fx.Node]) -> bool:
         if node in seen or "_assert_tensor_metadata" in str(node.target):
             continue
         seen.add(node)
-        if node.op == "output" or (not node.users and view.meta(node) is None):
+        unseen = not node.users and view.meta(node) is None
+        if node.op == "output" or unseen or changed(node):
             return True
         stack.extend(node.users)
     return False
@@ -295,9 +296,17 @@ def spread(view: View, other: Any, like: fx.Node, axis: int) -> fx.Node | None:
     wanted[axis] = 1
     if not isinstance(other, fx.Node) or list(view.shape(other)) != wanted:
         return None
-    while view.op(other) in ("to", "identity", "reshape"):
+    while view.op(other) in ("to", "identity", "reshape") or _adds_axes(view, other):
         other = view.inputs(other)[0]
     return other
+
+
+def _adds_axes(view: View, node: fx.Node) -> bool:
+    """x[..., None] and the like."""
+    if view.op(node) != "getitem":
+        return False
+    keys = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(key in (None, ..., slice(None)) for key in keys)
 
 
 def axis_of(view: View, node: fx.Node) -> int | None:

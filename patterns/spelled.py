@@ -41,6 +41,12 @@ class Spelled(Pattern):
             (q.clone().mul_(_scale(q)) @ k.mT).softmax(-1) @ v
         ),
         "product scaled in place": lambda q, k, v: (q @ k.mT).mul_(_scale(q)).softmax(-1) @ v,
+        "product scaled in place, on its own": lambda q, k, v: (
+            _scaled_in_place(q @ k.mT, _scale(q)).softmax(-1) @ v
+        ),
+        "keys scaled in place, on their own": lambda q, k, v: (
+            (q @ _scaled_in_place(k.clone(), _scale(q)).mT).softmax(-1) @ v
+        ),
         "a tensor's scale": lambda q, k, v: (
             (q @ k.mT / torch.sqrt(torch.tensor(float(q.shape[-1])))).softmax(-1) @ v
         ),
@@ -213,6 +219,11 @@ def _oriented(
 def _without_maximum(q: Tensor, k: Tensor) -> Tensor:
     scores = q @ k.mT * _scale(q)
     return scores - scores.max(dim=-1, keepdim=True).values.detach()
+
+
+def _scaled_in_place(x: Tensor, scale: float) -> Tensor:
+    x.mul_(scale)
+    return x
 
 
 def _by_maximum(scores: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ class Align:
         inputs: what of a batch the model is called with, such as `lambda batch: batch[0]` where
             batches have labels too.
         steps: how many batches.
-        lr: peak learning rate, of Muon for the inner model's matrices and AdamW for the
-            convolutions; linear warm-up over a fraction `warmup` of the steps, then a cosine.
+        lr: peak learning rate of Muon for the inner model's matrices; AdamW has twice that for the
+            convolutions. Linear warm-up over a fraction `warmup` of the steps, then a cosine.
 
     Raises:
         TrainingError: data that ends, a site that no batch reaches, a loss that is not finite. The
@@ -155,7 +155,8 @@ class Align:
         convolutions = [p for name, p in named if "." in name]
         optimizers: list[torch.optim.Optimizer] = [Muon(matrices, self.lr, momentum=0.9)]
         if convolutions:
-            adam = torch.optim.AdamW(convolutions, self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+            rate = 2 * self.lr
+            adam = torch.optim.AdamW(convolutions, rate, betas=(0.9, 0.95), weight_decay=0.0)
             optimizers.append(adam)
         return optimizers
 

@@ -221,6 +221,8 @@ class View:
             return None
         if name in ("full", "scalar_tensor"):
             return self.scalar(node.args[-1])
+        if name in ("tensor", "as_tensor"):
+            return self.scalar(node.args[0])
         numbers = [self.scalar(a) for a in node.args[:2]]
         if None in numbers or not numbers:
             return None
@@ -232,8 +234,8 @@ class View:
         """Where each tensor that is changed in place (through any view of it) last is."""
         found: dict[fx.Node, int] = {}
         for node in self.graph.nodes:
-            for changed in _changed(node):
-                found[self._base(changed)] = self.order[node]
+            for tensor in changed(node):
+                found[self._base(tensor)] = self.order[node]
                 found[self._base(node)] = self.order[node]
         return found
 
@@ -241,7 +243,7 @@ class View:
         """The tensor that a node is a view of, as far as layout and in-place operators tell."""
         while True:
             aliases = self.op(node) in _VIEWS and "clone" not in str(node.target)
-            aliases = aliases or bool(_changed(node))
+            aliases = aliases or bool(changed(node))
             if not aliases or not node.args or not isinstance(node.args[0], fx.Node):
                 return node
             node = node.args[0]
@@ -268,10 +270,48 @@ class View:
         return _pointwise(self.op(node))
 
 
+def chain_in_place(view: View) -> None:
+    """Let what reads a tensor after it was changed in place read the operator that changed it.
+
+    It returns that tensor, so the values are the same, and `x.mul_(s)` on its own is seen like
+    `x = x * s`. Changes the graph: to be called before anything else is asked of the view.
+    """
+    for node in view.graph.nodes:
+        value = view.val(node)
+        if value is None or not _returns_it(node):
+            continue
+        for tensor in changed(node):
+            same = view.val(tensor)
+            if same is None or (same.shape, same.dtype) != (value.shape, value.dtype):
+                continue
+            for user in list(tensor.users):
+                if view.order[user] > view.order[node]:
+                    user.replace_input_with(tensor, node)
+
+
+def _returns_it(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    returns = node.target._schema.returns
+    info = returns[0].alias_info if returns else None
+    return info is not None and info.is_write
+
+
 _SAME_NUMBER = ("identity", "to", "detach")
 
 #: Operators that are folded where all they read are constant numbers.
-_FOLDED = {"full", "scalar_tensor", "sqrt", "rsqrt", "pow", "mul", "div", "reciprocal"}
+_FOLDED = {
+    "full",
+    "scalar_tensor",
+    "tensor",
+    "as_tensor",
+    "sqrt",
+    "rsqrt",
+    "pow",
+    "mul",
+    "div",
+    "reciprocal",
+}
 
 #: Operators whose output may be a view of their input.
 _VIEWS = {
@@ -280,7 +320,7 @@ _VIEWS = {
 }
 
 
-def _changed(node: fx.Node) -> list[fx.Node]:
+def changed(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node changes in place."""
     if isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema

@@ -5,9 +5,11 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.fx_passes import fuse_attention
 
 import t5fx
+from t5fx import backend
 from t5fx.patterns import patterns
 
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)
@@ -62,6 +64,18 @@ def test_example_is_converted_as_the_fused_call_is(pattern, name):
     torch.testing.assert_close(lin(other), wanted(other), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.* runs with untrained parameters")
+@pytest.mark.parametrize(("pattern", "name"), named("examples"))
+def test_example_in_a_graph_of_dynamo(pattern, name, monkeypatch):
+    """Where calls are functions and methods, and in-place operators change what others read."""
+    monkeypatch.setattr(backend, "_inductor", lambda options, more: aot_eager)
+    images = torch.randn(2, 3, 16, 20)
+    model = Model(pattern.examples[name]).eval().requires_grad_(False)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    fast = torch.compile(model, backend="t5", options={"min_tokens": 0}, fullgraph=True)
+    torch.testing.assert_close(fast(images), lin(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("pattern", "name"), named("rejects"))
 def test_reject_is_left_alone_for_its_reason(pattern, name):
     reason, attend = pattern.rejects[name]
@@ -70,6 +84,23 @@ def test_reject_is_left_alone_for_its_reason(pattern, name):
     report = t5fx.explain(model, (images,), config=CONFIG)
     assert not report.rewritten
     assert {site.reason for site in report.sites} == ({reason} if reason else set())
+
+
+def test_a_part_of_the_scores_changed_in_place_is_seen(monkeypatch):
+    """Through a view, in a graph of Dynamo; the model's own result stays what it was."""
+
+    def attend(q, k, v):
+        scores = q @ k.mT * WIDTH**-0.5
+        scores[..., 0].mul_(0.5)
+        return scores.softmax(-1) @ v
+
+    monkeypatch.setattr(backend, "_inductor", lambda options, more: aot_eager)
+    images = torch.randn(2, 3, 16, 20)
+    model = Model(attend).eval().requires_grad_(False)
+    assert not t5fx.explain(model, (images,), config=CONFIG).rewritten
+    fast = torch.compile(model, backend="t5", options={"min_tokens": 0})
+    with pytest.warns(t5fx.errors.NothingRewrittenWarning):
+        torch.testing.assert_close(fast(images), model(images))
 
 
 def test_report_says_what_each_pattern_did():
