@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from t5fx.canon import View, hint, same
+from t5fx.canon import View, exactly, hint, same
 
 
 def permutation(view: View, node: fx.Node) -> list[int] | None:
@@ -42,7 +42,9 @@ def regroup(before: tuple[Any, ...], after: tuple[Any, ...], hints: Any = None) 
 
     Returns [(input axes, output axes), ...], or None where the correspondence cannot be proved.
     Axes of size one stand alone where they have no partner. `hints` = (before, after) as example
-    sizes steers the search between symbolic sizes; equality itself is always proved.
+    sizes steers the search between symbolic sizes; equality itself is always proved. That an axis n
+    is split into n // d and d proves that d divides n: with a remainder anywhere the two shapes
+    would not have as many elements.
     """
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -62,7 +64,7 @@ def regroup(before: tuple[Any, ...], after: tuple[Any, ...], hints: Any = None) 
         ins, outs = [i], [j]
         left, right, left_hint, right_hint = before[i], after[j], hints[0][i], hints[1][j]
         i, j = i + 1, j + 1
-        while not same(left, right):
+        while not (same(left, right) or (left_hint == right_hint and exactly(left, right))):
             # On equal example sizes of unequal expressions either side may have to grow.
             if left_hint < right_hint or (left_hint == right_hint and i < n and j >= m):
                 if i >= n:

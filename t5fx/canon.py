@@ -68,7 +68,10 @@ ALIASES = {
 
 #: Argument names by position, for operators whose torch-level functions carry no schema.
 _NAMES = {
-    **dict.fromkeys(("softmax", "log_softmax", "sum", "logsumexp", "amax"), ("input", "dim")),
+    **dict.fromkeys(
+        ("softmax", "log_softmax", "sum", "logsumexp", "amax", "amin", "mean", "max", "min"),
+        ("input", "dim"),
+    ),
     "repeat_interleave": ("input", "repeats", "dim"),
     "transpose": ("input", "dim0", "dim1"),
     "dropout": ("input", "p", "train"),
@@ -391,6 +394,21 @@ def same(a: Any, b: Any) -> bool:
     import sympy
 
     return bool(sympy.expand(a - b) == 0)
+
+
+def exactly(whole: Any, parts: Any) -> bool:
+    """Whether a size equals a product of others provided that every n // d in it is exact."""
+    if isinstance(parts, int):
+        return False
+    import sympy
+    from torch.utils._sympy.functions import FloorDiv
+
+    def divided(size: Any) -> Any:
+        if isinstance(size, int):
+            return sympy.Integer(size)
+        return size.replace(FloorDiv, lambda base, divisor: base / divisor)
+
+    return bool(parts.has(FloorDiv) and sympy.expand(divided(whole) - divided(parts)) == 0)
 
 
 def _plus(a: Any, b: Any) -> Any:

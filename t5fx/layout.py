@@ -271,6 +271,8 @@ def _getitem(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         return _attention(axes, producer)
     if name in ("native_group_norm", "layer_norm", "native_batch_norm", "max_pool2d") and key == 0:
         return _RULES.get(name, _normalised)(axes, producer)
+    if name in ("max", "min") and key == 0:
+        return _reduced(axes, producer)
     if name not in ("unbind", "chunk", "split") or not isinstance(key, int):
         return None
     source = axes.view.inputs(producer)[0]
@@ -357,6 +359,35 @@ def _repeated(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     unit = result[dim].kind == "unit"
     result[dim] = copies if unit else merge([result[dim], copies], axes.view.shape(node)[dim])
     return tuple(result)
+
+
+@rule("pad", "constant_pad_nd")
+def _padded(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    """A side of a grid that grew is a side of a larger grid."""
+    return tuple(
+        axis
+        if same(axis.size, size)
+        else axes.plain(node, i, "spatial" if axis.grid() else "plain")
+        for i, (axis, size) in enumerate(
+            zip(axes[axes.view.inputs(node)[0]], axes.view.shape(node), strict=True)
+        )
+    )
+
+
+@rule("mean", "sum", "amax", "amin")
+def _reduced(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """What is left when some axes are summed up."""
+    source = list(axes[axes.view.inputs(node)[0]])
+    dims = axes.view.arg(node, "dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims:
+        return None
+    dims = {d % len(source) for d in dims}
+    value = View.meta(node)
+    value = value[0] if isinstance(value, tuple) else value
+    if value.dim() == len(source):
+        return tuple(Axis("unit", 1) if i in dims else a for i, a in enumerate(source))
+    return tuple(a for i, a in enumerate(source) if i not in dims)
 
 
 @rule("linear")

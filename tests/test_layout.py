@@ -1,0 +1,92 @@
+"""Where the tokens of windows and pooled grids are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import t5fx
+
+CONFIG = t5fx.LinearizeConfig(min_tokens=0)
+
+
+class Windows(nn.Module):
+    """Attention inside windows of a grid that is padded to whole windows, as Swin and DaViT do."""
+
+    def __init__(self, side=4):
+        super().__init__()
+        self.side = side
+        self.embed, self.qkv = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48)
+
+    def forward(self, images):
+        x = self.embed(images).permute(0, 2, 3, 1)
+        batch, height, width, channels = x.shape
+        x = F.pad(x, (0, 0, 0, -width % self.side, 0, -height % self.side))
+        rows, columns = x.shape[1] // self.side, x.shape[2] // self.side
+        x = x.view(batch, rows, self.side, columns, self.side, channels).transpose(2, 3)
+        x = x.reshape(-1, self.side * self.side, channels)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x.view(batch, rows, columns, self.side, self.side, channels).transpose(2, 3)
+        return x.reshape(batch, rows * self.side, columns * self.side, channels)[:, :height, :width]
+
+
+class Pooled(nn.Module):
+    """Attention over the greatest or the mean of each square of patches."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+        self.embed, self.qkv = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48)
+
+    def forward(self, images):
+        x = self.embed(images)
+        x = self.pool(x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)))
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("size", [(16, 32), (24, 20)])  # whole windows, and padded
+def test_windows_of_a_padded_grid(size):
+    model, images = Windows().eval(), torch.randn(2, 3, *size)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 0, (4, 4), 0)
+    assert lin(images).shape == model(images).shape
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: x.amax((3, 5)),
+        lambda x: x.mean((-1, -3)),
+        lambda x: x.max(5).values.max(3)[0],
+        lambda x: x.amax(5, keepdim=True).amax(3, keepdim=True).squeeze(5).squeeze(3),
+    ],
+)
+def test_pooled_grid(pool):
+    model, images = Pooled(pool).eval(), torch.randn(2, 3, 24, 40)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.grid) == ("rewritten", (3, 5))
+    assert lin(torch.randn(1, 3, 32, 16)).shape == (1, 8, 16)
+
+
+def test_queries_of_the_pooled_grid_are_other_tokens_than_the_keys():
+    def attend(images, embed):
+        x = embed(images)
+        pooled = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+        q, k = (t.flatten(2).transpose(1, 2)[:, None] for t in (pooled, x))
+        return F.scaled_dot_product_attention(q, k, k)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Conv2d(3, 16, 4, 4)
+
+        def forward(self, images):
+            return attend(images, self.embed)
+
+    report = t5fx.explain(Model().eval(), (torch.randn(2, 3, 24, 40),), config=CONFIG)
+    assert [site.reason for site in report.sites] == ["cross-attention"]
