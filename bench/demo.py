@@ -34,7 +34,7 @@ from .timing import Named, Timing, break_even, time_models
 # of its own position table; and the one at which it is aligned.
 SIZE = 518
 ALIGN_SIZE = 224
-BATCH = 4
+BATCH = 2
 TITLE = "A DINOv2-S, softmax attention to TTT-SwiGLU: converted, then aligned without labels"
 
 
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", type=_sizes, default=(224, 518, 1036), help="image sides to time, in pixels"
     )
-    parser.add_argument("--steps", type=int, default=100, help="steps of the alignment")
+    parser.add_argument("--steps", type=int, default=220, help="steps of the alignment")
     parser.add_argument(
         "--save", type=Path, default=Path("build") / "dinov2-t5", help="where the adapter goes"
     )
