@@ -6,7 +6,6 @@ import math
 from typing import Any, ClassVar
 
 from torch import Tensor, fx
-from torch.nn.attention import flex_attention as flex
 
 from t5fx.canon import View
 from t5fx.masks import interval
@@ -17,7 +16,9 @@ from t5fx.patterns.operands import fused_operand
 
 @fx.wrap
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """torch's, as one node of a traced graph."""
+    """torch's, as one node of a traced graph; imported when it runs, for that takes a second."""
+    from torch.nn.attention import flex_attention as flex
+
     result = flex.flex_attention(q, k, v, **options)
     assert isinstance(result, Tensor)
     return result
@@ -36,6 +37,8 @@ def _biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> 
 
 
 def _masked(mask: Any, q: Tensor) -> Any:
+    from torch.nn.attention import flex_attention as flex
+
     tokens = q.shape[2]
     return flex.create_block_mask(mask, None, None, tokens, tokens, device=q.device)
 
