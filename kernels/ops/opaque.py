@@ -2,6 +2,8 @@
 
 No compiler looks into them. A graph of many sites is traced, differentiated and compiled in the
 time of a few calls, and only q, k, v, the parameters and W' are kept for the backward pass.
+
+``settings``: scale, grid, prefix and the key norm's eps, as the schemas of `pair` have them.
 """
 
 from collections.abc import Sequence
@@ -24,23 +26,20 @@ def _forward(
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
-    scale: float,
-    grid: Sequence[int],
-    prefix: int,
-    eps: float,
+    *settings: Any,
 ) -> tuple[Tensor, ...]:
     """The output ``[B, H, N, Dv]`` and W1', W2', W3', ``[B, H, in, out]``."""
     wide = widest(q, k, v, *weights, *conv)
     with torch.no_grad(), no_autocast(q.device.type):
         out, updated = explicit.forward(
             *(q, k, v, [w.to(wide) for w in weights], [c.to(wide) for c in conv]),
-            **_settings(scale, grid, prefix, eps),
+            **_named(*settings),
         )
     return out, *updated
 
 
 @torch.library.register_fake("t5fx::ttt_forward")
-def _forward_fake(q, k, v, weights, conv, scale, grid, prefix, eps):  # type: ignore[no-untyped-def]
+def _forward_fake(q, k, v, weights, conv, *_):  # type: ignore[no-untyped-def]
     wide = widest(q, k, v, *weights, *conv)
     updated = (w.new_empty(q.shape[0], *w.shape, dtype=wide) for w in weights)
     return explicit.token_major_empty(q, v.shape[3]), *updated
@@ -55,23 +54,20 @@ def _backward(
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
     saved: Sequence[Tensor],
-    scale: float,
-    grid: Sequence[int],
-    prefix: int,
-    eps: float,
+    *settings: Any,
 ) -> list[Tensor]:
     """Gradients of q, k, v, the weights and conv, each in its dtype; see `explicit.backward`."""
     wide = saved[0].dtype
     with torch.no_grad(), no_autocast(q.device.type):
         grads = explicit.backward(
             *(grad, q, k, v, [w.to(wide) for w in weights], [c.to(wide) for c in conv], saved),
-            **_settings(scale, grid, prefix, eps),
+            **_named(*settings),
         )
     inputs = (q, k, v, *weights, *conv)
     return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
-def _settings(scale: float, grid: Sequence[int], prefix: int, eps: float) -> dict[str, Any]:
+def _named(scale: float, grid: Sequence[int], prefix: int, eps: float) -> dict[str, Any]:
     return {"scale": scale, "grid": grid, "prefix": prefix, "eps": eps}
 
 

@@ -59,7 +59,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
-def _backward_fake(grad, q, k, v, weights, conv, saved, scale, grid, prefix, eps):  # type: ignore[no-untyped-def]
+def _backward_fake(grad, q, k, v, weights, conv, *_):  # type: ignore[no-untyped-def]
     token_major = [token_major_empty(x, x.shape[3]) for x in (q, k, v)]
     return [*token_major, *(x.new_empty(x.shape) for x in (*weights, *conv))]
 

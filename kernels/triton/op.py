@@ -1,5 +1,7 @@
 """The operators ``t5fx::ttt_triton_forward`` and ``t5fx::ttt_triton_backward``: the kernels for
 compilers. Inductor sees the launches themselves; torch.export keeps one node.
+
+``settings``: scale, grid, prefix and the key norm's eps, as the schemas of `pair` have them.
 """
 
 from collections.abc import Sequence
@@ -23,10 +25,7 @@ def ttt_triton_forward(
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
-    scale: float,
-    grid: Sequence[int],
-    prefix: int,
-    eps: float,
+    *settings: Any,
 ) -> tuple[Tensor, ...]:
     """The output ``[B, H, N, Dv]`` and what the backward needs: see `forward`."""
     for tensor in (*weights, *conv):
@@ -35,13 +34,13 @@ def ttt_triton_forward(
                 'parameters: expected float32, float16 or bfloat16 with impl="triton"; got '
                 f'{tensor.dtype}; use impl="reference"'
             )
-    out, saved = forward(q, k, v, weights, conv, **_settings(conv, scale, grid, prefix, eps))
+    out, saved = forward(q, k, v, weights, conv, **_named(conv, *settings))
     return out, *saved
 
 
 # Shapes alone: torch would run the body itself, launches and all.
 @ttt_triton_forward.register_fake
-def _forward_fake(q, k, v, weights, conv, scale, grid, prefix, eps):  # type: ignore[no-untyped-def]
+def _forward_fake(q, k, v, weights, *_):  # type: ignore[no-untyped-def]
     batch, heads, _, dim = q.shape
     statistics = (q.new_empty(batch, heads, dim, dtype=torch.float32) for _ in range(2))
     updated = (w.new_empty(batch, *w.shape, dtype=torch.float32) for w in weights)
@@ -57,18 +56,15 @@ def ttt_triton_backward(
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
     saved: Sequence[Tensor],
-    scale: float,
-    grid: Sequence[int],
-    prefix: int,
-    eps: float,
+    *settings: Any,
 ) -> list[Tensor]:
     """Gradients of q, k, v, the weights and conv, each in its dtype; see `backward`."""
-    settings = _settings(conv, scale, grid, prefix, eps)
-    dq, dk, dv, dw, dconv = backward(grad, q, k, v, weights, conv, saved, **settings)
+    named = _named(conv, *settings)
+    dq, dk, dv, dw, dconv = backward(grad, q, k, v, weights, conv, saved, **named)
     return [dq, dk, dv, *dw, *dconv]
 
 
-def _settings(
+def _named(
     conv: Sequence[Tensor], scale: float, grid: Sequence[int], prefix: int, eps: float
 ) -> dict[str, Any]:
     named = {"scale": scale, "grid": grid, "prefix": prefix, "key_norm_eps": eps}
