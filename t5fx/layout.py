@@ -91,13 +91,14 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     """The first axis counts batch items, the same in all inputs; the others are undecided.
 
     Only [B, N, C] has its channels last for sure; of [B, C, H, W], [B, H, W, C], [B, T, N, C] the
-    operators that read them tell.
+    operators that read them tell: a convolution, or what cuts two sides into equal patches.
     """
     rank = len(axes.view.shape(node))
     value = axes.view.val(node)
     floating = value is not None and value.is_floating_point()
-    last = "feature" if floating and rank == 3 else "plain"
-    kinds = ["plain"] * (rank - 1) + [last] if rank > 1 else ["plain"]
+    kinds = ["side" if floating and rank > 3 else "plain"] * rank
+    if floating and rank == 3:
+        kinds[-1] = "feature"
     first = replace(axes.plain(node, 0, "batch"), source="batch")
     return (first, *axes.fresh(node, kinds)[1:])
 
@@ -123,7 +124,7 @@ def _pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 
 def _meet(meeting: list[Axis]) -> Axis:
-    weight = {"repeat": 0, "plain": 1}
+    weight = {"repeat": 0, "plain": 1, "side": 1}
     best = max(meeting, key=lambda a: (a.data, _grids(a), weight.get(a.kind, 2)))  # first of equals
     rivals = [a for a in meeting if a.data == best.data and _grids(a) and a != best]
     if _grids(best) and any(_shape_of(a) != _shape_of(best) for a in rivals):
@@ -390,6 +391,38 @@ def _reduced(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     return tuple(a for i, a in enumerate(source) if i not in dims)
 
 
+@rule("repeat")
+def _tiled(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    source = axes[axes.view.inputs(node)[0]]
+    shape = axes.view.shape(node)
+    if len(shape) != len(source):
+        return None
+    result = []
+    for i, (axis, size) in enumerate(zip(source, shape, strict=True)):
+        if same(axis.size, size):
+            result.append(axis)
+        elif axis.kind == "unit":
+            result.append(axes.plain(node, i, "repeat"))
+        elif isinstance(size, int) and isinstance(axis.size, int):
+            times = size // axis.size
+            copies = replace(axes.plain(node, i, "repeat"), size=times, example=times)
+            result.append(merge([copies, axis], size))
+        else:
+            return None
+    return tuple(result)
+
+
+@rule("view_as_complex")
+def _complex(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    return axes[axes.view.inputs(node)[0]][:-1]
+
+
+@rule("view_as_real")
+def _real(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    source = axes[axes.view.inputs(node)[0]]
+    return (*source, axes.plain(node, len(source), "feature"))
+
+
 @rule("linear")
 def _linear(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes[axes.view.inputs(node)[0]]
@@ -448,6 +481,7 @@ def _convolution(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     *("avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle"),
     *("upsample_bicubic2d_aa", "upsample_bicubic2d", "upsample_bilinear2d_aa", "interpolate"),
     *("upsample_bilinear2d", "upsample_nearest2d", "avg_pool3d", "max_pool2d_with_indices"),
+    *("avg_pool1d", "max_pool1d"),
 )
 def _resampled(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     spatial = ["spatial"] * (_rank(axes, node) - 2)

@@ -14,10 +14,10 @@ from t5fx.axes import regroup
 class Axis:
     """Meaning of one axis of a tensor.
 
-    kind: "spatial", "merge" (row-major, of `parts`), "cat" (of `parts`), "piece" (number `index`
-    of the split of `parts[0]` into `sizes`), "picked" (`parts[0]`, in a tensor that holds only what
-    position `index` of another axis, `source`, held), "feature", "batch", "repeat" (of one
-    position), "unit" (size one), "plain".
+    kind: "spatial", "side" (of an input that may be an image), "merge" (row-major, of `parts`),
+    "cat" (of `parts`), "piece" (number `index` of the split of `parts[0]` into `sizes`), "picked"
+    (`parts[0]`, in a tensor that holds only what position `index` of another axis, `source`, held),
+    "feature", "batch", "repeat" (of one position), "unit" (size one), "plain".
     source: what made it; two axes are the same tokens iff they compare equal. data: it depends on
     the inputs of the model, not on parameters alone. at: (node, axis) that has this size.
     """
@@ -38,12 +38,19 @@ class Axis:
             return (self,)
         if self.kind == "picked":
             return self.parts[0].grid()
+        if self.cut:
+            return (self,)
         if self.kind == "piece":
             return (self,) if self.parts[0].kind in ("spatial", "piece") and self.spatial else None
         if self.kind == "merge":
             inner = [part.grid() for part in self.parts]
             return None if None in inner else tuple(a for axes in inner for a in axes or ())
         return None
+
+    @property
+    def cut(self) -> bool:
+        """Whether it counts the patches along a side of an input."""
+        return self.kind == "piece" and self.index == 0 and self.parts[0].kind == "side"
 
     @property
     def spatial(self) -> bool:
@@ -76,6 +83,9 @@ def layout_of(axis: Axis) -> Layout | str:
     if len(grids) > 1:
         return f"{len(grids)} runs of the tokens are grids; the node takes one"
     dims = runs[grids[0]].grid() or ()
+    patches = [a.sizes[1:] for a in dims if a.cut]
+    if patches and all(patches.count(sizes) < 2 for sizes in patches):
+        return "only one side of an input is cut into patches; an image has two of one size"
     if len(dims) > 3:
         return f"the tokens have {len(dims)} spatial axes; the node takes one to three"
     return Layout(runs[: grids[0]], dims, runs[grids[0] + 1 :])

@@ -73,6 +73,64 @@ def test_pooled_grid(pool):
     assert lin(torch.randn(1, 3, 32, 16)).shape == (1, 8, 16)
 
 
+class Patches(nn.Module):
+    """Tokens cut out of the image by reshape, without a convolution."""
+
+    def __init__(self, height=4, width=4):
+        super().__init__()
+        self.height, self.width = height, width
+        self.embed, self.qkv = nn.Linear(3 * height * width, 16), nn.Linear(16, 48)
+
+    def forward(self, images):
+        x = images.unflatten(3, (-1, self.width)).unflatten(2, (-1, self.height))
+        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        q, k, v = self.qkv(self.embed(x)).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_patches_cut_by_reshape():
+    model, images = Patches().eval(), torch.randn(2, 3, 24, 40)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.grid) == ("rewritten", (6, 10))
+    assert lin(torch.randn(1, 3, 32, 16)).shape == (1, 32, 16)
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (4, 2)])
+def test_one_side_cut_is_no_image(sizes):
+    """Of [B, C, H, W] or [B, T, N, C]: nothing says that the other axis is one of an image."""
+    images = torch.randn(2, 3, 24, 40)
+    report = t5fx.explain(Patches(*sizes).eval(), (images,), config=CONFIG)
+    assert [site.reason for site in report.sites] == ["grid-unknown"]
+
+
+def test_heads_repeated_and_rotated_as_complex_numbers():
+    """RoPE as in Llama's code: neither loses the tokens."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.qkv = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 32)
+            self.register_buffer("turn", torch.polar(torch.ones(24, 4), torch.randn(24, 4)))
+
+        def rotated(self, x):
+            turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * self.turn
+            return torch.view_as_real(turned).flatten(3)
+
+        def forward(self, images):
+            x = self.embed(images).flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(x).split((16, 8, 8), -1)
+            q, k, v = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+            k, v = self.rotated(k).repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+            return F.scaled_dot_product_attention(self.rotated(q), k, v).transpose(1, 2).flatten(2)
+
+    model, images = Model().eval(), torch.randn(2, 3, 16, 24)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.grid, site.num_heads) == ("rewritten", (4, 6), 2)
+    assert lin(images).shape == model(images).shape
+
+
 def test_queries_of_the_pooled_grid_are_other_tokens_than_the_keys():
     def attend(images, embed):
         x = embed(images)
