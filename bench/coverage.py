@@ -320,19 +320,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     libraries = [options.only] if options.only else LIBRARIES
     chosen = [c for library in libraries for c in cases(library) if fnmatch(c.name, options.match)]
-    csv_path, page = options.out / "coverage.csv", options.out / "coverage.md"
-    rows = read(csv_path)
+    rows = read(options.out / "coverage.csv")
     found = run(chosen, options.fast, options.limit)
     for row in track(found, "models", total=len(chosen), console=console):
         text = f"{row.model}: {row.result} {row.outcome} {row.cause}"
         console.print(text, highlight=False, markup=False)
         rows = merge(rows, [row])
-        write(csv_path, rows)
+        _save(options.out, rows)
     known = {(case.library, case.name) for library in libraries for case in cases(library)}
     rows = [r for r in rows if r.library not in libraries or (r.library, r.model) in known]
-    write(csv_path, rows)
-    page.write_text(render(rows), encoding="utf-8")
+    _save(options.out, rows)
     _totals(rows).print(console)
+
+
+def _save(folder: Path, rows: Sequence[Row]) -> None:
+    write(folder / "coverage.csv", rows)
+    (folder / "coverage.md").write_text(render(rows), encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
