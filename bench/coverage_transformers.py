@@ -412,7 +412,7 @@ CASES = (
     ),
     case(
         "Qwen2_5_VisionTransformerPretrainedModel",
-        "2 packed-sequence",
+        "3 packed-sequence",
         {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "patch_size": 4}
         | {"intermediate_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
         {"hidden_states": (24, 96), "grid_thw": torch.tensor([[1, 4, 6]])},
@@ -504,9 +504,10 @@ CASES = (
     ),
     case(
         "RadioModel",
-        "32 10+2x2+0",
-        {},
-        SMALL,
+        "2 10+4x6+0",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2.0}
+        | {"patch_size": 8, "image_size": 32, "max_img_size": 64},
+        IMAGE,
         cause="patches cut by reshape, not by a convolution, are no grid",
     ),
     case("TextNetModel", "", {}, {"pixel_values": (1, 3, 64, 64)}),
