@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 
 from .cases import Call, Case
 
 
-def case(name: str, expected: str, size: tuple[int, int] | int = 64, /, cause: str = "", **options):
+def case(
+    name: str,
+    expected: str,
+    size: tuple[int, int] | int = 64,
+    /,
+    cause: str = "",
+    **options: Any,
+) -> Case:
     """A model for one image of `size` pixels; options go to its constructor."""
     height, width = size if isinstance(size, tuple) else (size, size)
 

@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import timm  # noqa: F401  the core run, which has no model libraries, leaves this file out
 import torch
 import torch.nn.functional as F
 from torch import nn
