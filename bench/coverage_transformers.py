@@ -438,7 +438,7 @@ CASES = (
     ),
     case(
         "Mask2FormerModel",
-        "",
+        "4 additive-bias, 1 masked, 1 grid-unknown",
         {
             "backbone_config": transformers.SwinConfig(
                 **SWIN | {"depths": [1, 1, 1, 1]} | {"num_heads": [2, 2, 2, 2]},
@@ -454,6 +454,7 @@ CASES = (
         }
         | {"dim_feedforward": 32},
         {"pixel_values": (1, 3, 128, 128)},
+        cause="a mask made of predictions, floats in nn.MultiheadAttention, passes for a bias",
     ),
     case(
         "OwlViTModel",
