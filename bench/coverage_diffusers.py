@@ -176,7 +176,7 @@ CASES = (
     ),
     case(
         "GlmImageTransformer2DModel",
-        "2 7+4x6+0",
+        "1 7+4x6+0",
         heads(2, 8, 1, patch_size=2, in_channels=4, out_channels=4, text_embed_dim=32)
         | {"time_embed_dim": 16, "condition_dim": 8, "prior_vq_quantizer_codebook_size": 64},
         IMAGE
@@ -533,7 +533,7 @@ CASES = (
     ),
     case(
         "MochiTransformer3DModel",
-        "4 masked",
+        "5 masked",
         heads(2, 8, patch_size=2, pooled_projection_dim=16, in_channels=4, text_embed_dim=16)
         | {"qk_norm": "rms_norm", "time_embed_dim": 4, "max_sequence_length": 16},
         VIDEO
