@@ -115,6 +115,18 @@ class View:
         """Position of every node in the graph."""
         return {node: i for i, node in enumerate(self.graph.nodes)}
 
+    @cached_property
+    def live(self) -> set[fx.Node]:
+        """The nodes whose values the outputs, or what is changed in place, depend on."""
+        stack = [n for n in self.graph.nodes if n.op == "output" or changed(n)]
+        found = set(stack)
+        while stack:
+            for node in stack.pop().all_input_nodes:
+                if node not in found:
+                    found.add(node)
+                    stack.append(node)
+        return found
+
     def op(self, node: fx.Node) -> str:
         """Canonical operator name of a node, or its fx kind for placeholders and the like."""
         name = self._ops.get(node)
@@ -375,12 +387,21 @@ def expr(size: Any) -> Any:
     return size
 
 
+#: Stands for a size that depends on data, which an example does not tell.
+_UNKNOWN = 4099
+
+
 def hint(size: Any) -> int:
-    """The size in the captured example. Adds no guard."""
+    """The size in the captured example, some number where it depends on data. Adds no guard."""
     if isinstance(size, int):
         return size
     value = size.node.hint
-    return int(value if value is not None else size.node.shape_env.size_hint(size.node.expr))
+    if value is not None:
+        return int(value)
+    try:
+        return int(size.node.shape_env.size_hint(size.node.expr))
+    except RuntimeError:  # as torch calls it: a data-dependent expression
+        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, _UNKNOWN)))
 
 
 def same(a: Any, b: Any) -> bool:

@@ -384,6 +384,9 @@ def template_of(model: nn.Module, share: bool) -> nn.Module:
         ) from error
     for module in () if isinstance(model, fx.GraphModule) else template.modules():
         _remove_hooks(module)
+        if "_output_capturing_hooks_installed" in vars(module):
+            # transformers puts its hooks for hidden states and attentions there again.
+            del module._output_capturing_hooks_installed
     return template
 
 

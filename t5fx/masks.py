@@ -19,7 +19,8 @@ Interval = tuple[float, float]
 
 _SAME = {
     *("reshape", "expand", "identity", "permute", "transpose", "slice", "select", "repeat"),
-    *("unbind", "getitem", "t", "mT", "roll", "flip", "detach"),
+    *("unbind", "getitem", "t", "mT", "roll", "flip", "detach", "index", "index_select"),
+    *("gather", "repeat_interleave", "tile", "upsample_nearest2d", "interpolate"),
 }
 _FILLED = {
     **{"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0},

@@ -52,7 +52,7 @@ def find(view: View, tried: dict[str, Tried] | None = None) -> list[Match]:
     for pattern in patterns():
         start, count = time.perf_counter(), Tried()
         for anchor in [n for n in view.graph.nodes if view.op(n) == pattern.anchor]:
-            if view.meta(anchor) is not None:
+            if view.meta(anchor) is not None and anchor in view.live:
                 count.anchors += 1
                 candidate = _candidate(view, pattern, anchor)
                 if candidate is not None:

@@ -88,6 +88,34 @@ class Patches(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class Frames(nn.Module):
+    """Attention over all patches of all frames, which a 2-D convolution embeds one by one."""
+
+    def __init__(self, all_frames=True):
+        super().__init__()
+        self.all_frames = all_frames
+        self.embed, self.qkv = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48)
+
+    def forward(self, video):
+        batch, _, frames = video.shape[:3]
+        x = self.embed(video.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = x.unflatten(0, (batch, frames))
+        x = x.flatten(1, 2) if self.all_frames else x.transpose(1, 2).flatten(0, 1)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_frames_of_a_video():
+    model, video = Frames().eval(), torch.randn(2, 3, 5, 16, 24)
+    lin = t5fx.linearize(model, (video,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.grid) == ("rewritten", (5, 4, 6))
+    assert lin(torch.randn(1, 3, 2, 8, 8)).shape == (1, 8, 16)
+    # An axis of an input alone, with no other beside it, may be anything.
+    report = t5fx.explain(Frames(all_frames=False).eval(), (video,), config=CONFIG)
+    assert [site.reason for site in report.sites] == ["grid-unknown"]
+
+
 def test_patches_cut_by_reshape():
     model, images = Patches().eval(), torch.randn(2, 3, 24, 40)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
