@@ -9,8 +9,7 @@ from torch import Tensor, fx
 
 from t5fx.canon import View
 from t5fx.patterns.base import Binding, Pattern, Unlike
-from t5fx.patterns.chains import axis_of, spread
-from t5fx.patterns.spelled import bound
+from t5fx.patterns.chains import axis_of, bound, spread
 
 _SAME_VALUES = ("to", "identity")
 

@@ -10,8 +10,7 @@ from torch import Tensor, fx
 from t5fx.canon import View
 from t5fx.masks import interval
 from t5fx.patterns.base import Binding, Pattern, Refusal
-from t5fx.patterns.fused import groups_of, output_of
-from t5fx.patterns.operands import fused_operand
+from t5fx.patterns.operands import fused_operand, groups_of, output_of
 
 
 @fx.wrap

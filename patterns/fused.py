@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from t5fx.canon import View
 from t5fx.masks import harmless, refusal
 from t5fx.patterns.base import Binding, Pattern, Refusal
-from t5fx.patterns.operands import fused_operand
+from t5fx.patterns.operands import fused_operand, groups_of, output_of
 
 
 def _repeated(q: Tensor, x: Tensor) -> Tensor:
@@ -95,19 +95,3 @@ class Fused(Pattern):
         output = output_of(view, node)
         axes = ("b",) * (len(shapes[0]) - 2) + ("t", "c")
         return Binding(q, k, v, scale * q_factor * k_factor, output, axes, (node,), groups, dropout)
-
-
-def groups_of(heads: Any, shared: Any) -> int:
-    if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared == 0:
-        return heads // shared
-    raise Refusal("head-dim", f"{heads} query heads are no multiple of {shared} key heads")
-
-
-def output_of(view: View, node: fx.Node) -> fx.Node:
-    """The attention's result: the node itself, or item 0 of a backend's tuple."""
-    if view.val(node) is not None:
-        return node
-    for user in node.users:
-        if user.args[1] != 0 and user.users:
-            raise Refusal("probabilities-used", f"'{user.name}' reads the softmax's normaliser")
-    return next(user for user in node.users if user.args[1] == 0)

@@ -74,6 +74,22 @@ def fused_operand(view: View, node: fx.Node, *, scales: bool = True) -> tuple[Op
     return operand(view, node, rank - 2, rank - 1, scales=scales)
 
 
+def groups_of(heads: Any, shared: Any) -> int:
+    if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared == 0:
+        return heads // shared
+    raise Refusal("head-dim", f"{heads} query heads are no multiple of {shared} key heads")
+
+
+def output_of(view: View, node: fx.Node) -> fx.Node:
+    """The attention's result: the node itself, or item 0 of a backend's tuple."""
+    if view.val(node) is not None:
+        return node
+    for user in node.users:
+        if user.args[1] != 0 and user.users:
+            raise Refusal("probabilities-used", f"'{user.name}' reads the softmax's normaliser")
+    return next(user for user in node.users if user.args[1] == 0)
+
+
 def _choose(view: View, states: list[_State], path: list[fx.Node]) -> _State:
     """The nearest state in canonical order that no cast separates from the operand."""
     reach = next((i for i, n in enumerate(path) if view.op(n) == "to"), len(path))

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from t5fx.canon import View
-from t5fx.patterns.base import Binding, Pattern, Refusal
-from t5fx.patterns.chains import Chain, Dims, Product, axis_of, divides, follow, product
-from t5fx.patterns.operands import operand
+from t5fx.patterns.base import Binding, Pattern
+from t5fx.patterns.chains import axis_of, bound
 
 
 def _scale(q: Tensor) -> float:
@@ -136,84 +135,6 @@ class Spelled(Pattern):
     def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
         softmax = found["softmax"]
         return bound(view, found["matmul"], softmax, found["matmul_1"], axis_of(view, softmax))
-
-
-def bound(
-    view: View,
-    scores: fx.Node,
-    softmax: fx.Node,
-    output: fx.Node,
-    axis: int | None,
-    *,
-    total: fx.Node | None = None,
-    last: fx.Node | None = None,
-) -> Binding:
-    """Read two products around a softmax over `axis`.
-
-    total: the sum that what `softmax` yields is to be divided by, at the node `last` below
-    `output` or else between the two.
-    """
-    also = (last,) if last is not None else ()
-    first, upper = _oriented(view, scores, softmax, axis, also)
-    dims = upper.dims
-    lower = follow(view, softmax, output, dims, probabilities=True, total=total, also=also)
-    if total is not None and lower.divided == (last is not None):
-        raise Refusal("probabilities-used", f"'{softmax.name}' is not divided by its sum")
-    second = product(view, output)
-    if second.left is not lower.end:
-        second = second.swapped()
-    if second.left_contracted != lower.dims.columns or second.rows_in_left != lower.dims.rows:
-        raise Refusal("not-attention", f"'{output.name}' does not sum the values over the keys")
-    q, q_factor = operand(view, first.left, first.rows_in_left, first.left_contracted)
-    k, k_factor = operand(view, first.right, first.columns_in_right, first.right_contracted)
-    v, _ = operand(
-        view, second.right, second.right_contracted, second.columns_in_right, scales=False
-    )
-    if len({len(x.batch) for x in (q, k, v)}) > 1:  # heads visible on some tensors only
-        q, q_factor = operand(
-            *(view, first.left, first.rows_in_left, first.left_contracted), climb=False
-        )
-        k, k_factor = operand(
-            *(view, first.right, first.columns_in_right, first.right_contracted), climb=False
-        )
-        v, _ = operand(
-            *(view, second.right, second.right_contracted, second.columns_in_right),
-            scales=False,
-            climb=False,
-        )
-    kinds = ["b"] * second.rank
-    kinds[second.rows], kinds[second.columns] = "t", "c"
-    factor = first.factor * upper.factor * q_factor * k_factor
-    nodes = (scores, *upper.nodes, softmax, *lower.nodes, output, *also)
-    if total is not None and last is not None:
-        if not divides(view, last, output, total, second.columns):
-            raise Refusal("probabilities-used", f"'{last.name}' divides by something else")
-        output = last
-    return Binding(
-        *(q, k, v, factor, output, tuple(kinds), nodes),
-        dropout=lower.dropout,
-        temperatures=upper.temperatures,
-    )
-
-
-def _oriented(
-    view: View, scores: fx.Node, softmax: fx.Node, axis: int | None, also: tuple[fx.Node, ...]
-) -> tuple[Product, Chain]:
-    """The product as q k^T, whichever way round it is written, and what happens to it."""
-    first = product(view, scores)
-    refusal = Refusal(
-        "not-attention", f"the softmax '{softmax.name}' runs over axis {axis}, not the keys"
-    )
-    for candidate in (first.swapped(), first):
-        try:
-            dims = Dims(candidate.rows, candidate.columns)
-            upper = follow(view, scores, softmax, dims, also=also)
-        except Refusal as found:
-            refusal = found
-        else:
-            if axis == upper.dims.columns:
-                return candidate, upper
-    raise refusal
 
 
 def _without_maximum(q: Tensor, k: Tensor) -> Tensor:

@@ -474,7 +474,21 @@ def _convolution(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
         for i, size in enumerate(shape)
     ]
     batch = source[0] if len(source) == len(shape) else axes.plain(node, 0, "batch")
+    if len(shape) > 3:
+        batch = _frames(batch)
     return (batch, axes.plain(node, 1, "feature"), *kept[2:])
+
+
+def _frames(batch: Axis) -> Axis:
+    """Of the images that a convolution takes one by one: frames, where an input is a video.
+
+    That is, one side of an input merged with its batch; it is an axis of the video's grid.
+    """
+    sides = [part for part in batch.parts if part.kind == "side"]
+    if batch.kind != "merge" or len(sides) != 1:
+        return batch
+    parts = (replace(p, kind="spatial") if p is sides[0] else p for p in batch.parts)
+    return replace(batch, parts=tuple(parts))
 
 
 @rule(

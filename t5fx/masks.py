@@ -197,6 +197,8 @@ def _positions(view: View, node: fx.Node) -> bool:
 def _is_range(view: View, node: fx.Node) -> bool:
     while view.op(node) != "arange":
         above = view.inputs(node)
+        if view.op(node) in ("index", "gather"):
+            above = above[:1]  # some of the positions
         if len(above) != 1 or view.op(node) not in _SAME | {"add", "sub", "to"}:
             return False
         node = above[0]

@@ -44,11 +44,6 @@ class Axis:
             return (self,) if self.parts[0].kind in ("spatial", "piece") and self.spatial else None
         if self.kind == "merge":
             inner = [part.grid() for part in self.parts]
-            frames = [i for i, axes in enumerate(inner) if axes is None]
-            if len(frames) == 1 and self.parts[frames[0]].kind == "side" and len(inner) > 1:
-                # The third axis of a video whose frames a convolution took one by one.
-                if sum(len(axes) for axes in inner if axes) >= 2:
-                    inner[frames[0]] = (self.parts[frames[0]],)
             return None if None in inner else tuple(a for axes in inner for a in axes or ())
         return None
 

@@ -325,7 +325,7 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     torch.set_num_threads(threads)
     text = capsys.readouterr().out
     assert "below-break-even (1)" in text  # explain's default, which the demo's linearize overrides
-    assert "aligned in 3 steps, 12 samples" in text
+    assert "aligned in 3 steps, 6 samples" in text
     assert (tmp_path / "saved" / "t5fx_config.json").exists()
     assert picture.read_bytes().startswith(b"\x89PNG")
     markdown = table.read_text()

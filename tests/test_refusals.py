@@ -98,7 +98,6 @@ CASES = {
     "scores-changed talking": lambda m, t, x: soft(mixed(m, t @ t.mT), t),
     "scores-changed cap": lambda m, t, x: soft(5 * torch.tanh(t @ t.mT / 5), t),
     "scores-changed data": lambda m, t, x: soft((t @ t.mT) * x.mean(), t),
-    "scores-changed in place": lambda m, t, x: soft(t.clone().mul_(0.5) @ t.mT, t),
     "scores-changed floor": lambda m, t, x: soft(
         torch.div(t @ t.mT, 2.0, rounding_mode="floor"), t
     ),
