@@ -484,6 +484,8 @@ def _frames(batch: Axis) -> Axis:
 
     That is, one side of an input merged with its batch; it is an axis of the video's grid.
     """
+    if batch.kind == "side":  # the batch itself has one item
+        return replace(batch, kind="spatial")
     sides = [part for part in batch.parts if part.kind == "side"]
     if batch.kind != "merge" or len(sides) != 1:
         return batch

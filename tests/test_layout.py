@@ -108,6 +108,8 @@ class Frames(nn.Module):
 @pytest.mark.parametrize(("all_frames", "grid"), [(True, (5, 4, 6)), (False, (5,))])
 def test_frames_of_a_video(all_frames, grid):
     model, video = Frames(all_frames).eval(), torch.randn(2, 3, 5, 16, 24)
+    (site,) = t5fx.explain(model, (video[:1],), config=CONFIG).sites
+    assert site.grid == grid
     lin = t5fx.linearize(model, (video,), config=CONFIG)
     (site,) = lin.report.sites
     assert (site.status, site.grid) == ("rewritten", grid)
