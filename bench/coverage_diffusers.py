@@ -156,7 +156,6 @@ CASES = (
         | {"in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
         | {"caption_projection_dim": 32, "joint_attention_dim": 32, "pos_embed_max_size": 64},
         {"hidden_states": (B, 4, 8, 8), "timestep": STEP, "encoder_hidden_states": (B, 7, 32)},
-        cause="patches cut by reshape, not by a convolution, are no grid",
     ),
     case(
         "CogView3PlusTransformer2DModel",
@@ -164,7 +163,6 @@ CASES = (
         heads(2, 4, patch_size=2, in_channels=4, out_channels=4, text_embed_dim=8)
         | {"time_embed_dim": 8, "condition_dim": 2, "pos_embed_max_size": 8, "sample_size": 8},
         IMAGE | SIZES | {"encoder_hidden_states": (B, 7, 8)},
-        cause="patches cut by reshape, not by a convolution, are no grid",
     ),
     case(
         "CogView4Transformer2DModel",
@@ -187,7 +185,6 @@ CASES = (
             "target_size": torch.tensor([[8.0, 12.0]] * B),
             "crop_coords": torch.zeros(B, 2),
         },
-        cause="explain raises: a size that depends on data",
     ),
     case(
         "HunyuanDiT2DModel",
@@ -221,7 +218,6 @@ CASES = (
             "image_rotary_emb": torch.ones(384, 384, 4, dtype=torch.complex64),
             "cross_attention_kwargs": {},
         },
-        cause="repeat of grouped heads has no layout rule: passes for cross-attention",
     ),
     case(
         "Lumina2Transformer2DModel",
@@ -277,7 +273,6 @@ CASES = (
             "timestep": NOW,
             "img_shapes": [(1, 4, 6)] * B,
         },
-        cause="axes are lost in complex RoPE (view_as_complex, view_as_real)",
     ),
     case(
         "OmniGenTransformer2DModel",
@@ -346,7 +341,6 @@ CASES = (
         heads(2, 8, in_channels=4, out_channels=4, cross_attention_dim=16, sample_width=8)
         | {"sample_height": 8, "sample_frames": 8, "caption_channels": 8},
         VIDEO | {"encoder_hidden_states": (B, 7, 8)},
-        cause="a frame axis merged with the batch around a convolution is no grid axis",
     ),
     case(
         "CogVideoXTransformer3DModel",
@@ -355,7 +349,6 @@ CASES = (
         | {"sample_width": 12, "sample_height": 8, "sample_frames": 5, "patch_size": 2}
         | {"temporal_compression_ratio": 4, "max_text_seq_length": 8},
         {"hidden_states": (B, 2, 4, 8, 12), "timestep": STEP, "encoder_hidden_states": (B, 8, 8)},
-        cause="a frame axis merged with the batch around a convolution is no grid axis",
     ),
     case(
         "CogVideoXTransformer3DModel other size",
@@ -374,7 +367,6 @@ CASES = (
         | {"temporal_compression_ratio": 4, "max_text_seq_length": 8, "patch_size_t": 2}
         | {"use_rotary_positional_embeddings": True},
         {"hidden_states": (B, 4, 4, 8, 12), "timestep": STEP, "encoder_hidden_states": (B, 8, 8)},
-        cause="patches cut by reshape, not by a convolution, are no grid",
     ),
     case(
         "ConsisIDTransformer3DModel",
@@ -383,7 +375,6 @@ CASES = (
         | {"sample_width": 12, "sample_height": 8, "sample_frames": 5, "patch_size": 2}
         | {"temporal_compression_ratio": 4, "max_text_seq_length": 8},
         {"hidden_states": (B, 2, 4, 8, 12), "timestep": STEP, "encoder_hidden_states": (B, 8, 8)},
-        cause="a frame axis merged with the batch around a convolution is no grid axis",
     ),
     case(
         "CosmosTransformer3DModel",
@@ -398,7 +389,6 @@ CASES = (
             "fps": 30,
             "padding_mask": torch.zeros(1, 1, 8, 12),
         },
-        cause="repeat_interleave of heads has no layout rule: passes for cross-attention",
     ),
     case(
         "EasyAnimateTransformer3DModel",
@@ -662,7 +652,6 @@ CASES = (
             "timestep": torch.tensor([10]),
             "encoder_hidden_states": (B, 7, 8),
         },
-        cause="a frame axis merged with the batch around a convolution is no grid axis",
     ),
     case(
         "UNetMotionModel",
