@@ -275,10 +275,10 @@ def _step(
 
 
 def _same_for_all_keys(view: View, node: fx.Node, other: fx.Node, dims: Dims) -> bool:
-    """Whether a tensor is broadcast along the key axis of a node's result."""
+    """Whether a tensor is broadcast along the key axis of a node, which has more than one key."""
     shape = view.shape(other)
     axis = dims.columns - len(view.shape(node)) + len(shape)
-    return axis < 0 or shape[axis] == 1
+    return view.shape(node)[dims.columns] != 1 and (axis < 0 or shape[axis] == 1)
 
 
 def divides(view: View, node: fx.Node, over: fx.Node, total: fx.Node, axis: int) -> bool:

@@ -44,6 +44,11 @@ class Axis:
             return (self,) if self.parts[0].kind in ("spatial", "piece") and self.spatial else None
         if self.kind == "merge":
             inner = [part.grid() for part in self.parts]
+            if inner[0] is None and self.parts[0].kind == "side" and None not in inner[1:]:
+                # Frames of a video whose other two sides are cut into patches.
+                beside = [axis for axes in inner[1:] for axis in axes or ()]
+                if len(beside) == 2 and all(axis.cut for axis in beside):
+                    inner[0] = (self.parts[0],)
             return None if None in inner else tuple(a for axes in inner for a in axes or ())
         return None
 

@@ -125,6 +125,20 @@ def test_patches_cut_by_reshape():
     assert lin(torch.randn(1, 3, 32, 16)).shape == (1, 32, 16)
 
 
+def test_frames_whose_patches_are_cut_by_reshape():
+    class Model(Patches):
+        def forward(self, video):
+            x = video.unflatten(4, (-1, 4)).unflatten(3, (-1, 4))
+            x = x.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
+            q, k, v = self.qkv(self.embed(x)).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    model, video = Model().eval(), torch.randn(2, 3, 5, 16, 24)
+    lin = t5fx.linearize(model, (video,), config=CONFIG)
+    assert [site.grid for site in lin.report.rewritten] == [(5, 4, 6)]
+    assert lin(video).shape == model(video).shape
+
+
 @pytest.mark.parametrize("sizes", [(4, 1), (4, 2)])
 def test_one_side_cut_is_no_image(sizes):
     """Of [B, C, H, W] or [B, T, N, C]: nothing says that the other axis is one of an image."""

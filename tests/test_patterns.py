@@ -144,11 +144,14 @@ class OfInductor(Model):
         self.split_scale = "mul.Scalar(q" in code
         tokens = GRID[0] * GRID[1]
         self.register_buffer("causal", torch.ones(1, 1, tokens, tokens).tril().bool())
+        self.half = "torch.float16" in code
+        self.rooted = "math.sqrt" in code
         self.one_row = ".view((bs, 1, 1, k_len))" in code
 
     @property
     def scale(self):
-        return WIDTH**-0.5 if {"inv_scale", "scale_factor"} & {*map(self._kind, self.names)} else 1
+        given = {"inv_scale", "scale_factor"} & {*map(self._kind, self.names)}
+        return WIDTH**-0.5 if given or self.rooted else 1
 
     def _kind(self, name):
         return "inv_scale" if name.startswith("inv_scale") else name
@@ -158,6 +161,8 @@ class OfInductor(Model):
         qkv = self.qkv(x).unflatten(2, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4)
         if self.token_major:
             qkv = qkv.transpose(2, 3)
+        if self.half:
+            qkv = qkv.half()
         if self.flat:
             qkv = qkv.flatten(1, 2)
         values = {

@@ -138,7 +138,7 @@ def input_gradient(
     if NORM:
         mean_row = tl.load(mean + group.to(tl.int64) * D + channels, mask=in_head, other=0.0)
         rstd_row = tl.load(rstd + group.to(tl.int64) * D + channels, mask=in_head, other=0.0)
-        share = 1.0 / num_tokens.to(tl.float32)
+        share = 1.0 / num_tokens
         at = sums + group.to(tl.int64) * (2 * D) + channels
         mean_gradient = tl.load(at, mask=in_head, other=0.0) * share
         mean_product = tl.load(at + D, mask=in_head, other=0.0) * share

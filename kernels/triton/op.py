@@ -1,7 +1,7 @@
 """The operators ``t5fx::ttt_triton_forward`` and ``t5fx::ttt_triton_backward``: the kernels for
 compilers. Inductor sees the launches themselves; torch.export keeps one node.
 
-``settings``: scale, grid, prefix and the key norm's eps, as the schemas of `pair` have them.
+The annotations are the operators' schemas, those of `pair`.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,18 @@ from .forward import forward
 from .launch import DTYPES
 
 
-@torch.library.triton_op("t5fx::ttt_triton_forward", mutates_args=(), schema=pair.forward_schema(5))
+@torch.library.triton_op("t5fx::ttt_triton_forward", mutates_args=())
 def ttt_triton_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
-    *settings: Any,
-) -> tuple[Tensor, ...]:
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output ``[B, H, N, Dv]`` and what the backward needs: see `forward`."""
     for tensor in (*weights, *conv):
         if tensor.dtype not in DTYPES:
@@ -34,8 +37,9 @@ def ttt_triton_forward(
                 'parameters: expected float32, float16 or bfloat16 with impl="triton"; got '
                 f'{tensor.dtype}; use impl="reference"'
             )
-    out, saved = forward(q, k, v, weights, conv, **_named(conv, *settings))
-    return out, *saved
+    out, saved = forward(q, k, v, weights, conv, **_named(conv, scale, grid, prefix, eps))
+    mean, rstd, w1, w2, w3 = saved
+    return out, mean, rstd, w1, w2, w3
 
 
 # Shapes alone: torch would run the body itself, launches and all.
@@ -47,7 +51,7 @@ def _forward_fake(q, k, v, weights, *_):  # type: ignore[no-untyped-def]
     return token_major_empty(q, v.shape[3]), *statistics, *updated
 
 
-@torch.library.triton_op("t5fx::ttt_triton_backward", mutates_args=(), schema=pair.BACKWARD)
+@torch.library.triton_op("t5fx::ttt_triton_backward", mutates_args=())
 def ttt_triton_backward(
     grad: Tensor,
     q: Tensor,
@@ -56,10 +60,13 @@ def ttt_triton_backward(
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
     saved: Sequence[Tensor],
-    *settings: Any,
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    eps: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v, the weights and conv, each in its dtype; see `backward`."""
-    named = _named(conv, *settings)
+    named = _named(conv, scale, grid, prefix, eps)
     dq, dk, dv, dw, dconv = backward(grad, q, k, v, weights, conv, saved, **named)
     return [dq, dk, dv, *dw, *dconv]
 

@@ -70,7 +70,7 @@ def merged_statistics(
         means = tl.load(base + split[:, None] * (2 * D), mask=mask, other=0.0)
         count = tl.minimum(chunk, num_tokens - split * chunk).to(tl.float32)[:, None]
         shift += tl.sum(tl.where(mask, count * (means - origin[None, :]), 0.0), 0)
-    mean = origin + shift / num_tokens.to(tl.float32)
+    mean = origin + shift / num_tokens
     squares = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, splits, MERGED):
         split = first + tl.arange(0, MERGED)
@@ -80,5 +80,5 @@ def merged_statistics(
         count = tl.minimum(chunk, num_tokens - split * chunk).to(tl.float32)[:, None]
         step = means - mean[None, :]
         squares += tl.sum(tl.where(mask, within + count * step * step, 0.0), 0)
-    variance = squares / num_tokens.to(tl.float32)
+    variance = squares / num_tokens
     return mean, 1.0 / tl.sqrt(variance + tl.cast(eps, tl.float32))
