@@ -144,11 +144,13 @@ def _try_linearized(
     lin = t5fx.linearize(model, args, kwargs, config=ALL)
     with torch.no_grad():
         results = lin(*args, **kwargs)
-    wanted = [tuple(t.shape) for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-    got = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
-    if [tuple(t.shape) for t in got] != wanted:
-        raise t5fx.T5Error(f"expected shapes {wanted}, got {[tuple(t.shape) for t in got]}")
-    before = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    before, got = (
+        [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        for tree in (outputs, results)
+    )
+    wanted, shapes = ([tuple(t.shape) for t in tensors] for tensors in (before, got))
+    if shapes != wanted:
+        raise t5fx.T5Error(f"expected shapes {wanted}, got {shapes}")
     if any(b.isfinite().all() and not a.isfinite().all() for a, b in zip(got, before, strict=True)):
         raise t5fx.T5Error("expected finite outputs, got others")
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from t5fx.canon import View
 from t5fx.patterns.base import Binding, Pattern, Unlike
-from t5fx.patterns.chains import axis_of, bound, spread
+from t5fx.patterns.chains import axis_of, bound, divides, spread
 
 _SAME_VALUES = ("to", "identity")
 
@@ -92,11 +92,9 @@ class Exponential(Pattern):
             if (axis := _normalised(view, exp)) is None:
                 raise Unlike
             return bound(view, scores, exp, output, axis)
-        below = list(output.users)
-        last = below[0] if len(below) == 1 and view.op(below[0]) == "div" else None
-        if last is not None and view.arg(last, "input") is not output:
-            last = None
-        if last is not None and not isinstance(view.arg(last, "other"), fx.Node):
+        last = next(iter(output.users)) if len(output.users) == 1 else None
+        axes = range(len(view.shape(output)))
+        if last is None or not any(divides(view, last, output, total, axis) for axis in axes):
             last = None
         return bound(view, scores, exp, output, axis_of(view, total), total=total, last=last)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor, fx
@@ -10,7 +9,7 @@ from torch import Tensor, fx
 from t5fx.canon import View
 from t5fx.masks import interval
 from t5fx.patterns.base import Binding, Pattern, Refusal
-from t5fx.patterns.operands import fused_operand, groups_of, output_of
+from t5fx.patterns.operands import fused_binding
 
 
 @fx.wrap
@@ -76,18 +75,7 @@ class Flex(Pattern):
         node = found["flex_attention"]
         query, key, value, score_mod, block_mask, scale = node.args[:6]
         _plain(view, node, score_mod, block_mask)
-        shapes = [view.shape(n) for n in (query, key)]
-        if scale is None and isinstance(shapes[0][-1], int):
-            scale = 1.0 / math.sqrt(shapes[0][-1])
-        if not isinstance(scale, int | float):
-            raise Refusal("scores-changed", f"the scale '{scale}' is not a constant number")
-        q, q_factor = fused_operand(view, query)
-        k, k_factor = fused_operand(view, key)
-        v, _ = fused_operand(view, value, scales=False)
-        groups = 1 if shapes[0][1] == shapes[1][1] else groups_of(shapes[0][1], shapes[1][1])
-        axes = ("b", "b", "t", "c")
-        factor = scale * q_factor * k_factor
-        return Binding(q, k, v, factor, output_of(view, node), axes, (node,), groups)
+        return fused_binding(view, node, (query, key, value), scale)
 
 
 def _plain(view: View, node: fx.Node, score_mod: Any, block_mask: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, fx
 from t5fx.canon import View
 from t5fx.masks import harmless, refusal
 from t5fx.patterns.base import Binding, Pattern, Refusal
-from t5fx.patterns.operands import fused_operand, groups_of, output_of
+from t5fx.patterns.operands import fused_binding
 
 
 def _repeated(q: Tensor, x: Tensor) -> Tensor:
@@ -71,27 +70,11 @@ class Fused(Pattern):
 
     def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
         node = found["scaled_dot_product_attention"]
-        query, key, value = (view.arg(node, name) for name in ("query", "key", "value"))
-        shapes = [view.shape(n) for n in (query, key, value)]
         if view.arg(node, "is_causal", False):
             raise Refusal("causal", "is_causal=True: each token may see only earlier ones")
         mask = view.arg(node, "attn_mask")
         if mask is not None and not harmless(view, mask):
             raise Refusal(*refusal(view, mask))
-        scale = view.arg(node, "scale")
-        if scale is None:
-            if not isinstance(shapes[0][-1], int):
-                raise Refusal("head-dim", f"the size of a head is not static: {shapes[0][-1]}")
-            scale = 1.0 / math.sqrt(shapes[0][-1])
-        if not isinstance(scale, int | float):
-            raise Refusal("scores-changed", f"the scale '{scale}' is not a constant number")
+        query, key, value = (view.arg(node, name) for name in ("query", "key", "value"))
         dropout = view.arg(node, "dropout_p", 0.0) or 0.0
-        groups = 1
-        if len(shapes[0]) > 3 and shapes[0][-3] != shapes[1][-3]:
-            groups = groups_of(shapes[0][-3], shapes[1][-3])
-        q, q_factor = fused_operand(view, query)
-        k, k_factor = fused_operand(view, key)
-        v, _ = fused_operand(view, value, scales=False)
-        output = output_of(view, node)
-        axes = ("b",) * (len(shapes[0]) - 2) + ("t", "c")
-        return Binding(q, k, v, scale * q_factor * k_factor, output, axes, (node,), groups, dropout)
+        return fused_binding(view, node, (query, key, value), view.arg(node, "scale"), dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import fx
 
 from t5fx.axes import permutation, regroup_node
 from t5fx.canon import View
-from t5fx.patterns.base import Operand, Refusal
+from t5fx.patterns.base import Binding, Operand, Refusal
 
 _CANONICAL = ("b", "b", "t", "c")
 
@@ -68,19 +69,39 @@ def operand(
     return found, total
 
 
-def fused_operand(view: View, node: fx.Node, *, scales: bool = True) -> tuple[Operand, float]:
-    """`operand` of a fused call, whose tensors are [..., N, D] already."""
-    rank = len(view.shape(node))
-    return operand(view, node, rank - 2, rank - 1, scales=scales)
+def fused_binding(
+    view: View,
+    node: fx.Node,
+    tensors: tuple[fx.Node, fx.Node, fx.Node],
+    scale: Any,
+    dropout: Any = 0.0,
+) -> Binding:
+    """What a fused call means: of queries, keys and values [..., N, D] and its scale or None."""
+    query, key, value = (view.shape(n) for n in tensors)
+    if scale is None:
+        if not isinstance(query[-1], int):
+            raise Refusal("head-dim", f"the size of a head is not static: {query[-1]}")
+        scale = 1.0 / math.sqrt(query[-1])
+    if not isinstance(scale, int | float):
+        raise Refusal("scores-changed", f"the scale '{scale}' is not a constant number")
+    groups = 1
+    if len(query) > 3 and query[-3] != key[-3]:
+        groups = _groups(query[-3], key[-3])
+    q, q_factor = operand(view, tensors[0], len(query) - 2, len(query) - 1)
+    k, k_factor = operand(view, tensors[1], len(key) - 2, len(key) - 1)
+    v, _ = operand(view, tensors[2], len(value) - 2, len(value) - 1, scales=False)
+    axes = ("b",) * (len(query) - 2) + ("t", "c")
+    factor = scale * q_factor * k_factor
+    return Binding(q, k, v, factor, _output(view, node), axes, (node,), groups, dropout)
 
 
-def groups_of(heads: Any, shared: Any) -> int:
+def _groups(heads: Any, shared: Any) -> int:
     if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared == 0:
         return heads // shared
     raise Refusal("head-dim", f"{heads} query heads are no multiple of {shared} key heads")
 
 
-def output_of(view: View, node: fx.Node) -> fx.Node:
+def _output(view: View, node: fx.Node) -> fx.Node:
     """The attention's result: the node itself, or item 0 of a backend's tuple."""
     if view.val(node) is not None:
         return node

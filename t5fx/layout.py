@@ -356,10 +356,14 @@ def _repeated(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if not isinstance(repeats, int) or not isinstance(dim, int):
         return None
     dim %= len(result)
-    copies = replace(axes.plain(node, dim, "repeat"), size=repeats, example=repeats)
+    copies = _copies(axes, node, dim, repeats)
     unit = result[dim].kind == "unit"
     result[dim] = copies if unit else merge([result[dim], copies], axes.view.shape(node)[dim])
     return tuple(result)
+
+
+def _copies(axes: Axes, node: fx.Node, i: int, times: int) -> Axis:
+    return replace(axes.plain(node, i, "repeat"), size=times, example=times)
 
 
 @rule("pad", "constant_pad_nd")
@@ -404,9 +408,7 @@ def _tiled(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         elif axis.kind == "unit":
             result.append(axes.plain(node, i, "repeat"))
         elif isinstance(size, int) and isinstance(axis.size, int):
-            times = size // axis.size
-            copies = replace(axes.plain(node, i, "repeat"), size=times, example=times)
-            result.append(merge([copies, axis], size))
+            result.append(merge([_copies(axes, node, i, size // axis.size), axis], size))
         else:
             return None
     return tuple(result)

@@ -145,7 +145,7 @@ class Report:
                 f"{name} {tried.bound} of {tried.anchors} ({1e3 * tried.seconds:.0f} ms)"
                 for name, tried in used.items()
             )
-            yield Text(f"patterns, attentions of anchors: {', '.join(parts)}")
+            yield Text(f"candidates that were attention, by pattern: {', '.join(parts)}")
         if self.capture:
             yield Text(f"capture: {self.capture}")
         if self.parameters:

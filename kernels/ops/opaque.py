@@ -3,7 +3,7 @@
 No compiler looks into them. A graph of many sites is traced, differentiated and compiled in the
 time of a few calls, and only q, k, v, the parameters and W' are kept for the backward pass.
 
-``settings``: scale, grid, prefix and the key norm's eps, as the schemas of `pair` have them.
+``settings``: scale, grid, prefix and the key norm's eps, as the schemas have them.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,14 @@ from torch import Tensor
 from . import explicit, pair
 from .precision import no_autocast, widest
 
-for _name, _schema in (("forward", pair.forward_schema(3)), ("backward", pair.BACKWARD)):
-    torch.library.define(f"t5fx::ttt_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] weights, Tensor[] conv"
+_SETTINGS = "float scale, SymInt[] grid, SymInt prefix, float eps"
+_SCHEMAS = {
+    "t5fx::ttt_forward": f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "t5fx::ttt_backward": f"(Tensor grad, {_INPUTS}, Tensor[] saved, {_SETTINGS}) -> Tensor[]",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(_name, _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.impl("t5fx::ttt_forward", "CompositeExplicitAutograd")

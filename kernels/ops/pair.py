@@ -17,16 +17,6 @@ from t5fx.errors import T5Error
 from .explicit import token_major_empty
 from .inner import inner_model
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] weights, Tensor[] conv"
-_SETTINGS = "float scale, SymInt[] grid, SymInt prefix, float eps"
-
-BACKWARD = f"(Tensor grad, {_INPUTS}, Tensor[] saved, {_SETTINGS}) -> Tensor[]"
-
-
-def forward_schema(saved: int) -> str:
-    """Of a forward that wants that many tensors saved."""
-    return f"({_INPUTS}, {_SETTINGS}) -> ({', '.join(['Tensor'] * (1 + saved))})"
-
 
 def join(forward: Any, backward: Any) -> None:
     """Make the two overloads a pair: autograd, the backward's fake, FLOP formulas."""

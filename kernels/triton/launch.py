@@ -94,11 +94,7 @@ def site(
     """
     check_device(q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype not in DTYPES:
-            raise NodeArgumentError(
-                f'{name}: expected float32, float16 or bfloat16 with impl="triton"; got '
-                f'{tensor.dtype}; use impl="reference"'
-            )
+        check_dtype(name, tensor)
         if tensor.shape[3] > MAX_WIDTH:
             raise NodeArgumentError(
                 f'{name}: expected at most {MAX_WIDTH} channels with impl="triton"; got '
@@ -124,6 +120,15 @@ def site(
         grid=((1,) * (3 - len(axes)) + axes),
         wide=q.dtype == torch.float32 or not q.dtype == k.dtype == v.dtype,
     )
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise unless the kernels read that dtype."""
+    if tensor.dtype not in DTYPES:
+        raise NodeArgumentError(
+            f'{name}: expected float32, float16 or bfloat16 with impl="triton"; got '
+            f'{tensor.dtype}; use impl="reference"'
+        )
 
 
 def check_device(device: torch.device) -> None:

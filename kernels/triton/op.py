@@ -1,7 +1,7 @@
 """The operators ``t5fx::ttt_triton_forward`` and ``t5fx::ttt_triton_backward``: the kernels for
 compilers. Inductor sees the launches themselves; torch.export keeps one node.
 
-The annotations are the operators' schemas, those of `pair`.
+The annotations are the operators' schemas.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import pair
-from ..errors import NodeArgumentError
 from ..explicit import token_major_empty
 from .backward import backward
 from .forward import forward
-from .launch import DTYPES
+from .launch import check_dtype
 
 
 @torch.library.triton_op("t5fx::ttt_triton_forward", mutates_args=())
@@ -32,11 +31,7 @@ def ttt_triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output ``[B, H, N, Dv]`` and what the backward needs: see `forward`."""
     for tensor in (*weights, *conv):
-        if tensor.dtype not in DTYPES:
-            raise NodeArgumentError(
-                'parameters: expected float32, float16 or bfloat16 with impl="triton"; got '
-                f'{tensor.dtype}; use impl="reference"'
-            )
+        check_dtype("parameters", tensor)
     out, saved = forward(q, k, v, weights, conv, **_named(conv, scale, grid, prefix, eps))
     mean, rstd, w1, w2, w3 = saved
     return out, mean, rstd, w1, w2, w3
