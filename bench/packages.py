@@ -14,7 +14,7 @@ def find_file(package: str, version: str, name: str) -> Path:
     Args:
         package: the distribution's name.
         version: the one that an error says to install; any that has the file will do.
-        name: the file's own name, without folders.
+        name: how the file's path ends: its own name, with the folders that tell it from others.
 
     Raises:
         T5Error: the distribution is not installed or has no such file.
@@ -28,7 +28,7 @@ def find_file(package: str, version: str, name: str) -> Path:
             f"package installed. Install it with: {install}"
         ) from error
     for file in distribution.files or ():
-        if file.name == name:
+        if f"/{file.as_posix()}".endswith(f"/{name}"):
             path = Path(str(distribution.locate_file(file)))
             if path.is_file():
                 return path

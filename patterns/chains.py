@@ -229,7 +229,7 @@ def _step(
             )
         return chain
     if name in ("reshape", "expand"):
-        return replace(chain, dims=_regrouped(view, node, chain.dims))
+        return replace(chain, dims=_regrouped(view, node, chain))
     order = permutation(view, node)
     if order is not None:
         dims = Dims(order.index(chain.dims.rows), order.index(chain.dims.columns))
@@ -260,6 +260,9 @@ def _step(
         if _same_for_all_keys(view, node, other, chain.dims):
             return chain
         raise Refusal(*refusal(view, other))
+    if name == "slice_scatter":
+        added = _added_to_part(view, view.inputs(node)[1], chain.end)
+        raise Refusal(*refusal(view, added)) if added is not None else changed
     if name == "masked_fill" and first is chain.end:
         mask = view.arg(node, "mask")
         if interval(view, mask, {}) == (0.0, 0.0):
@@ -272,6 +275,26 @@ def _step(
             return chain
         raise Refusal(*refusal(view, condition))
     raise changed
+
+
+def _added_to_part(view: View, node: fx.Node, scores: fx.Node) -> fx.Node | None:
+    """What is added to a slice of the scores before it is written back, or None."""
+    adds = []
+    for _ in range(_REACH):
+        name = view.op(node)
+        if node is scores:
+            return adds[-1] if adds else None
+        inputs = view.inputs(node)
+        if name == "add" and len(inputs) == 2:
+            # The scores are seen through layout; the bias is whatever is added last to them.
+            first, second = inputs
+            adds.append(second)
+            node = first
+        elif name in ("slice", "getitem", "reshape", "to", "identity", "slice_scatter") and inputs:
+            node = inputs[name == "slice_scatter"]
+        else:
+            return None
+    return None
 
 
 def _same_for_all_keys(view: View, node: fx.Node, other: fx.Node, dims: Dims) -> bool:
@@ -346,11 +369,17 @@ def _dropped(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Ch
     return replace(chain, dropout=node if node.op == "call_module" else p)
 
 
-def _regrouped(view: View, node: fx.Node, dims: Dims) -> Dims:
+def _regrouped(view: View, node: fx.Node, chain: Chain) -> Dims:
+    dims = chain.dims
     groups = regroup_node(view, node)
     place = {ins[0]: outs[0] for ins, outs in groups or () if len(ins) == len(outs) == 1}
     if dims.rows in place and dims.columns in place:
         return Dims(place[dims.rows], place[dims.columns])
+    below = chain.nodes[chain.nodes.index(node) + 1 :]
+    for add in (n for n in below if view.op(n) == "add" and len(view.inputs(n)) == 2):
+        other = view.inputs(add)[view.inputs(add)[0] in chain.nodes]
+        if other not in chain.nodes and not harmless(view, other):
+            raise Refusal(*refusal(view, other))
     raise Refusal("scores-changed", f"'{node.name}' mixes the token axes of the scores")
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from t5fx.calls import Signature
-from t5fx.canon import View, chain_in_place
+from t5fx.canon import View
 from t5fx.capture import capture
 from t5fx.config import LinearizeConfig
 from t5fx.errors import AlreadyLinearizedError, CaptureError, ConfigError, NothingRewrittenError
@@ -21,6 +21,7 @@ from t5fx.linearized import Linearized, refuse_calls, resolve, template_of
 from t5fx.policy import plan
 from t5fx.report import Report, why_nothing
 from t5fx.rewrite import rewrite
+from t5fx.writes import settle
 
 
 @torch.inference_mode(False)
@@ -133,7 +134,7 @@ def explain(
     if isinstance(template, fx.GraphModule):
         report.capture = _shapes(template, arguments, keywords)
         view = View(template.graph, template)
-        chain_in_place(view)
+        settle(view)
         resolved = resolve(config, arguments, keywords)
     else:
         bound = Signature(template.forward).bind(arguments, keywords)
@@ -179,7 +180,7 @@ def _build_graph(
     report = Report(type(gm).__name__)
     report.capture = _shapes(gm, args, kwargs)
     view = View(gm.graph, gm)
-    chain_in_place(view)
+    settle(view)
     resolved = resolve(config, args, kwargs)
     plans = plan(
         view,

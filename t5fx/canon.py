@@ -250,22 +250,26 @@ class View:
         found: dict[fx.Node, int] = {}
         for node in self.graph.nodes:
             for tensor in changed(node):
-                found[self._base(tensor)] = self.order[node]
-                found[self._base(node)] = self.order[node]
+                found[self.base_of(tensor)] = self.order[node]
+                found[self.base_of(node)] = self.order[node]
         return found
 
-    def _base(self, node: fx.Node) -> fx.Node:
+    def base_of(self, node: fx.Node) -> fx.Node:
         """The tensor that a node is a view of, as far as layout and in-place operators tell."""
         while True:
-            aliases = self.op(node) in _VIEWS and "clone" not in str(node.target)
-            aliases = aliases or bool(changed(node))
-            if not aliases or not node.args or not isinstance(node.args[0], fx.Node):
+            if not self.aliases(node):
                 return node
             node = node.args[0]
 
+    def aliases(self, node: fx.Node) -> bool:
+        """Whether a node may be a view of its first argument, or is that changed in place."""
+        view = self.op(node) in _VIEWS and "clone" not in str(node.target)
+        first = node.args[0] if node.args else None
+        return isinstance(first, fx.Node) and (view or bool(changed(node)))
+
     def mutated(self, node: fx.Node, after: fx.Node | None = None) -> bool:
         """Whether a tensor is changed in place anywhere, or after node `after` has run."""
-        last = self._mutations.get(self._base(node), -1)
+        last = self._mutations.get(self.base_of(node), -1)
         return last >= 0 if after is None else last > self.order[after]
 
     def depends_on_input(self, node: fx.Node) -> bool:
@@ -283,33 +287,6 @@ class View:
     def pointwise(self, node: fx.Node) -> bool:
         """Whether the operator maps each element by itself (broadcasting allowed)."""
         return _pointwise(self.op(node))
-
-
-def chain_in_place(view: View) -> None:
-    """Let what reads a tensor after it was changed in place read the operator that changed it.
-
-    It returns that tensor, so the values are the same, and `x.mul_(s)` on its own is seen like
-    `x = x * s`. Changes the graph: to be called before anything else is asked of the view.
-    """
-    for node in view.graph.nodes:
-        value = view.val(node)
-        if value is None or not _returns_it(node):
-            continue
-        for tensor in changed(node):
-            same = view.val(tensor)
-            if same is None or (same.shape, same.dtype) != (value.shape, value.dtype):
-                continue
-            for user in list(tensor.users):
-                if view.order[user] > view.order[node]:
-                    user.replace_input_with(tensor, node)
-
-
-def _returns_it(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    returns = node.target._schema.returns
-    info = returns[0].alias_info if returns else None
-    return info is not None and info.is_write
 
 
 _SAME_NUMBER = ("identity", "to", "detach")

@@ -12,10 +12,11 @@ import dataclasses
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from torch.fx.experimental import _config as symbolic_config
 
 from t5fx.blocks import inline_blocks
 from t5fx.calls import Guards, guards_of
+from t5fx.canon import View
 from t5fx.errors import CaptureError
+from t5fx.writes import scatter_writes
 
 #: Module (child of the root) that holds the constants and subgraphs of captures.
 CONSTANTS = "captured"
@@ -97,13 +100,62 @@ def _export(
         hook.remove()
 
 
-def _register_outputs(_model: nn.Module, _args: Any, outputs: Any) -> None:
-    """Make pytree nodes of the plain dataclasses that a model returns, for torch.export."""
+def _register_outputs(_model: nn.Module | None, _args: Any, outputs: Any) -> None:
+    """Make pytree nodes of the objects around tensors that a model returns, for torch.export.
+
+    Dataclasses, and any other object whose attributes are or contain tensors: a cache of keys and
+    values, say.
+    """
     for leaf in pytree.tree_leaves(outputs):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            if type(leaf) not in pytree.SUPPORTED_NODES:  # two of a kind
-                pytree.register_dataclass(type(leaf))
-            _register_outputs(_model, _args, leaf)
+        kind = type(leaf)
+        if kind in pytree.SUPPORTED_NODES:  # the second of its kind
+            pass
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            pytree.register_dataclass(kind)
+        elif _is_object(leaf) and _has_tensors(leaf):
+            flatten, unflatten = _flatten_object, partial(_unflatten_object, kind)
+            pytree.register_pytree_node(
+                kind, flatten, unflatten, flatten_with_keys_fn=_flatten_with_keys
+            )
+        else:
+            continue
+        _register_outputs(None, None, pytree.tree_flatten(leaf, lambda x: x is not leaf)[0])
+
+
+def _is_object(value: Any) -> bool:
+    """Something with attributes of its own, and neither torch's nor a class or function."""
+    plain = isinstance(value, torch.Tensor | nn.Module | type) or callable(value)
+    return hasattr(value, "__dict__") and not plain and not isinstance(value, torch.SymInt)
+
+
+def _has_tensors(value: Any, depth: int = 8) -> bool:
+    """Whether tensors or traced sizes are in `value` or, up to a depth, in its attributes."""
+    return any(
+        isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool)
+        or (depth > 0 and _is_object(leaf) and _has_tensors(vars(leaf), depth - 1))
+        for leaf in pytree.tree_leaves(value)
+    )
+
+
+def _flatten_object(value: Any) -> tuple[list[Any], tuple[tuple[str, ...], dict[str, Any]]]:
+    """The attributes with tensors; the names of these, and all others as they are."""
+    inner = {name: one for name, one in vars(value).items() if _has_tensors(one)}
+    rest = {name: one for name, one in vars(value).items() if name not in inner}
+    return list(inner.values()), (tuple(inner), rest)
+
+
+def _flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    children, context = _flatten_object(value)
+    keys = map(pytree.GetAttrKey, context[0])
+    return list(zip(keys, children, strict=True)), context
+
+
+def _unflatten_object(
+    kind: type, children: Iterable[Any], context: tuple[tuple[str, ...], dict[str, Any]]
+) -> Any:
+    value = kind.__new__(kind)
+    vars(value).update(context[1], **dict(zip(context[0], children, strict=True)))
+    return value
 
 
 def _dynamic_shapes(
@@ -199,6 +251,7 @@ def _from_program(
             node.target = f"{CONSTANTS}.{name}"
         elif "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)  # holds for the captured dtypes, which `Guards` checks
+    scatter_writes(View(graph, program.graph_module))
     leaves = pytree.tree_leaves((args, kwargs))
     guards = guards_of(users, leaves)
     if dynamic:

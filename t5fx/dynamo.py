@@ -20,8 +20,9 @@ from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from t5fx.blocks import Checkpoint, open_checkpoints, open_multi_head_attention
-from t5fx.canon import View, chain_in_place
+from t5fx.canon import View
 from t5fx.match import module_name
+from t5fx.writes import settle
 
 _STEP = r"\._(?:modules|parameters|buffers)\[['\"]?([^'\"\]]+)['\"]?\]"
 _TENSOR = re.compile(rf"^(?P<root>.*?)(?P<path>(?:{_STEP})+)(?:\.(?P<attribute>\w+))?$")
@@ -140,7 +141,7 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
         _rename(node, names, labels, models, canonical)
     numbers = Numbers({str(n.target): (t.position, t.value) for n, t in tensors.items()})
     view = View(graph, owner, numbers)
-    chain_in_place(view)
+    settle(view)
     why = getattr(gm, "compile_subgraph_reason", None)
     broken = getattr(why, "graph_break", False)
     inner = any(names.values()) or len(labels) > 1

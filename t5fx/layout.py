@@ -236,8 +236,20 @@ def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) 
     size = axes.view.shape(node)[dim]
     if same(axis.size, size):
         return axis
-    runs = axis.parts if axis.kind == "cat" else (axis,)
-    begin = _position(axes.view, start, axis.size, 0)
+    runs = _runs(axis)
+    found = _between(runs, _position(axes.view, start, axis.size, 0), size)
+    if found is None:
+        return axes.plain(node, dim, "feature" if axis.features else "plain")
+    kept = runs[found]
+    return kept[0] if len(kept) == 1 else Axis("cat", size, parts=kept)
+
+
+def _runs(axis: Axis) -> tuple[Axis, ...]:
+    return axis.parts if axis.kind == "cat" else (axis,)
+
+
+def _between(runs: tuple[Axis, ...], begin: Any, size: Any) -> slice | None:
+    """The runs that make up `size` positions from `begin` on, or None."""
     total: Any = 0
     for i in range(len(runs)):
         if same(total, begin):
@@ -245,10 +257,40 @@ def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) 
             for j in range(i, len(runs)):
                 rest = rest + runs[j].size
                 if same(rest, size):
-                    kept = runs[i : j + 1]
-                    return kept[0] if len(kept) == 1 else Axis("cat", size, parts=kept)
+                    return slice(i, j + 1)
         total = total + runs[i].size
-    return axes.plain(node, dim, "feature" if axis.features else "plain")
+    return None
+
+
+@rule("slice_scatter")
+def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """What is written takes the place of the runs that were there."""
+    whole, written = (axes[n] for n in axes.view.inputs(node)[:2])
+    dim = (axes.view.arg(node, "dim", 0) or 0) % len(whole)
+    if len(written) != len(whole) or axes.view.arg(node, "step", 1) != 1:
+        return None
+    result = [
+        a if a == b or (a.features and b.features) or not b.data else b if not a.data else None
+        for a, b in zip(whole, written, strict=True)
+    ]
+    axis, new = whole[dim], written[dim]
+    result[dim] = None
+    if not axis.features:
+        runs = _runs(axis)
+        start = _position(axes.view, axes.view.arg(node, "start"), axis.size, 0)
+        found = _between(runs, start, new.size)
+        if found is None and len(runs) == 1 and not axis.data:  # made to be filled
+            rest = replace(axis, size=axis.size - start - new.size, source=(node.name, dim, "rest"))
+            runs = (replace(axis, size=start, source=(node.name, dim)), new, rest)
+            result[dim] = Axis("cat", axis.size, parts=tuple(r for r in runs if r.size != 0))
+        elif found is not None:
+            runs = (*runs[: found.start], new, *runs[found.stop :])
+            result[dim] = runs[0] if len(runs) == 1 else replace(axis, kind="cat", parts=runs)
+    kinds = ("feature" if a.features else "plain" for a in whole)
+    return tuple(
+        axes.plain(node, i, kind) if a is None else a
+        for i, (a, kind) in enumerate(zip(result, kinds, strict=True))
+    )
 
 
 def _position(view: View, value: Any, size: Any, default: Any) -> Any:

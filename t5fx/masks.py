@@ -91,6 +91,8 @@ def _interval(view: View, node: fx.Node, memo: dict[fx.Node, Interval | None]) -
     if name == "masked_fill" and len(operands) == 3:
         mask = operands[1]
         return first if mask == (0.0, 0.0) else _hull(first, operands[2])
+    if name == "slice_scatter":
+        return _hull(first, operands[1])
     if name in ("tril", "triu"):
         return _hull(first, (0.0, 0.0))
     if len(operands) < 2 or first is None or operands[1] is None:
@@ -173,7 +175,8 @@ def refusal(view: View, mask: fx.Node) -> tuple[str, str]:
             continue
         seen.add(node)
         name = view.op(node)
-        if name in ("tril", "triu") or (name in _COMPARE and _positions(view, node)):
+        triangle = name in ("tril", "triu") or _triangle(view, node)
+        if triangle or (name in _COMPARE and _positions(view, node)):
             return "causal", f"the mask '{mask.name}' is built from token positions ({node.name})"
         if node.op == "get_attr":
             learned = learned or node
@@ -186,6 +189,17 @@ def refusal(view: View, mask: fx.Node) -> tuple[str, str]:
     if given is not None:
         return "masked", f"'{mask.name}', which stems from the input '{given.name}', masks keys"
     return "masked", f"'{mask.name}' masks keys, and could not be proved to hide none"
+
+
+def _triangle(view: View, node: fx.Node) -> bool:
+    """Whether a node reads a constant that lets each query see the keys up to its own."""
+    value = view.attribute(node) if node.op == "get_attr" else None
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return False
+    if value.is_meta or value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.is_complex():
+        return False
+    seen = value == 0 if value.is_floating_point() else value != 0
+    return value.shape[-1] > 1 and bool(torch.equal(seen, torch.ones_like(seen).tril()))
 
 
 def _positions(view: View, node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ ORDER = [
     "t5fx.report",
     "t5fx.hooks",
     "t5fx.canon",
+    "t5fx.writes",
     "t5fx.axes",
     "t5fx.masks",
     "t5fx.calls",
