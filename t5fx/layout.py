@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from t5fx.axes import permutation, regroup_node
-from t5fx.canon import View, hint, same
+from t5fx.canon import View, expr, hint, same
 from t5fx.tokens import Axis, Layout, layout_of, merge, split
 
 Rule = Callable[["Axes", fx.Node], "tuple[Axis, ...] | None"]
@@ -218,6 +218,25 @@ def _cat(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     return tuple(result)
 
 
+@rule("stack")
+def _stack(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    tensors = [n for n in axes.view.arg(node, "tensors") if isinstance(n, fx.Node)]
+    dim = (axes.view.arg(node, "dim", 0) or 0) % _rank(axes, node)
+    result = [_meet([axes[n][i] for n in tensors]) for i in range(_rank(axes, node) - 1)]
+    result.insert(dim, axes.plain(node, dim))
+    return tuple(result)
+
+
+@rule("pad_sequence")
+def _padded(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """One sequence an item, all of them as long as the result or padded."""
+    tensors = [n for n in axes.view.arg(node, "sequences") if isinstance(n, fx.Node)]
+    if not axes.view.arg(node, "batch_first", False):
+        return None
+    inner = [_meet([axes[n][i] for n in tensors]) for i in range(_rank(axes, node) - 1)]
+    return (axes.plain(node, 0, "batch"), *inner)
+
+
 @rule("slice")
 def _slice(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes.view.inputs(node)[0]
@@ -238,8 +257,11 @@ def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) 
         return axis
     runs = _runs(axis)
     found = _between(runs, _position(axes.view, start, axis.size, 0), size)
+    if found is None and axis.features:
+        return axes.plain(node, dim, "feature")
     if found is None:
-        return axes.plain(node, dim, "feature" if axis.features else "plain")
+        begin = _position(axes.view, start, axis.size, 0)
+        return Axis("chosen", size, ("from", begin), (axis,), data=axis.data)
     kept = runs[found]
     return kept[0] if len(kept) == 1 else Axis("cat", size, parts=kept)
 
@@ -324,7 +346,10 @@ def _getitem(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if name == "unbind":
         return _pick(axes[source], dim, key)
     sizes = [t.shape[dim] for t in View.meta(producer)]
-    start = sum((_expr(s) for s in sizes[: key % len(sizes)]), start=0)
+    if len(sizes) == 1:  # all of it, whose size the capture holds to be that
+        result[dim] = replace(result[dim], size=expr(sizes[0]))
+        return tuple(result)
+    start = sum((expr(s) for s in sizes[: key % len(sizes)]), start=0)
     result[dim] = _cut(axes, node, dim, axes[source][dim], start, None)
     return tuple(result)
 
@@ -379,6 +404,24 @@ def _select(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes[axes.view.inputs(node)[0]]
     dim = axes.view.arg(node, "dim", 0) % len(source)
     return _pick(source, dim, axes.view.arg(node, "index"))
+
+
+@rule("index")
+def _chosen(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """x[..., positions]: what is picked along one axis by one row of positions."""
+    source = axes[axes.view.inputs(node)[0]]
+    used = [(i, k) for i, k in enumerate(node.args[1]) if k is not None]
+    if len(used) != 1 or len(axes[used[0][1]]) != 1 or _rank(axes, node) != len(source):
+        return None
+    dim, positions = used[0]
+    size, data = axes.view.shape(node)[dim], axes.data(positions)
+    made = ("chosen by" if data else "moved by", positions.name)
+    result = list(source)
+    if not source[dim].features:
+        result[dim] = Axis("chosen", size, made, (source[dim],), data=source[dim].data)
+    else:
+        result[dim] = axes.plain(node, dim, "feature")
+    return tuple(result)
 
 
 @rule("expand")
@@ -557,6 +600,3 @@ def _embedding(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 def _rank(axes: Axes, node: fx.Node) -> int:
     return len(axes.view.shape(node))
 
-
-def _expr(size: Any) -> Any:
-    return size if isinstance(size, int) else size.node.expr

@@ -167,23 +167,25 @@ def harmless(view: View, mask: fx.Node) -> bool:
 def refusal(view: View, mask: fx.Node) -> tuple[str, str]:
     """The reason, and a sentence, why a mask or bias that is not harmless stops a rewrite."""
     seen: set[fx.Node] = set()
-    stack = [mask]
+    stack = [(mask, False)]
     learned = given = None
     while stack:
-        node = stack.pop()
+        node, boolean = stack.pop()
         if node in seen:
             continue
         seen.add(node)
+        # What is learned before a comparison decides what is hidden, and is added to nothing.
+        boolean = boolean or _dtype(view, node) == torch.bool
         name = view.op(node)
         triangle = name in ("tril", "triu") or _triangle(view, node)
         if triangle or (name in _COMPARE and _positions(view, node)):
             return "causal", f"the mask '{mask.name}' is built from token positions ({node.name})"
         if node.op == "get_attr":
-            learned = learned or node
+            learned = learned or (None if boolean else node)
         elif node.op == "placeholder":
             given = given or node
-        stack.extend(view.inputs(node))
-    if learned is not None and _dtype(view, mask) != torch.bool:
+        stack.extend((above, boolean) for above in view.inputs(node))
+    if learned is not None:
         detail = f"'{mask.name}', which stems from '{learned.target}', is added to the scores"
         return "additive-bias", detail
     if given is not None:

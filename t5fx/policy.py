@@ -237,6 +237,10 @@ def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
             ours = ", ".join(map(_words, outer["queries"]))
             detail = f"batch and heads of the {name} are ({theirs}), of the queries ({ours})"
             raise Refusal("cross-attention", detail)
+    for run in query.parts if query.kind == "cat" else (query,):
+        if run.kind == "chosen" and run.source[0] == "chosen by":
+            detail = f"of the tokens only those take part that '{run.source[1]}' chooses"
+            raise Refusal("masked", f"{detail}, which depends on the input")
 
 
 def _together(query: Axis, other: Axis) -> bool:
@@ -257,6 +261,8 @@ def _together(query: Axis, other: Axis) -> bool:
 def _words(axis: Axis) -> str:
     if axis.kind == "cat":
         return " then ".join(_words(run) for run in axis.parts)
+    if axis.kind == "chosen":
+        return f"{_example(axis)} of {_words(axis.parts[0])}, {' '.join(axis.source)}"
     dims = axis.grid()
     if dims:
         source = dims[0]

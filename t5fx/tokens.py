@@ -17,6 +17,7 @@ class Axis:
     kind: "spatial", "side" (of an input that may be an image), "merge" (row-major, of `parts`),
     "cat" (of `parts`), "piece" (number `index` of the split of `parts[0]` into `sizes`), "picked"
     (`parts[0]`, in a tensor that holds only what position `index` of another axis, `source`, held),
+    "chosen" (some of `parts[0]`, or all in another order),
     "feature", "batch", "repeat" (of one position), "unit" (size one), "plain".
     source: what made it; two axes are the same tokens iff they compare equal. data: it depends on
     the inputs of the model, not on parameters alone. at: (node, axis) that has this size.
@@ -88,8 +89,8 @@ def layout_of(axis: Axis) -> Layout | str:
     if len(grids) > 1:
         return f"{len(grids)} runs of the tokens are grids; the node takes one"
     dims = runs[grids[0]].grid() or ()
-    patches = [a.sizes[1:] for a in dims if a.cut]
-    if patches and all(patches.count(sizes) < 2 for sizes in patches):
+    patches = [a.parts[0].example // max(a.example, 1) for a in dims if a.cut]
+    if patches and all(patches.count(size) < 2 for size in patches):
         return "only one side of an input is cut into patches; an image has two of one size"
     if len(dims) > 3:
         return f"the tokens have {len(dims)} spatial axes; the node takes one to three"

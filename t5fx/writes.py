@@ -82,7 +82,7 @@ def scatter_writes(view: View) -> None:
         if not (bounds or copied) or not _alone(view, whole, node):
             continue
         after = [u for u in whole.users if view.order[u] > view.order[node]]
-        if not after:
+        if not after and not node.users:
             continue
         with view.graph.inserting_before(node):
             written = _scattered(view, node, whole, bounds)
@@ -193,10 +193,13 @@ def _scattered(
         parts = [whole]
         for one in bounds:
             parts.append(call(torch.ops.aten.slice.Tensor, parts[-1], *one.arguments))
-        if view.op(node) in ("copy", "setitem"):
-            value = node.args[1] if view.op(node) == "copy" else node.args[2]
+        copied = view.op(node) in ("copy", "setitem")
+        if copied:
+            value = node.args[-1]
         else:
             value = call(_OUT_OF_PLACE[view.op(node)], parts[-1], *node.args[1:])
+        if copied and isinstance(value, fx.Node) and view.mutated(value, after=node):
+            raise ValueError(value)
         part, new = view.val(parts[-1]), view.val(value) if isinstance(value, fx.Node) else None
         if part is None or new is None or (part.shape, part.dtype) != (new.shape, new.dtype):
             raise ValueError(value)
@@ -207,7 +210,7 @@ def _scattered(
         for new in made[::-1]:
             view.graph.erase_node(new)
         return None
-    node.replace_all_uses_with(value)
+    node.replace_all_uses_with(value if bounds else written)
     if bounds and not parts[-1].users:
         view.graph.erase_node(parts[-1])
     return written
