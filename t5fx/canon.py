@@ -214,6 +214,16 @@ class View:
         value = self.val(node)
         return () if value is None else tuple(expr(n) for n in value.shape)
 
+    @cached_property
+    def sizes(self) -> dict[Any, fx.Node]:
+        """The first node that computes a symbolic size, by its expression."""
+        found: dict[Any, fx.Node] = {}
+        for node in self.graph.nodes:
+            value = self.meta(node)
+            if isinstance(value, torch.SymInt):
+                found.setdefault(expr(value), node)
+        return found
+
     def scalar(self, value: Any) -> float | None:
         """A constant number: a Python scalar, or a one-element buffer or constant; else None."""
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -395,18 +405,39 @@ def same(a: Any, b: Any) -> bool:
 
 
 def exactly(whole: Any, parts: Any) -> bool:
-    """Whether a size equals a product of others provided that every n // d in it is exact."""
+    """Whether a size equals a product of others provided that the divisions in that are exact.
+
+    Either those that round up or those that round down are taken to be, never both at once, so that
+    any remainder would show in the product.
+    """
     if isinstance(parts, int):
         return False
     import sympy
-    from torch.utils._sympy.functions import FloorDiv
+    from torch.utils._sympy.functions import CeilToInt, FloorDiv, IntTrueDiv
+
+    rounded = next((kind for kind in (CeilToInt, FloorDiv) if parts.has(kind)), None)
+    if rounded is None:
+        return False
 
     def divided(size: Any) -> Any:
         if isinstance(size, int):
             return sympy.Integer(size)
-        return size.replace(FloorDiv, lambda base, divisor: base / divisor)
+        if rounded is FloorDiv:
+            return size.replace(FloorDiv, lambda base, divisor: base / divisor)
+        inner = size.replace(CeilToInt, lambda ratio: ratio)
+        return inner.replace(IntTrueDiv, lambda base, divisor: base / divisor)
 
-    return bool(parts.has(FloorDiv) and sympy.expand(divided(whole) - divided(parts)) == 0)
+    return bool(sympy.expand(divided(whole) - divided(parts)) == 0)
+
+
+def quotient(total: Any, others: list[Any]) -> Any:
+    """A size of which, times others, a total is the product: a number or an expression, or None."""
+    import sympy
+
+    left = sympy.cancel(sympy.sympify(total) / sympy.prod(map(sympy.sympify, others)))
+    if left.is_Integer:
+        return int(left)
+    return left if sympy.fraction(left)[1] == 1 else None
 
 
 def _plus(a: Any, b: Any) -> Any:

@@ -171,14 +171,16 @@ class Linearized(Block):
     def _capture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Any, leaves: list[Any]
     ) -> Variant:
-        template, captures = self._t5.source, self._captures
+        captures = self._captures
         config = resolve(captures.config, args, kwargs)
         seconds = 0.0 if config.gives_layout else config.capture_seconds
-        captured = self._trace(template, args, kwargs, seconds)
+        captured, view, plans, tried = self._look(config, args, kwargs, seconds)
+        if captured.dynamic and _lacks_grids(plans):
+            again = self._look(config, args, kwargs, 0.0)
+            if not _lacks_grids(again[2]):
+                captured, view, plans, tried = again
+                captured.note = "static sizes (with dynamic ones no grid could be proved)"
         existing = self._nodes()
-        view = View(captured.graph, template, captured.constants)
-        tried: dict[str, Tried] = {}
-        plans = plan(view, config, lambda m: m.key in existing if existing else None, tried=tried)
         refuse_calls(view, plans, existing)
         if not self.report.sites:
             self.report.sites, self.report.patterns = [entry.site for entry in plans], tried
@@ -195,6 +197,17 @@ class Linearized(Block):
         )
         captures.variants.append(variant)
         return variant
+
+    def _look(
+        self, config: LinearizeConfig, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
+    ) -> tuple[Capture, View, list[Plan], dict[str, Tried]]:
+        """Capture a call and judge its attentions; also what each pattern tried."""
+        template, existing = self._t5.source, self._nodes()
+        captured = self._trace(template, args, kwargs, seconds)
+        view = View(captured.graph, template, captured.constants)
+        tried: dict[str, Tried] = {}
+        plans = plan(view, config, lambda m: m.key in existing if existing else None, tried=tried)
+        return captured, view, plans, tried
 
     def _trace(
         self, template: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
@@ -269,6 +282,12 @@ class Linearized(Block):
 
     def _get_name(self) -> str:
         return f"Linearized[{self.report.model}]"
+
+
+def _lacks_grids(plans: list[Plan]) -> bool:
+    """Whether nothing is rewritten, at least one attention of which for want of its grid."""
+    rewritten = any(entry.site.status == "rewritten" for entry in plans)
+    return not rewritten and any(entry.site.reason == "grid-unknown" for entry in plans)
 
 
 def _blank() -> Linearized:

@@ -138,6 +138,10 @@ def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None) -> None:
         raise Refusal("excluded", "not one of the sites that were rewritten before")
     tokens = axes[binding.q.like][binding.q.token]
     entry.prefix, entry.grid = _layout(tokens, site, config)
+    for axis in (*entry.prefix, *entry.grid):
+        if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
+            if axis.size not in view.sizes:
+                raise Refusal("grid-unknown", f"no node has the size {axis.size} of {_words(axis)}")
     if decided is None:
         _pays(site, config)
 
@@ -222,7 +226,8 @@ def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
     tokens = {name: axes[o.like][o.token] for name, o in operands.items()}
     query = tokens["queries"]
     for name, axis in tokens.items():
-        if axis.features:
+        # Of tokens that a layer along them made, the channels are features as well.
+        if axis.features and not axes[operands[name].like][operands[name].channel].features:
             detail = f"the {name}' tokens are channels: {_words(axis)}"
             raise Refusal("not-attention", detail)
     for name, axis in tokens.items():

@@ -321,8 +321,7 @@ class _Builder:
             return axis
         if axis.kind == "unit" or isinstance(axis.size, int):
             return int(axis.size)
-        assert axis.at is not None
-        return self.size_of(*axis.at)
+        return self.size_of(*axis.at) if axis.at else self.view.sizes[axis.size]
 
     def total(self, axes: tuple[Axis | int, ...]) -> Any:
         result: Any = 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from t5fx.axes import regroup
+from t5fx.canon import exactly, quotient, same
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,18 @@ def layout_of(axis: Axis) -> Layout | str:
     return Layout(runs[: grids[0]], dims, runs[grids[0] + 1 :])
 
 
+def _outer(parts: tuple[Axis, ...], sizes: tuple[Any, ...]) -> Any:
+    """Into how many the last part comes apart where the last of `sizes` are its innermost ones."""
+    last, inner = parts[-1], sizes[-1]
+    if not isinstance(inner, int) or last.example <= inner or last.example % inner:
+        return None
+    if isinstance(last.size, int):
+        return last.size // inner
+    outer = quotient(sizes[0], [p.size for p in parts[:-1]]) if len(sizes) == 2 else None
+    fits = outer is not None and (same(last.size, outer * inner) or exactly(last.size, outer * inner))
+    return outer if fits else None
+
+
 def merge(parts: list[Axis], size: Any) -> Axis:
     """Row-major merge of neighbouring axes; the pieces of one split make it whole again."""
     parts = _heal(parts)
@@ -106,7 +121,13 @@ def merge(parts: list[Axis], size: Any) -> Axis:
         size = 1
         for part in parts:
             size = size * part.size
-    return Axis("merge", size, parts=tuple(parts), data=any(p.data for p in parts))
+    data, example = any(p.data for p in parts), math.prod(p.example for p in parts)
+    return Axis("merge", size, parts=tuple(parts), data=data, example=example)
+
+
+def _flat(parts: Iterable[Axis]) -> tuple[Axis, ...]:
+    """The same with merges of merges opened."""
+    return tuple(a for p in parts for a in (_flat(p.parts) if p.kind == "merge" else (p,)))
 
 
 def _heal(parts: list[Axis]) -> list[Axis]:
@@ -127,24 +148,25 @@ def split(whole: Axis, sizes: list[tuple[Any, int]]) -> list[Axis]:
     """Pieces of one axis, outermost first; a merge comes apart into what it was made of."""
     exprs = tuple(size for size, _ in sizes)
     if whole.kind == "merge":
-        hints = tuple(p.example for p in whole.parts), tuple(h for _, h in sizes)
-        groups = regroup(tuple(p.size for p in whole.parts), exprs, hints)
-        if groups is not None and len(groups) > 1:
+        for parts in dict.fromkeys((whole.parts, _flat(whole.parts))):
+            hints = tuple(p.example for p in parts), tuple(h for _, h in sizes)
+            groups = regroup(tuple(p.size for p in parts), exprs, hints)
+            if groups is None or len(groups) < 2:
+                continue
             pieces: list[Axis] = []
             for ins, outs in groups:
-                inner = merge([whole.parts[i] for i in ins], None) if ins else Axis("unit", 1)
+                inner = merge([parts[i] for i in ins], None) if ins else Axis("unit", 1)
                 chosen = [sizes[j] for j in outs]
                 pieces += [inner] if len(outs) == 1 else split(inner, chosen)
             return pieces
         last, inner = whole.parts[-1], exprs[-1]
-        if isinstance(last.size, int) and isinstance(inner, int) and last.size > inner:
-            if last.size % inner == 0:  # [B, H * D] seen as [B * H, D]
-                outer = last.size // inner
-                pair = split(last, [(outer, outer), (inner, inner)])
-                rest = merge([*whole.parts[:-1], pair[0]], None)
-                front = [rest] if len(sizes) == 2 else split(rest, sizes[:-1])
-                return [*front, pair[1]]
+        outer = _outer(whole.parts, exprs)
+        if outer is not None:  # [B, H * D] seen as [B * H, D]
+            pair = split(last, [(outer, last.example // inner), (inner, inner)])
+            rest = merge([*whole.parts[:-1], pair[0]], None)
+            front = [rest] if len(sizes) == 2 else split(rest, sizes[:-1])
+            return [*front, pair[1]]
     return [
-        Axis("piece", size, whole.source, (whole,), i, exprs, whole.data)
-        for i, size in enumerate(exprs)
+        Axis("piece", size, whole.source, (whole,), i, exprs, whole.data, example=example)
+        for i, (size, example) in enumerate(sizes)
     ]
