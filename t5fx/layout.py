@@ -125,7 +125,11 @@ def _pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 def _meet(meeting: list[Axis]) -> Axis:
     weight = {"repeat": 0, "plain": 1, "side": 1}
-    best = max(meeting, key=lambda a: (a.data, _grids(a), weight.get(a.kind, 2)))  # first of equals
+
+    def says(axis: Axis) -> tuple[Any, ...]:
+        return axis.data, _grids(axis), weight.get(axis.kind, 2), not axis.repeats
+
+    best = max(meeting, key=says)  # the first of equals
     rivals = [a for a in meeting if a.data == best.data and _grids(a) and a != best]
     if _grids(best) and any(_shape_of(a) != _shape_of(best) for a in rivals):
         return Axis("plain", best.size, source=("conflict", *(repr(a.source) for a in meeting)))
@@ -588,7 +592,28 @@ def _frames(batch: Axis) -> Axis:
 )
 def _resampled(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     spatial = ["spatial"] * (_rank(axes, node) - 2)
-    return axes.fresh(node, ["batch", "feature", *spatial])
+    made = axes.fresh(node, ["batch", "feature", *spatial])
+    batch = axes[axes.view.inputs(node)[0]][0]
+    windows = any(part.kind == "piece" for part in (batch, *batch.parts))
+    return (batch, *made[1:]) if same(batch.size, made[0].size) and not windows else made
+
+
+@rule("im2col")
+def _unfolded(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """F.unfold: [B, C, H, W] to [B, C * kernel, rows * columns of blocks]."""
+    source = axes.view.inputs(node)[0]
+    if _rank(axes, node) != 3 or len(axes[source]) != 4:
+        return None
+    value, sides = axes.view.val(source), []
+    for i, name in enumerate(("rows", "columns")):
+        kernel, dilation, padding, stride = (
+            axes.view.arg(node, key)[i] for key in ("kernel_size", "dilation", "padding", "stride")
+        )
+        assert value is not None
+        count = (value.shape[i + 2] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        sides.append(Axis("spatial", expr(count), (node.name, name), example=hint(count)))
+    blocks = merge(sides, axes.view.shape(node)[2])
+    return (axes[source][0], axes.plain(node, 1, "feature"), blocks)
 
 
 @rule("embedding")

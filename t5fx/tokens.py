@@ -67,6 +67,11 @@ class Axis:
         return self.kind == "spatial" or whole
 
     @property
+    def repeats(self) -> bool:
+        """Whether any part of it repeats one position."""
+        return self.kind == "repeat" or any(part.repeats for part in self.parts)
+
+    @property
     def features(self) -> bool:
         """Whether any part of it counts channels."""
         return self.kind == "feature" or any(part.features for part in self.parts)
