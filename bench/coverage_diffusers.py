@@ -170,7 +170,6 @@ CASES = (
         heads(4, 4, patch_size=2, in_channels=4, out_channels=4, text_embed_dim=8)
         | {"time_embed_dim": 8, "condition_dim": 4},
         IMAGE | SIZES | {"encoder_hidden_states": (B, 7, 8)},
-        cause="RoPE written in place into a slice of q and k; patches by reshape",
     ),
     case(
         "GlmImageTransformer2DModel",
@@ -333,7 +332,6 @@ CASES = (
             "cap_feats": [torch.randn(16, 16)],
             "t": torch.tensor([0.5]),
         },
-        cause="axes are lost in complex RoPE (view_as_complex, view_as_real); patches by reshape",
     ),
     case(
         "AllegroTransformer3DModel",
@@ -396,7 +394,6 @@ CASES = (
         heads(2, 16, in_channels=4, out_channels=4, mmdit_layers=2, patch_size=2)
         | {"sample_height": 60, "sample_width": 90, "text_embed_dim": 16, "time_embed_dim": 8},
         VIDEO | {"encoder_hidden_states": (B, 7, 16)},
-        cause="RoPE written in place into a slice of q and k; frame axis",
     ),
     case(
         "HunyuanVideoTransformer3DModel",
@@ -440,7 +437,6 @@ CASES = (
         | {"norm_type": "ada_norm_single", "norm_elementwise_affine": False}
         | {"video_length": 3},
         {"hidden_states": (B, 4, 3, 8, 8), "timestep": STEP, "encoder_hidden_states": (B, 7, 8)},
-        cause="a frame axis merged with the batch around a convolution is no grid axis",
     ),
     case(
         "LTXVideoTransformer3DModel",
@@ -531,7 +527,6 @@ CASES = (
             "encoder_hidden_states": (B, 7, 16),
             "encoder_attention_mask": torch.ones(B, 7, dtype=torch.bool),
         },
-        cause="explain raises: a size that depends on data",
     ),
     case(
         "MotifVideoTransformer3DModel",
@@ -557,7 +552,6 @@ CASES = (
             "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(6)],
             "text_rope_pos": torch.arange(7),
         },
-        cause="RoPE by sums of pairs: sum has no layout rule, passes for cross-attention",
     ),
     case(
         "PriorTransformer",
@@ -666,7 +660,6 @@ CASES = (
             "timestep": torch.tensor([10]),
             "encoder_hidden_states": (B * 3, 7, 16),
         },
-        cause="a frame axis merged with the batch around a convolution is no grid axis",
     ),
     case(
         "UNetSpatioTemporalConditionModel",
@@ -697,7 +690,6 @@ CASES = (
         }
         | {"clip_text_pooled_in_channels": 16, "switch_level": (False,)},
         {"sample": (B, 4, 8, 12), "timestep_ratio": NOW, "clip_text_pooled": (B, 1, 16)},
-        cause="keys of which a Linear made some tokens pass for channels",
     ),
     case(
         "UVit2DModel",

@@ -99,7 +99,7 @@ def load_vit(path: Path) -> tuple[nn.Module, Training]:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 100) -> float:
     """The fraction of images [N, 1, H, W] whose largest logit is that of their label [N]."""
     pairs = zip(images.split(batch), labels.split(batch), strict=True)
     return sum((model(x).argmax(-1) == y).sum().item() for x, y in pairs) / len(labels)

@@ -279,7 +279,7 @@ def _step(
 
 def _added_to_part(view: View, node: fx.Node, scores: fx.Node) -> fx.Node | None:
     """What is added to a slice of the scores before it is written back, or None."""
-    adds = []
+    adds: list[fx.Node] = []
     for _ in range(_REACH):
         name = view.op(node)
         if node is scores:

@@ -119,7 +119,7 @@ def _register_outputs(_model: nn.Module | None, _args: Any, outputs: Any) -> Non
             )
         else:
             continue
-        _register_outputs(None, None, pytree.tree_flatten(leaf, lambda x: x is not leaf)[0])
+        _register_outputs(None, None, pytree.SUPPORTED_NODES[kind].flatten_fn(leaf)[0])
 
 
 def _is_object(value: Any) -> bool:
@@ -153,7 +153,7 @@ def _flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
 def _unflatten_object(
     kind: type, children: Iterable[Any], context: tuple[tuple[str, ...], dict[str, Any]]
 ) -> Any:
-    value = kind.__new__(kind)
+    value: Any = object.__new__(kind)
     vars(value).update(context[1], **dict(zip(context[0], children, strict=True)))
     return value
 

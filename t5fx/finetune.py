@@ -94,7 +94,7 @@ class FineTune:
     _: KW_ONLY
     protocol: str = "freeze"
     steps: int = 1000
-    lr: float = 1e-3
+    lr: float = 3e-4
     lr_ratio: float = 20.0
     weight_decay: float = 0.01
     warmup: float = 0.05

@@ -22,6 +22,13 @@ Rule = Callable[["Axes", fx.Node], "tuple[Axis, ...] | None"]
 _RULES: dict[str, Rule] = {}
 
 
+#: Operators that read nothing of a tensor but its sizes, dtype and device.
+_FILLED = {
+    *("zeros_like", "ones_like", "full_like", "empty_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty"),
+}
+
+
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register how the axes of an operator's output come from those of its inputs."""
 
@@ -43,7 +50,8 @@ class Axes:
             value = view.val(node)
             sized = isinstance(View.meta(node), int | torch.SymInt)
             inputs = (self._data[n] for n in node.all_input_nodes)
-            self._data[node] = node.op == "placeholder" or (not sized and any(inputs))
+            computed = not sized and view.op(node) not in _FILLED
+            self._data[node] = node.op == "placeholder" or (computed and any(inputs))
             if value is not None:
                 self.known[node] = self._infer(node, value)
 
@@ -232,7 +240,7 @@ def _stack(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 
 @rule("pad_sequence")
-def _padded(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+def _sequences(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     """One sequence an item, all of them as long as the result or padded."""
     tensors = [n for n in axes.view.arg(node, "sequences") if isinstance(n, fx.Node)]
     if not axes.view.arg(node, "batch_first", False):
@@ -624,4 +632,3 @@ def _embedding(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 def _rank(axes: Axes, node: fx.Node) -> int:
     return len(axes.view.shape(node))
-

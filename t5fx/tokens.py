@@ -113,7 +113,9 @@ def _outer(parts: tuple[Axis, ...], sizes: tuple[Any, ...]) -> Any:
     if isinstance(last.size, int):
         return last.size // inner
     outer = quotient(sizes[0], [p.size for p in parts[:-1]]) if len(sizes) == 2 else None
-    fits = outer is not None and (same(last.size, outer * inner) or exactly(last.size, outer * inner))
+    fits = outer is not None and (
+        same(last.size, outer * inner) or exactly(last.size, outer * inner)
+    )
     return outer if fits else None
 
 

@@ -66,10 +66,9 @@ class _Bounds:
 def scatter_writes(view: View) -> None:
     """Write parts of tensors out of place: `x[:, 3:] = y` becomes x = slice_scatter(x, y, 1, 3).
 
-    That is, slices (or all) of tensors that the graph itself makes, where no other view of what is written
-    is read afterwards; whatever else is written stays as it is, and everything where gradients are
-    switched off in between, since a change in place keeps the history of the rest. Changes the
-    graph.
+    That is, slices (or all) of tensors that the graph itself makes, where no other view of what is
+    written is read afterwards. All else stays as it is, and everything in a graph that switches
+    gradients off, since what is changed in place keeps its history. Changes the graph.
     """
     if any("set_grad_enabled" in str(node.target) for node in view.graph.nodes):
         return
@@ -78,8 +77,9 @@ def scatter_writes(view: View) -> None:
         if found is None:
             continue
         whole, bounds = found
-        copied = view.op(node) in ("copy", "setitem")
-        if not (bounds or copied) or not _alone(view, whole, node):
+        if whole is node.args[0] and not bounds and view.op(node) not in _COPIES:
+            continue  # that is what `chain_in_place` is for
+        if not _alone(view, whole, node):
             continue
         after = [u for u in whole.users if view.order[u] > view.order[node]]
         if not after and not node.users:
@@ -113,7 +113,7 @@ def _part_of(view: View, node: fx.Node) -> tuple[fx.Node, list[_Bounds]] | None:
             if (keys := _keys(view, whole.args[0], whole.args[1])) is None:
                 break
             bounds[:0] = keys
-        else:
+        elif whole.target is not torch.ops.aten.alias.default:
             break
         whole = whole.args[0]
     return whole, bounds
@@ -174,9 +174,7 @@ def _read_later(view: View, node: fx.Node, write: fx.Node) -> bool:
     )
 
 
-def _scattered(
-    view: View, node: fx.Node, whole: fx.Node, bounds: list[_Bounds]
-) -> fx.Node | None:
+def _scattered(view: View, node: fx.Node, whole: fx.Node, bounds: list[_Bounds]) -> fx.Node | None:
     """New nodes before `node`: what it writes, and `whole` with that in it."""
     made: list[fx.Node] = []
 
@@ -193,7 +191,7 @@ def _scattered(
         parts = [whole]
         for one in bounds:
             parts.append(call(torch.ops.aten.slice.Tensor, parts[-1], *one.arguments))
-        copied = view.op(node) in ("copy", "setitem")
+        copied = view.op(node) in _COPIES
         if copied:
             value = node.args[-1]
         else:
@@ -201,9 +199,15 @@ def _scattered(
         if copied and isinstance(value, fx.Node) and view.mutated(value, after=node):
             raise ValueError(value)
         part, new = view.val(parts[-1]), view.val(value) if isinstance(value, fx.Node) else None
-        if part is None or new is None or (part.shape, part.dtype) != (new.shape, new.dtype):
+        if part is None or new is None:
             raise ValueError(value)
-        written = value if bounds else call(torch.ops.aten.clone.default, value)
+        if copied and part.dtype != new.dtype:
+            value = call(torch.ops.aten.type_as.default, value, parts[-1])
+        if copied and part.shape != new.shape:
+            value = call(torch.ops.aten.expand_as.default, value, parts[-1])
+        if not copied and (part.shape, part.dtype) != (new.shape, new.dtype):
+            raise ValueError(value)
+        written = call(torch.ops.aten.clone.default, value) if copied and not bounds else value
         for one, part in zip(bounds[::-1], parts[-2::-1], strict=True):
             written = call(torch.ops.aten.slice_scatter.default, part, written, *one.arguments)
     except (KeyError, RuntimeError, TypeError, ValueError):
@@ -217,6 +221,7 @@ def _scattered(
 
 
 _VALUES = ("val", "example_value", "tensor_meta")
+_COPIES = ("copy", "setitem")
 _OUT_OF_PLACE = {
     "add": operator.add,
     "sub": operator.sub,

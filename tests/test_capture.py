@@ -63,6 +63,37 @@ def test_calls_of_every_kind():
     assert torch.equal(lin(x)["out"], base)
 
 
+class Layer:
+    def __init__(self, keys):
+        self.keys, self.length, self.device = keys, keys.shape[1], keys.device
+
+
+class Cache:
+    """As transformers' caches: no dataclass, no pytree; tensors in attributes of attributes."""
+
+    def __init__(self, *layers):
+        self.layers, self.name, self.index = list(layers), "cache", {"seen": 3}
+
+
+class WithCache(Flexible):
+    def forward(self, x):
+        t = self.embed(x).flatten(2).mT
+        return F.scaled_dot_product_attention(t[:, None], t[:, None], t[:, None]), Cache(Layer(t))
+
+
+def test_objects_around_tensors_among_the_outputs():
+    model = WithCache()
+    lin = t5fx.linearize(model, (torch.randn(2, 3, 8, 8),), config=ALL)
+    for size in ((2, 3, 8, 8), (1, 3, 4, 12)):
+        x = torch.randn(size)
+        _, cache = lin(x)
+        assert (type(cache), cache.name, cache.index) == (Cache, "cache", {"seen": 3})
+        (layer,) = cache.layers
+        assert (type(layer), layer.device) == (Layer, x.device)
+        torch.testing.assert_close(layer.keys, model.embed(x).flatten(2).mT)
+        assert layer.length == layer.keys.shape[1]
+
+
 def test_varargs():
     class Model(nn.Module):
         def __init__(self):

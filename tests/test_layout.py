@@ -191,3 +191,176 @@ def test_queries_of_the_pooled_grid_are_other_tokens_than_the_keys():
 
     report = t5fx.explain(Model().eval(), (torch.randn(2, 3, 24, 40),), config=CONFIG)
     assert [site.reason for site in report.sites] == ["cross-attention"]
+
+
+class Tokens(nn.Module):
+    """Self-attention over [B, N, C] that `tokens(embedded image)` makes."""
+
+    def __init__(self, tokens, channels=16):
+        super().__init__()
+        self.tokens = tokens
+        self.embed, self.qkv = nn.Conv2d(3, channels, 4, 4), nn.Linear(16, 48)
+        self.mix = nn.Linear(24, 7)
+
+    def attend(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, images):
+        return self.attend(self.tokens(self, self.embed(images)))
+
+
+def site_of(tokens, *size):
+    (site,) = t5fx.explain(Tokens(tokens).eval(), (torch.randn(2, 3, *size),), config=CONFIG).sites
+    return site
+
+
+def row_major(x):
+    return x.flatten(2).mT
+
+
+class Unfolded(nn.Module):
+    """MobileViT: tokens at one place of every patch attend to each other, one place at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48)
+
+    def forward(self, images):
+        x = self.embed(images)
+        batch, channels, height, width = x.shape
+        rows, columns = -(-height // 2), -(-width // 2)
+        if (rows * 2, columns * 2) != (height, width):
+            x = F.interpolate(x, (rows * 2, columns * 2), mode="bilinear")
+        x = x.reshape(batch * channels * rows, 2, columns, 2).transpose(1, 2)
+        x = x.reshape(batch, channels, rows * columns, 4).transpose(1, 3)
+        x = x.reshape(batch * 4, rows * columns, channels)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_channels_merged_with_rows():
+    model, images = Unfolded().eval(), torch.randn(2, 3, 32, 48)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 0, (4, 6), 0)
+    other = torch.randn(1, 3, 64, 16)
+    assert lin(other).shape == model(other).shape
+
+
+def test_sizes_that_prove_no_grid_are_captured_static():
+    """A size that the model turns into a number leaves an image's sides without one."""
+
+    class Model(Unfolded):
+        def forward(self, images):
+            x = self.embed(images)
+            batch, channels, height, width = x.shape
+            rows, columns = int(height / 2), int(width / 2)
+            x = x.reshape(batch * channels * rows, 2, columns, 2).transpose(1, 2)
+            x = x.reshape(batch, channels, rows * columns, 4).transpose(1, 3)
+            x = x.reshape(batch * 4, rows * columns, channels)
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    model, images = Model().eval(), torch.randn(2, 3, 32, 48)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.grid) == ("rewritten", (4, 6))
+    assert lin(images).shape == model(images).shape
+
+
+@pytest.mark.parametrize(("kernel", "stride", "grid"), [(4, 4, (6, 10)), (8, 4, (5, 9))])
+def test_blocks_of_unfold(kernel, stride, grid):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.qkv = nn.Linear(3 * kernel**2, 16), nn.Linear(16, 48)
+
+        def forward(self, images):
+            x = self.embed(F.unfold(images, kernel, stride=stride).mT)
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    (site,) = t5fx.explain(Model().eval(), (torch.randn(2, 3, 24, 40),), config=CONFIG).sites
+    assert (site.status, site.grid) == ("rewritten", grid)
+
+
+def test_interleaved_rotary_embedding():
+    """Even and odd channels, turned and stacked."""
+
+    class Model(Tokens):
+        def attend(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+            q, k = (torch.stack([-t[..., 1::2], t[..., ::2]], -1).flatten(3) for t in (q, k))
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model = Model(lambda _, x: row_major(x)).eval()
+    (site,) = t5fx.explain(model, (torch.randn(2, 3, 16, 24),), config=CONFIG).sites
+    assert (site.status, site.grid) == ("rewritten", (4, 6))
+
+
+def test_frames_modulated_one_by_one():
+    """A modulation repeated for every frame does not hide that frames are an axis of the grid."""
+
+    class Model(Frames):
+        def forward(self, video, shift):
+            batch, _, frames = video.shape[:3]
+            x = self.embed(video.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+            x = shift.repeat_interleave(frames, 0)[:, None] + x
+            x = x.unflatten(0, (batch, frames)).transpose(1, 2).flatten(0, 1)
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    args = torch.randn(2, 3, 5, 16, 24), torch.randn(2, 16)
+    (site,) = t5fx.explain(Model().eval(), args, config=CONFIG).sites
+    assert (site.status, site.grid) == ("rewritten", (5,))
+
+
+def test_places_filled_one_after_another():
+    """Text and image written into a tensor made for both are its tokens, in that order."""
+
+    def joint(model, x):
+        image = row_major(x)
+        tokens = image.new_zeros(image.shape[0], 5 + image.shape[1], 16)
+        tokens[:, :5] = model.qkv.weight[:5]
+        tokens[:, 5:] = image
+        return tokens
+
+    site = site_of(joint, 16, 24)
+    assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 5, (4, 6), 0)
+
+
+def test_one_sequence_an_item():
+    def padded(_model, x):
+        return nn.utils.rnn.pad_sequence(list(row_major(x).unbind(0)), batch_first=True)
+
+    site = site_of(padded, 16, 24)
+    assert (site.status, site.grid) == ("rewritten", (4, 6))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        # In another order, the same for all: no grid that is known.
+        (lambda _, x: row_major(x)[:, torch.arange(24).flip(0)], "grid-unknown"),
+        # Some of them, as the values decide: a mask.
+        (lambda _, x: row_major(x)[:, x.mean((0, 1)).flatten().topk(12).indices], "masked"),
+        # The first half of the rows: a grid perhaps, but not proved.
+        (lambda _, x: row_major(x)[:, :11], "grid-unknown"),
+        # New tokens that a layer makes of the old ones, whose channels they still have.
+        (lambda model, x: model.mix(x.flatten(2)).mT, "grid-unknown"),
+    ],
+)
+def test_tokens_chosen_or_mixed(tokens, reason):
+    assert site_of(tokens, 16, 24).reason == reason
+
+
+def test_attention_over_channels_is_none():
+    class Model(Tokens):
+        def attend(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 4, 1).unbind()
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model = Model(lambda _, x: row_major(x)).eval()
+    (site,) = t5fx.explain(model, (torch.randn(2, 3, 16, 24),), config=CONFIG).sites
+    assert site.reason == "not-attention"

@@ -53,6 +53,13 @@ def blinded():
     return mask
 
 
+TRIANGLE = [[key <= query for key in range(16)] for query in range(16)]
+
+
+def triangle():
+    return torch.tensor([[0.0 if seen else -math.inf for seen in row] for row in TRIANGLE])
+
+
 def twice(p, t):
     return p @ t, p.mean(1)
 
@@ -85,6 +92,16 @@ CASES = {
     ),
     "causal positions": lambda m, t, x: soft(
         torch.where(torch.arange(16)[:, None] >= torch.arange(16), t @ t.mT, -math.inf), t
+    ),
+    "causal constant": lambda m, t, x: soft(
+        torch.where(torch.tensor(TRIANGLE), t @ t.mT, -math.inf), t
+    ),
+    "causal constant added": lambda m, t, x: soft(t @ t.mT + triangle(), t),
+    "masked by a learned layer": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=(t @ m.bias[:, :4] > 0).any(1, keepdim=True)
+    ),
+    "masked by it, in numbers": lambda m, t, x: soft(
+        t @ t.mT + torch.zeros(2, 2, 16, 16).masked_fill(t @ m.bias[:, :4] > 0, -math.inf), t
     ),
     "masked": lambda m, t, x: F.scaled_dot_product_attention(
         t, t, t, attn_mask=(x.flatten(1)[:, :16] > 0)[:, None, None]
