@@ -7,6 +7,7 @@ its sizes as integers or symbolic expressions.
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache, cached_property
 from typing import Any
@@ -369,9 +370,26 @@ def expr(size: Any) -> Any:
     if isinstance(size, int):
         return size
     if isinstance(size, torch.SymInt):
-        value = size.node.expr
+        value = _rounded(size.node.expr)
         return int(value) if value.is_Integer else value
     return size
+
+
+def _rounded(value: Any) -> Any:
+    """n where an expression has ceil(float(n) - 0.5): as many numbers as arange(0.5, n) has."""
+    from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
+
+    if not value.has(ToFloat):
+        return value
+
+    def rounded(ratio: Any) -> Any:
+        exact = ratio.replace(
+            FloatTrueDiv, lambda a, b: a if b.is_number and float(b) == 1 else FloatTrueDiv(a, b)
+        )
+        constant, rest = exact.replace(ToFloat, lambda n: n).as_coeff_Add()
+        return rest + math.ceil(constant) if rest.is_integer else CeilToInt(ratio)
+
+    return value.replace(CeilToInt, rounded)
 
 
 #: Stands for a size that depends on data, which an example does not tell.

@@ -175,11 +175,11 @@ class Linearized(Block):
         config = resolve(captures.config, args, kwargs)
         seconds = 0.0 if config.gives_layout else config.capture_seconds
         captured, view, plans, tried = self._look(config, args, kwargs, seconds)
-        if captured.dynamic and _lacks_grids(plans):
+        if captured.dynamic and _lacks_proofs(plans):
             again = self._look(config, args, kwargs, 0.0)
-            if not _lacks_grids(again[2]):
+            if not _lacks_proofs(again[2]):
                 captured, view, plans, tried = again
-                captured.note = "static sizes (with dynamic ones no grid could be proved)"
+                captured.note = "static sizes (with dynamic ones nothing could be proved)"
         existing = self._nodes()
         refuse_calls(view, plans, existing)
         if not self.report.sites:
@@ -284,10 +284,11 @@ class Linearized(Block):
         return f"Linearized[{self.report.model}]"
 
 
-def _lacks_grids(plans: list[Plan]) -> bool:
-    """Whether nothing is rewritten, at least one attention of which for want of its grid."""
+def _lacks_proofs(plans: list[Plan]) -> bool:
+    """Whether nothing is rewritten, and something perhaps for sizes that could not be compared."""
     rewritten = any(entry.site.status == "rewritten" for entry in plans)
-    return not rewritten and any(entry.site.reason == "grid-unknown" for entry in plans)
+    sizes = ("grid-unknown", "cross-attention", "head-dim", "not-attention")
+    return not rewritten and any(entry.site.reason in sizes for entry in plans)
 
 
 def _blank() -> Linearized:

@@ -267,7 +267,7 @@ def _words(axis: Axis) -> str:
     if axis.kind == "cat":
         return " then ".join(_words(run) for run in axis.parts)
     if axis.kind == "chosen":
-        return f"{_example(axis)} of {_words(axis.parts[0])}, {' '.join(axis.source)}"
+        return f"{_example(axis)} of {_words(axis.parts[0])}, {' '.join(map(str, axis.source))}"
     dims = axis.grid()
     if dims:
         source = dims[0]

@@ -265,6 +265,7 @@ class _Cutter:
                 _inside(name, child),
                 tuple(value(n) for n in reads),
                 {"piece": number},
+                name=f"{child.rpartition('.')[2]}_out",  # a child may well be called "self"
             )
             for i, node in enumerate(gives):
                 alone = len(gives) == 1
