@@ -49,7 +49,7 @@ def operand(
             factors[state.node] = factor
         elif not _layout(view, state.node):
             break
-        above = view.inputs(state.node)[0]
+        above = view.inputs(state.node)[0] if factor is None else _unscaled(view, state.node)
         path.append(state.node)
         after = state.roles and _above(view, state.node, state.roles)
         states.append(_State(above, after, len(path)))
@@ -157,6 +157,15 @@ def _layout(view: View, node: fx.Node) -> bool:
     )
 
 
+def _unscaled(view: View, node: fx.Node) -> fx.Node:
+    """The tensor that a node multiplies by a constant, which may be a tensor of one number."""
+    left, right = view.arg(node, "input"), view.arg(node, "other")
+    first = isinstance(left, fx.Node) and view.shape(left) == view.shape(node)
+    found = left if first else right
+    assert isinstance(found, fx.Node)
+    return found
+
+
 def _factor(view: View, node: fx.Node) -> float | None:
     """The constant that a node multiplies its only tensor by, or None."""
     name = view.op(node)
@@ -165,9 +174,9 @@ def _factor(view: View, node: fx.Node) -> float | None:
     left, right = view.arg(node, "input"), view.arg(node, "other")
     if left is right or view.val(node) is None:
         return None
-    if isinstance(left, fx.Node) and view.shape(left) == view.shape(node):
+    if isinstance(left, fx.Node) and _unscaled(view, node) is left:
         number = view.scalar(right)
         if number is None or (name == "div" and (node.kwargs.get("rounding_mode") or not number)):
             return None
         return number if name == "mul" else 1.0 / number
-    return view.scalar(left) if name == "mul" else None
+    return view.scalar(left) if name == "mul" and isinstance(right, fx.Node) else None

@@ -452,6 +452,8 @@ def _repeated(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     repeats, dim = axes.view.arg(node, "repeats"), axes.view.arg(node, "dim")
     if not isinstance(repeats, int) or not isinstance(dim, int):
         return None
+    if repeats == 1:
+        return tuple(result)
     dim %= len(result)
     copies = _copies(axes, node, dim, repeats)
     unit = result[dim].kind == "unit"

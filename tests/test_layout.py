@@ -364,3 +364,31 @@ def test_attention_over_channels_is_none():
     model = Model(lambda _, x: row_major(x)).eval()
     (site,) = t5fx.explain(model, (torch.randn(2, 3, 16, 24),), config=CONFIG).sites
     assert site.reason == "not-attention"
+
+
+def test_sizes_of_positions_between_patches():
+    """DINOv3: as many positions as arange(0.5, n) has, with class and register tokens in front."""
+
+    class Model(Tokens):
+        def forward(self, images):
+            x = self.embed(images)
+            height, width = x.shape[2:]
+            rows, columns = torch.arange(0.5, height) / height, torch.arange(0.5, width) / width
+            places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
+            turn = places.repeat(1, 4)
+            tokens = torch.cat([self.qkv.weight[:3].expand(len(x), -1, -1), row_major(x)], 1)
+            q, k, v = self.qkv(tokens).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+            sizes = q.shape[-2] - turn.shape[-2], turn.shape[-2]
+            q, k = (
+                torch.cat([prefix, patches * turn], -2)
+                for prefix, patches in (t.split(sizes, -2) for t in (q, k))
+            )
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model, images = Model(None).eval(), torch.randn(2, 3, 16, 24)
+    lin = t5fx.linearize(model, (images,), config=CONFIG)
+    (site,) = lin.report.sites
+    assert (site.status, site.prefix, site.grid) == ("rewritten", 3, (4, 6))
+    assert "dynamic" in lin.report.capture
+    other = torch.randn(1, 3, 32, 8)
+    assert lin(other).shape == model(other).shape

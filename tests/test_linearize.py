@@ -346,6 +346,35 @@ def test_blocks_can_be_sharded_one_by_one():
         assert torch.equal(lin(images), expected)
 
 
+def test_a_child_called_self():
+    """As transformers call the inner half of an attention."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self, self.output = Inner(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.output(self.self(x))
+
+    class Inner(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Conv2d(3, 8, 2, 2), Attention()
+
+        def forward(self, images):
+            return self.attention(self.embed(images).flatten(2).mT[:, None])
+
+    images = torch.randn(2, 3, 8, 8)
+    lin = t5fx.linearize(Model(), (images,), config=ALL)
+    assert [site.fqn for site in lin.report.rewritten] == ["attention.self"]
+    assert lin(images).shape == (2, 1, 16, 8)
+
+
 def test_grids_of_one_and_three_axes():
     class Model(nn.Module):
         def __init__(self, axes):
