@@ -1,15 +1,18 @@
 """What the pass itself costs: seconds of match and rewrite against nodes and cold compile.
 
-`python -m t5fx.bench.pass_cost [--depths 6,12,24,48] [--compile]` times the passes on ViT graphs
-of growing depth (timm's ViT-Ti blocks, static capture, float32, batch 1) and, with `--compile`,
-what `torch.compile` takes to compile the deepest softmax model cold.
+`python -m t5fx.bench.pass_cost [--depths 6,12,24,48] [--flux] [--compile]` times the passes on ViT
+graphs of growing depth (timm's ViT-Ti blocks, static capture, float32, batch 1); with `--flux` also
+on one of Flux's size, 19 double and 38 single blocks of small width; with `--compile` also what
+`torch.compile` takes to compile the deepest softmax model cold.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import timm
 import torch
@@ -52,13 +55,34 @@ def vit(depth: int) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", depth=depth, img_size=64).eval()
 
 
-def measure(depth: int, repeats: int = 3) -> Cost:
-    """Time the stages of the pass on one ViT; every site must be rewritten."""
-    model, images = vit(depth), torch.randn(1, 3, 64, 64)
+def measure(depth: int) -> Cost:
+    """Time the stages of the pass on one ViT."""
+    return _measure(vit(depth), {"x": torch.randn(1, 3, 64, 64)}, EVERY_SITE, depth)
+
+
+def measure_flux() -> Cost:
+    """Time them on a graph of Flux's 57 attentions: 7 text tokens, then a given grid of 4 x 6."""
+    from diffusers import FluxTransformer2DModel
+
+    from .coverage_diffusers import CASES
+
+    small, _, inputs = next(c for c in CASES if c.name == "FluxTransformer2DModel").build()
+    settings = {k: v for k, v in small.config.items() if not k.startswith("_")}
+    model = FluxTransformer2DModel(**settings | {"num_layers": 19, "num_single_layers": 38})
+    tokens = inputs["hidden_states"].shape[1]
+    text = inputs["encoder_hidden_states"].shape[1]
+    config = replace(EVERY_SITE, grid=(4, tokens // 4), prefix=text)
+    return _measure(model.eval(), inputs, config, 57)
+
+
+def _measure(
+    model: nn.Module, inputs: dict[str, Any], config: LinearizeConfig, depth: int, repeats: int = 3
+) -> Cost:
+    """The best of several runs; each of the `depth` sites must be rewritten."""
     best = {"match": 1e9, "layout": 1e9, "plan": 1e9, "rewrite": 1e9}
     for _ in range(repeats):
         start = time.perf_counter()
-        captured = capture(model, (), {"x": images}, seconds=0.0)
+        captured = capture(model, (), inputs, seconds=0.0)
         captured_in = time.perf_counter() - start
         nodes = len(captured.graph.nodes)
 
@@ -68,9 +92,9 @@ def measure(depth: int, repeats: int = 3) -> Cost:
         times = {
             "match": _seconds(lambda: find(view())),
             "layout": _seconds(lambda: Axes(view())),
-            "plan": _seconds(lambda: plan(view(), EVERY_SITE)),
+            "plan": _seconds(lambda: plan(view(), config)),
         }
-        plans = plan(view(), EVERY_SITE)
+        plans = plan(view(), config)
         times["rewrite"] = _seconds(lambda plans=plans: rewrite(view(), plans, {}))
         rewritten = sum(entry.site.status == "rewritten" for entry in plans)
         if rewritten != depth:
@@ -93,7 +117,7 @@ def _seconds(work) -> float:
     return time.perf_counter() - start
 
 
-def table(costs: list[Cost], compiled: float | None) -> Table:
+def table(costs: list[Cost], compiled: float | None, more: Sequence[Cost] = ()) -> Table:
     """The costs, and the share of the deepest model's cold compile."""
     last = costs[-1]
     share = ""
@@ -103,7 +127,7 @@ def table(costs: list[Cost], compiled: float | None) -> Table:
     result = Table(title=f"ms by stage (plan = match + layout + policy){share}")
     for name in ("blocks", "nodes", "capture", "match", "layout", "plan", "rewrite", "us a node"):
         result.add_column(name, justify="right")
-    for c in costs:
+    for c in (*costs, *more):
         stages = (c.capture, c.match, c.layout, c.plan, c.rewrite)
         shown = [f"{1e3 * s:.1f}" for s in stages]
         result.add_row(str(c.depth), str(c.nodes), *shown, f"{1e6 * c.per_node:.0f}")
@@ -113,12 +137,14 @@ def table(costs: list[Cost], compiled: float | None) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depths", default="6,12,24,48")
+    parser.add_argument("--flux", action="store_true", help="also a graph of Flux's size")
     parser.add_argument("--compile", action="store_true", help="also time a cold torch.compile")
     options = parser.parse_args()
     depths = [int(d) for d in options.depths.split(",")]
     costs = [measure(depth) for depth in depths]
+    flux = [measure_flux()] if options.flux else []
     compiled = cold_compile(depths[-1]) if options.compile else None
-    Console().print(table(costs, compiled))
+    Console().print(table(costs, compiled, flux))
 
 
 if __name__ == "__main__":

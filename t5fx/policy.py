@@ -267,15 +267,15 @@ def _words(axis: Axis) -> str:
     if axis.kind == "cat":
         return " then ".join(_words(run) for run in axis.parts)
     if axis.kind == "chosen":
-        return f"{_example(axis)} of {_words(axis.parts[0])}, {' '.join(map(str, axis.source))}"
+        return f"{axis.count} of {_words(axis.parts[0])}, {' '.join(map(str, axis.source))}"
     dims = axis.grid()
     if dims:
         source = dims[0]
         while source.parts:
             source = source.parts[0]
-        return f"{' x '.join(str(d.example) for d in dims)} positions of '{source.source[0]}'"
+        return f"{' x '.join(str(d.count) for d in dims)} positions of '{source.source[0]}'"
     source_name = axis.source[0] if isinstance(axis.source, tuple) else axis.kind
-    return f"{_example(axis)} tokens of '{source_name}'"
+    return f"{axis.count} tokens of '{source_name}'"
 
 
 def _layout(
@@ -287,16 +287,16 @@ def _layout(
             if config.locality == "none":
                 return (), ()
             raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
-        site.prefix = sum(_example(a) for a in found.prefix)
-        site.suffix = sum(_example(a) for a in found.suffix)
-        site.grid = tuple(_example(a) for a in found.grid)
+        site.prefix = sum(a.count for a in found.prefix)
+        site.suffix = sum(a.count for a in found.suffix)
+        site.grid = tuple(a.count for a in found.grid)
         return found.prefix, found.grid
     assert site.num_tokens is not None
     grid = config.grid
     if grid is None:
         if isinstance(found, str):
             raise Refusal("grid-unknown", f"{found}; give `grid` too")
-        grid = tuple(_example(a) for a in found.grid)
+        grid = tuple(a.count for a in found.grid)
     assert not callable(grid) and not callable(config.prefix) and not callable(config.suffix)
     rest = site.num_tokens - math.prod(grid)
     prefix, suffix = config.prefix, config.suffix
@@ -312,10 +312,6 @@ def _layout(
         )
     site.prefix, site.grid, site.suffix = prefix, grid, suffix
     return (prefix,), grid
-
-
-def _example(axis: Axis) -> int:
-    return 1 if axis.kind == "unit" else axis.example
 
 
 def _pays(site: Site, config: LinearizeConfig) -> None:

@@ -57,6 +57,11 @@ class Axis:
         return None
 
     @property
+    def count(self) -> int:
+        """Its size in the captured example."""
+        return self.size if isinstance(self.size, int) else self.example
+
+    @property
     def cut(self) -> bool:
         """Whether it counts the patches along a side of an input."""
         return self.kind == "piece" and self.index == 0 and self.parts[0].kind == "side"
@@ -97,7 +102,7 @@ def layout_of(axis: Axis) -> Layout | str:
     if len(grids) > 1:
         return f"{len(grids)} runs of the tokens are grids; the node takes one"
     dims = runs[grids[0]].grid() or ()
-    patches = [a.parts[0].example // max(a.example, 1) for a in dims if a.cut]
+    patches = [a.parts[0].count // max(a.count, 1) for a in dims if a.cut]
     if patches and all(patches.count(size) < 2 for size in patches):
         return "only one side of an input is cut into patches; an image has two of one size"
     if len(dims) > 3:
@@ -108,7 +113,7 @@ def layout_of(axis: Axis) -> Layout | str:
 def _outer(parts: tuple[Axis, ...], sizes: tuple[Any, ...]) -> Any:
     """Into how many the last part comes apart where the last of `sizes` are its innermost ones."""
     last, inner = parts[-1], sizes[-1]
-    if not isinstance(inner, int) or last.example <= inner or last.example % inner:
+    if not isinstance(inner, int) or last.count <= inner or last.count % inner:
         return None
     if isinstance(last.size, int):
         return last.size // inner
@@ -128,7 +133,7 @@ def merge(parts: list[Axis], size: Any) -> Axis:
         size = 1
         for part in parts:
             size = size * part.size
-    data, example = any(p.data for p in parts), math.prod(p.example for p in parts)
+    data, example = any(p.data for p in parts), math.prod(p.count for p in parts)
     return Axis("merge", size, parts=tuple(parts), data=data, example=example)
 
 
@@ -156,7 +161,7 @@ def split(whole: Axis, sizes: list[tuple[Any, int]]) -> list[Axis]:
     exprs = tuple(size for size, _ in sizes)
     if whole.kind == "merge":
         for parts in dict.fromkeys((whole.parts, _flat(whole.parts))):
-            hints = tuple(p.example for p in parts), tuple(h for _, h in sizes)
+            hints = tuple(p.count for p in parts), tuple(h for _, h in sizes)
             groups = regroup(tuple(p.size for p in parts), exprs, hints)
             if groups is None or len(groups) < 2:
                 continue
@@ -169,7 +174,7 @@ def split(whole: Axis, sizes: list[tuple[Any, int]]) -> list[Axis]:
         last, inner = whole.parts[-1], exprs[-1]
         outer = _outer(whole.parts, exprs)
         if outer is not None:  # [B, H * D] seen as [B * H, D]
-            pair = split(last, [(outer, last.example // inner), (inner, inner)])
+            pair = split(last, [(outer, last.count // inner), (inner, inner)])
             rest = merge([*whole.parts[:-1], pair[0]], None)
             front = [rest] if len(sizes) == 2 else split(rest, sizes[:-1])
             return [*front, pair[1]]
