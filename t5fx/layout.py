@@ -272,10 +272,14 @@ def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) 
     if found is None and axis.features:
         return axes.plain(node, dim, "feature")
     if found is None:
-        begin = _position(axes.view, start, axis.size, 0)
-        return Axis("chosen", size, ("from", begin), (axis,), data=axis.data)
+        return _piece_from(axis, _position(axes.view, start, axis.size, 0), size)
     kept = runs[found]
     return kept[0] if len(kept) == 1 else Axis("cat", size, parts=kept)
+
+
+def _piece_from(axis: Axis, begin: Any, size: Any) -> Axis:
+    """Some neighbouring positions of an axis that are no whole run."""
+    return Axis("chosen", size, ("from", begin), (axis,), data=axis.data)
 
 
 def _runs(axis: Axis) -> tuple[Axis, ...]:
@@ -313,7 +317,9 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         runs = _runs(axis)
         start = _position(axes.view, axes.view.arg(node, "start"), axis.size, 0)
         found = _between(runs, start, new.size)
-        if found is None and len(runs) == 1 and not axis.data:  # made to be filled
+        if new == _piece_from(axis, start, new.size):  # what was there, changed
+            result[dim] = axis
+        elif found is None and len(runs) == 1 and not axis.data:  # made to be filled
             rest = replace(axis, size=axis.size - start - new.size, source=(node.name, dim, "rest"))
             runs = (replace(axis, size=start, source=(node.name, dim)), new, rest)
             result[dim] = Axis("cat", axis.size, parts=tuple(r for r in runs if r.size != 0))
