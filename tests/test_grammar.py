@@ -131,7 +131,7 @@ def with_no_ops(graph, seed):
     return graph
 
 
-@settings(MANY, max_examples=settings().max_examples)
+@settings(MANY, max_examples=settings().max_examples // 2)
 @given(
     st.one_of(spellings, near_misses),
     st.booleans(),
@@ -149,7 +149,7 @@ def test_sites_are_the_same_in_changed_graphs(spelling, decomposed, change, seed
     assert sites(changed) == before
 
 
-@settings(MANY, max_examples=settings().max_examples)
+@settings(MANY, max_examples=settings().max_examples // 2)
 @given(spellings)
 def test_graphs_of_core_operators(spelling):
     """What is left of a spelling after decomposition is the same attention."""
