@@ -114,11 +114,11 @@ def _surroundings(view: View, pattern: Pattern, anchor: fx.Node) -> nx.DiGraph:
     graph = nx.DiGraph()
     graph.add_node(anchor, op=view.op(anchor))
     if len(_pattern_graph(pattern.shape)) > 1:
-        for product, _ in climb(view, anchor):
-            graph.add_node(product, op=view.op(product))
+        for product, between in climb(view, anchor):
+            graph.add_node(product, op=view.op(product), distance=len(between))
             graph.add_edge(product, anchor)
-        for product, _ in descend(view, anchor):
-            graph.add_node(product, op=view.op(product))
+        for product, between in descend(view, anchor):
+            graph.add_node(product, op=view.op(product), distance=len(between))
             graph.add_edge(anchor, product)
     return graph
 
@@ -126,12 +126,22 @@ def _surroundings(view: View, pattern: Pattern, anchor: fx.Node) -> nx.DiGraph:
 def _isomorphisms(
     pattern: Pattern, graph: nx.DiGraph, anchor: fx.Node
 ) -> Iterator[dict[str, fx.Node]]:
+    """The pattern's nodes by name, nearest to the anchor first: an order that runs agree on.
+
+    The matcher of networkx goes through sets of nodes, whose order is that of their addresses.
+    """
     wanted = _pattern_graph(pattern.shape)
     matcher = DiGraphMatcher(graph, wanted, node_match=_same_operator)
-    for mapping in matcher.subgraph_monomorphisms_iter():
-        nodes = {name: node for node, name in mapping.items()}
-        if anchor in nodes.values():
-            yield nodes
+    found = [m for m in matcher.subgraph_monomorphisms_iter() if anchor in m]
+    position = {node: i for i, node in enumerate(graph)}
+
+    def nearness(mapping: dict[fx.Node, str]) -> tuple[int, list[int]]:
+        distance = sum(graph.nodes[node].get("distance", 0) for node in mapping)
+        names = sorted(mapping, key=mapping.__getitem__)
+        return distance, [position[node] for node in names]
+
+    for mapping in sorted(found, key=nearness):
+        yield {name: node for node, name in mapping.items()}
 
 
 def _same_operator(found: dict[str, str], wanted: dict[str, str]) -> bool:
