@@ -117,10 +117,10 @@ def _digits(value: float) -> str:
 
 def machine(threads: int) -> str:
     """The processor, the cores used and torch's version, in one line."""
-    return f"{_processor()}, {threads} cores used, torch {torch.__version__.partition('+')[0]}"
+    return f"{processor()}, {threads} cores used, torch {torch.__version__.partition('+')[0]}"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's model name, or its architecture where the system does not tell."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

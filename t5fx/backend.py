@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import inspect
 import logging
 import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +17,12 @@ from torch._dynamo.utils import detect_fake_mode
 from torch._logging import trace_structured
 from torch.nn.parallel import DistributedDataParallel
 
-from t5fx import adapters, kernels
+from t5fx import adapters
 from t5fx.adapters import Adapter, Identity, Place
 from t5fx.blocks import close_checkpoints
 from t5fx.canon import View
 from t5fx.config import LinearizeConfig
+from t5fx.digest import code_digest
 from t5fx.dynamo import (
     Region,
     Tensor,
@@ -505,19 +503,11 @@ def _inductor(options: Options, more: dict[str, Any]) -> Callable[..., Any]:
     inner = torch._TorchCompileInductorWrapper(options.mode, options.inductor, None, **more)
 
     def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        tag = torch.compiler.config.cache_key_tag + _digest()
+        tag = torch.compiler.config.cache_key_tag + code_digest()
         with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return inner(gm, example_inputs)
 
     return compile_graph
-
-
-@functools.cache
-def _digest() -> str:
-    """Identifies our code: torch's on-disk caches see a node as one opaque operator."""
-    roots = [Path(str(file)).parent for file in (__file__, kernels.__file__)]
-    files = sorted(path for root in roots for path in root.rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 @dataclasses.dataclass

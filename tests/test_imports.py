@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # is listed too, for everything under it; files of one folder may import each other.
 ORDER = [
     "t5fx.errors",
+    "t5fx.digest",
     "t5fx.config",
     "t5fx.checkpoint",
     "t5fx.report",

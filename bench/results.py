@@ -1,0 +1,243 @@
+"""What every suite writes: one tidy table, a row a measurement, beside it what it was taken on."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import functools
+import math
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import t5fx
+from t5fx.digest import code_digest
+from t5fx.errors import T5Error
+
+from .tables import processor
+from .timing import Spread
+
+#: Packages whose versions the figures depend on, a column each.
+PACKAGES = ("torch", "triton", "timm", "transformers", "diffusers")
+
+STATUS = ("ok", "absent", "refused", "failed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    suite, case: what was run; tokens (of the longest attention), batch, dtype, mode ("inference" or
+        "training"): of the case.
+    contender: who was measured; measure: what, in `unit`; better: "higher", "lower" or "" where
+        neither is.
+    value, low, high: median, first and third quartile of `rounds` rounds; a count or a share has
+        its value alone.
+    status: "ok"; "absent", the package or the device is not here; "refused", the check of its
+        outputs failed, so that nothing is reported; "failed", it raised. detail says more.
+    device, driver, threads: the machine; then versions, the commit, a digest of t5fx's code, the
+        seed and the day.
+    """
+
+    suite: str
+    case: str
+    tokens: int
+    batch: int
+    dtype: str
+    mode: str
+    contender: str
+    measure: str
+    unit: str = ""
+    better: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rounds: int = 1
+    status: str = "ok"
+    detail: str = ""
+    device: str = ""
+    driver: str = ""
+    threads: int = 0
+    torch: str = ""
+    triton: str = ""
+    timm: str = ""
+    transformers: str = ""
+    diffusers: str = ""
+    commit: str = ""
+    code: str = ""
+    seed: int = 0
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUS:
+            raise T5Error(f"status: expected one of {', '.join(STATUS)}; got {self.status!r}")
+        if self.status == "ok" and (self.value is None or not math.isfinite(self.value)):
+            raise T5Error(
+                f"{self.case}, {self.contender}, {self.measure}: expected a finite value, got "
+                f"{self.value!r}"
+            )
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What two runs have in common where they measured the same."""
+        return self.suite, self.case, self.contender, self.measure
+
+    @property
+    def spread(self) -> Spread:
+        """Quartiles and median; without quartiles, the value three times."""
+        assert self.value is not None
+        low = self.value if self.low is None else self.low
+        return Spread(low, self.value, self.value if self.high is None else self.high)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One case of a suite, run on its own and written at once, so that a run can be taken up again.
+
+    run: returns the rows; it makes them with `row`. Raises T5Error where a check fails.
+    """
+
+    suite: str
+    case: str
+    run: Callable[[Experiment], Iterable[Row]] = field(compare=False)
+    tokens: int = 0
+    batch: int = 1
+    dtype: str = "float32"
+    mode: str = "inference"
+
+    def row(
+        self, contender: str, measure: str, value: float | Spread | None = None, **more: Any
+    ) -> Row:
+        """A row of this case. A `Spread` fills value, low and high."""
+        if isinstance(value, Spread):
+            more |= {"value": value.median, "low": value.low, "high": value.high}
+        else:
+            more["value"] = value
+        own = {name: getattr(self, name) for name in ("suite", "case", *_OF_CASE)}
+        return Row(**own, contender=contender, measure=measure, **more)
+
+
+_OF_CASE = ("tokens", "batch", "dtype", "mode")
+
+
+@functools.cache
+def here(seed: int = 0) -> dict[str, Any]:
+    """The columns that all rows of one run share."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            versions[name] = ""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else processor(),
+        "driver": _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if gpu
+        else "",
+        "threads": torch.get_num_threads(),
+        **versions,
+        "commit": _printed("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        or t5fx.__version__,
+        "code": code_digest(),
+        "seed": seed,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _printed(*command: str) -> str:
+    """The first line that a command prints, or nothing where it fails."""
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return text.partition("\n")[0].strip()
+
+
+class Results:
+    """A CSV file of rows. Each change replaces the file at once or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read(path) if path.exists() else []
+
+    def done(self, experiment: Experiment, run: dict[str, Any]) -> bool:
+        """Whether the same code was measured on the same machine, and nothing failed."""
+        rows = [r for r in self.rows if (r.suite, r.case) == (experiment.suite, experiment.case)]
+        same = ("device", "threads", "torch", "code")
+        fits = all(getattr(row, name) == run[name] for row in rows for name in same)
+        return bool(rows) and fits and all(row.status in ("ok", "absent") for row in rows)
+
+    def replace(self, experiment: Experiment, rows: Sequence[Row], run: dict[str, Any]) -> None:
+        """Puts the rows of a case, each with the columns of the run, in place of earlier ones."""
+        key = (experiment.suite, experiment.case)
+        kept = [row for row in self.rows if (row.suite, row.case) != key]
+        self.rows = kept + [replace(row, **run) for row in rows]
+        write(self.path, self.rows)
+
+    def of(self, suite: str) -> list[Row]:
+        return [row for row in self.rows if row.suite == suite]
+
+
+def read(path: Path) -> list[Row]:
+    """Raises `T5Error` for a file that is no table of results."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [_parsed(line) for line in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error, UnicodeDecodeError) as error:
+        raise T5Error(
+            f"{path}: expected a CSV file that `t5fx bench` wrote, got {type(error).__name__}: "
+            f"{error}"
+        ) from error
+
+
+def _parsed(line: dict[str, str]) -> Row:
+    kinds = {f.name: str(f.type) for f in fields(Row)}
+    if set(line) != set(kinds):
+        differing = sorted(map(str, set(line) ^ set(kinds)))
+        raise ValueError(f"other columns: {', '.join(differing)}")
+    values: dict[str, Any] = {}
+    for name, text in line.items():
+        if kinds[name] == "int":
+            values[name] = int(text)
+        elif kinds[name].startswith("float"):
+            values[name] = float(text) if text else None
+        else:
+            values[name] = text
+    return Row(**values)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Numbers with six digits: a file that many runs merge into stays small and readable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _text(v) for k, v in asdict(row).items()} for row in rows)
+    scratch.replace(path)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return float(np.exp(np.mean(np.log(list(values)))))
+
+
+def grouped(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """(case, its rows), in the order of first appearance."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(row)
+    return iter(cases.items())
