@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from t5fx.measure import Spread
+
 from .features import PrincipalColours, agreement, similarity
-from .timing import Spread, Timing
+from .timing import Timing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,9 +20,7 @@ import torch
 import t5fx
 from t5fx.digest import code_digest
 from t5fx.errors import T5Error
-
-from .tables import processor
-from .timing import Spread
+from t5fx.measure import Spread, device_name
 
 #: Packages whose versions the figures depend on, a column each.
 PACKAGES = ("torch", "triton", "timm", "transformers", "diffusers")
@@ -138,18 +136,26 @@ def here(seed: int = 0) -> dict[str, Any]:
             versions[name] = ""
     gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else processor(),
+        "device": device_name(torch.device("cuda" if gpu else "cpu")),
         "driver": _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if gpu
         else "",
         "threads": torch.get_num_threads(),
         **versions,
-        "commit": _printed("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        "commit": _printed(
+            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
+        )
         or t5fx.__version__,
         "code": code_digest(),
         "seed": seed,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    """Of the checkout that the code is in; of an installation, its version."""
+    folder = str(Path(__file__).parent)
+    return _printed("git", "-C", folder, "describe", "--always", "--dirty") or t5fx.__version__
 
 
 def _printed(*command: str) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
 
+from t5fx.measure import Spread, device_name
+
 from .features import agreement
-from .timing import Spread, Timing
+from .timing import Timing
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,5 @@ def _digits(value: float) -> str:
 
 def machine(threads: int) -> str:
     """The processor, the cores used and torch's version, in one line."""
-    return f"{processor()}, {threads} cores used, torch {torch.__version__.partition('+')[0]}"
-
-
-def processor() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name, version = device_name(torch.device("cpu")), torch.__version__.partition("+")[0]
+    return f"{name}, {threads} cores used, torch {version}"

@@ -9,30 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from t5fx.errors import T5Error
+from t5fx.measure import Spread, interleave
 
 Named = Sequence[tuple[str, nn.Module]]
 
 # Largest |compiled - eager| / |eager| (Euclidean, over the whole output) of a model that is timed.
 TOLERANCE = 1e-3
-
-
-class Spread(NamedTuple):
-    """First quartile, median and third quartile."""
-
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(*np.quantile(values, (0.25, 0.5, 0.75)).tolist())
 
 
 @dataclass(frozen=True)
@@ -103,12 +92,13 @@ def time_models(
         once += seconds
 
     say(f"timing {' and '.join(name for name, _ in models)} at {size} px")
-    count = int(np.clip(budget / once, *rounds))
+    count = int(min(max(budget / once, rounds[0]), rounds[1]))
+    calls = [partial(function, image) for function in functions]
     return Timing(
         size=size,
         num_tokens=num_tokens or compiled.shape[1],
         names=tuple(name for name, _ in models),
-        seconds=_interleave(functions, image, count),
+        seconds=tuple(map(tuple, interleave(calls, count, image.device))),
         first_calls=tuple(first_calls),
         error=max(errors),
     )
@@ -130,18 +120,6 @@ def _check(what: str, compiled: Tensor, eager: Tensor) -> float:
             f"got a relative difference of {error:.3g}; what is wrong is not timed"
         )
     return error
-
-
-def _interleave(
-    functions: Sequence[Callable[[Tensor], Tensor]], image: Tensor, rounds: int
-) -> tuple[tuple[float, ...], ...]:
-    """Seconds of each function in each round, the order of the functions turned every round."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for index in range(rounds):
-        order = list(enumerate(functions))
-        for position, function in order if index % 2 else reversed(order):
-            seconds[position].append(_clock(function, image)[1])
-    return tuple(map(tuple, seconds))
 
 
 def break_even(linear: nn.Module) -> float | None:

@@ -290,7 +290,7 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
         anchor, owner = region.tensors[node].value, region.owner(match.owner)
         return adapters.was_rewritten(owner, anchor, place, config) or None
 
-    plans = plan(region.view, config, decided, region.public)
+    plans = plan(region.view, config, decided, region.public, owner=region.owner)
     report = Report("this graph", sites=[entry.site for entry in plans])
     for entry in plans:
         objection = _objection(region, entry, entry.match.key in anchors)

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inner_loss": ("dot", "l2"),
     "key_norm": ("instance", "instance_center", "instance_scale", "rms", "layer", "none"),
     "locality": ("dwc_qk", "dwc_v", "none"),
-    "policy": ("flops",),
+    "policy": ("flops", "measure"),
     "impl": ("auto", "reference", "triton"),
 }
 
@@ -47,7 +47,10 @@ class LinearizeConfig:
     include, exclude: `fnmatch` patterns of owner names, e.g. ("blocks.[0-5].*",); exclude wins.
     overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
         where several patterns match, later ones win.
-    policy: "flops": decide by counted FLOPs at the example's sizes.
+    policy: how the cost of a site is judged, at the example's sizes. "flops": counted. "measure":
+        both forms are compiled and timed on the device (seconds for each shape that is new; kept
+        in a folder, $T5FX_CACHE_DIR), forward only unless the model is in training mode, and a
+        site is rewritten where the node is the faster one. min_tokens is asked first, either way.
     impl: "auto", "reference" (ordinary operators) or "triton" (kernels for GPUs; the default inner
         model, loss and key norm, locality "dwc_qk" or "none"): see `t5fx.kernels.ttt`.
     seed: fresh parameters depend on this number and the site's name alone.

@@ -36,6 +36,10 @@ class UnavailableMethodError(T5Error, AttributeError):
     """A method of the original model that is not proved right on the linearized one."""
 
 
+class MeasureError(T5Error):
+    """The cost of a site could not be measured, or not so that all ranks decide alike."""
+
+
 class GraphSpecError(T5Error):
     """A rewritten graph breaks one of the invariants that `t5fx.rewrite.verify` checks (a bug)."""
 

@@ -10,12 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from t5fx.canon import View, expr, hint, same
 from t5fx.config import LinearizeConfig
-from t5fx.errors import GraphSpecError
+from t5fx.errors import GraphSpecError, MeasureError
 from t5fx.kernels import flops
 from t5fx.layout import Axes
 from t5fx.match import Match, find
+from t5fx.measure import Shape, cost
 from t5fx.patterns.base import Binding, Operand, Refusal
 from t5fx.report import Site, Tried
 from t5fx.tokens import Axis, layout_of
@@ -49,10 +53,13 @@ def plan(
     decided: Callable[[Match], bool | None] = _undecided,
     public: Callable[[str], str] = _same_name,
     tried: dict[str, Tried] | None = None,
+    owner: Callable[[str], nn.Module | None] | None = None,
 ) -> list[Plan]:
     """Judge every attention of a graph.
 
     tried: is told what each pattern did, by its name.
+
+    owner: the module that has a name in the graph; without it the one under the graph's root.
 
     public: the name that a module of the graph has for the user.
 
@@ -71,10 +78,12 @@ def plan(
         plans.append(entry)
         assert axes is not None
         try:
-            _judge(view, axes, entry, decided(match))
+            _judge(view, axes, entry, decided(match), _is_trained(view, match, owner))
             site.status = "rewritten"
         except Refusal as refusal:
             site.reason, site.detail = refusal.reason, refusal.detail
+        except MeasureError:
+            raise
         except Exception as error:
             if config.selects(name):
                 raise GraphSpecError(
@@ -119,7 +128,7 @@ def _objection(first: Plan, other: Plan) -> tuple[str, str] | None:
     return None
 
 
-def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None) -> None:
+def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None, trained: bool) -> None:
     match, site, config = entry.match, entry.site, entry.config
     if match.binding is None:
         value = view.val(match.anchor)
@@ -144,6 +153,14 @@ def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None) -> None:
                 raise Refusal("grid-unknown", f"no node has the size {axis.size} of {_words(axis)}")
     if decided is None:
         _pays(site, config)
+        if config.policy == "measure":
+            _is_faster(view, entry, trained)
+
+
+def _is_trained(view: View, match: Match, owner: Callable[[str], nn.Module | None] | None) -> bool:
+    """Whether a backward pass will follow: the site's module is in training mode."""
+    module = (owner or view.root.get_submodule)(match.owner)
+    return torch.is_grad_enabled() and module is not None and module.training
 
 
 def _independent(view: View, binding: Binding) -> None:
@@ -321,6 +338,8 @@ def _pays(site: Site, config: LinearizeConfig) -> None:
             detail = f"{site.num_tokens} tokens, fewer than min_tokens={config.min_tokens}"
             raise Refusal("below-break-even", detail)
         return
+    if config.policy == "measure":
+        return  # which counts no FLOPs
     before, after = site.flops_before or 0, site.flops_after or 0
     if after >= before:
         even = math.ceil(site.num_tokens * after / before) if before else 0
@@ -329,3 +348,25 @@ def _pays(site: Site, config: LinearizeConfig) -> None:
             f"{site.num_tokens} tokens; the node needs fewer FLOPs than softmax from "
             f"{even} on (min_tokens=0 rewrites anyway)",
         )
+
+
+def _is_faster(view: View, entry: Plan, trained: bool) -> None:
+    """Measure both forms at the site's sizes; raises `Refusal` where the node is not the faster."""
+    site, binding = entry.site, entry.match.binding
+    assert binding is not None
+    value = view.val(binding.q.like)
+    sizes, values = _sizes(view, binding.q, binding), _sizes(view, binding.v, binding)
+    assert value is not None
+    shape = Shape(
+        *(sizes.batch, sizes.heads, sizes.tokens, sizes.channels, values.channels),
+        *(site.prefix or 0, site.grid or (), str(value.dtype).removeprefix("torch."), trained),
+    )
+    names = ("inner", "inner_loss", "key_norm", "impl")
+    node = {name: getattr(entry.config, name) for name in names}
+    node["locality"] = entry.config.locality if entry.grid else "none"
+    found = cost(shape, node, value.device)
+    site.seconds_before, site.seconds_after = found.softmax, found.ttt
+    site.detail = f"measured{', with the backward pass' if trained else ''}: {found}"
+    if not found.pays:
+        detail = f"{site.num_tokens} tokens; {site.detail} (policy='flops' does not measure)"
+        raise Refusal("below-break-even", detail)

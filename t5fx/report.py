@@ -30,7 +30,8 @@ class Site:
     """One softmax over scores, found in the graph.
 
     Token counts and FLOPs (a multiply-add is two; forward; whole batch, all heads) are those at
-    the example's sizes. `grid` is None where it is unknown or was not judged.
+    the example's sizes. `grid` is None where it is unknown or was not judged. seconds_before and
+    seconds_after are there where both forms were measured (policy "measure").
     """
 
     fqn: str
@@ -46,6 +47,8 @@ class Site:
     suffix: int | None = None
     flops_before: int | None = None
     flops_after: int | None = None
+    seconds_before: float | None = None
+    seconds_after: float | None = None
 
     def __post_init__(self) -> None:
         if self.reason is not None and self.reason not in REASONS:
@@ -139,6 +142,9 @@ class Report:
             more = f" (and {len(details) - 1} other details)" if len(details) > 1 else ""
             sentence = details[0] or REASONS[reason]
             yield Text(f"{reason} ({count}): {sentence}{more}")
+        measured = Counter(s.detail for s in self.rewritten if s.seconds_before is not None)
+        for detail, count in measured.items():
+            yield Text(f"rewritten ({count}): {detail}")
         used = {name: tried for name, tried in self.patterns.items() if tried.anchors}
         if used:
             parts = (

@@ -11,6 +11,9 @@ from pathlib import Path
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     _inductor_cache = tempfile.TemporaryDirectory(prefix="t5fx-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name  # xdist's workers inherit it
+if "T5FX_CACHE_DIR" not in os.environ:
+    _costs = tempfile.TemporaryDirectory(prefix="t5fx-costs-")
+    os.environ["T5FX_CACHE_DIR"] = _costs.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are built from their configurations
 
 import hypothesis

@@ -34,6 +34,7 @@ ORDER = [
     "t5fx.tokens",
     "t5fx.layout",
     "t5fx.kernels",  # policy asks what a node costs; nothing before it knows of the node
+    "t5fx.measure",
     "t5fx.policy",
     "t5fx.rewrite",
     "t5fx.tree",
@@ -48,6 +49,7 @@ ORDER = [
     "t5fx.training",
     "t5fx.align",
     "t5fx.finetune",
+    "t5fx.__main__",
     "t5fx",  # the public names, resolved on first use
     "t5fx.bench",
 ]

@@ -1,0 +1,148 @@
+"""`t5fx bench`: run suites, render what they found, compare two runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from t5fx.errors import T5Error
+
+from .results import Experiment, Results, here
+
+#: Each suite's module; it has `experiments(small=False) -> list[Experiment]`.
+SUITES = {
+    "models": "models",
+    "kernels": "kernels",
+    "pass": "pass_cost",
+    "peers": "peers",
+    "quality": "quality",
+    "coverage": "coverage",
+}
+
+ABOUT = """suites:
+  models    timm, transformers and diffusers models: softmax with each SDPA backend against t5
+  kernels   the Triton kernels of the node, on a GPU
+  pass      what matching and rewriting cost, against nodes and against a cold compile
+  peers     what one might take instead of the node, at one attention
+  quality   the two demos: agreement and accuracy before, aligned, fine-tuned
+  coverage  the attentions of 249 models, read right or not (ten minutes a core and more)
+
+Results are merged into one CSV file; a case that the same code measured on the same machine is not
+run again, so that an interrupted run is taken up where it stopped.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 where a case was refused or a ratio got worse, 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        if options.command == "report":
+            from . import report
+
+            return report.run(options.results or [default_results()], options.out, console)
+        if options.command == "compare":
+            from . import compare
+
+            return compare.run(options.before, options.after, console)
+        return run(options, console)
+    except T5Error as error:
+        console.print(f"t5fx bench: {error}", style="red", markup=False, highlight=False)
+        return 2
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Run suites case by case; what a case gave is on disk before the next one begins."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.small and not options.out:
+        raise T5Error("--small: expected --out FILE, so that tiny runs stay out of the results")
+    results = Results(options.out or default_results())
+    columns = here()
+    bad = 0
+    start = time.perf_counter()
+    suites = list(SUITES) if options.command == "all" else [options.command]
+    for suite in suites:
+        module = importlib.import_module(f"{__package__}.{SUITES[suite]}")
+        for experiment in module.experiments(small=options.small):
+            if options.only and not any(part in experiment.case for part in options.only):
+                continue
+            if not options.again and results.done(experiment, columns):
+                console.print(f"{suite}: {experiment.case}: there already", style="dim")
+                continue
+            bad += not _one(experiment, results, columns, console)
+    seconds = time.perf_counter() - start
+    console.print(f"{results.path}: {len(results.rows)} rows; {seconds:.0f} s", highlight=False)
+    return 1 if bad else 0
+
+
+def _one(experiment: Experiment, results: Results, columns: dict, console: Console) -> bool:
+    """Run one case; whether it was neither refused nor failed."""
+    start = time.perf_counter()
+    torch.manual_seed(columns["seed"])
+    ok = True
+    try:
+        with console.status(f"{experiment.suite}: {experiment.case}"):
+            rows = list(experiment.run(experiment))
+    except Exception as error:
+        ok = False
+        status = "refused" if isinstance(error, T5Error) else "failed"
+        detail = f"{type(error).__name__}: {error}".partition("\n")[0]
+        rows = [experiment.row("", "", status=status, detail=detail)]
+        console.print(f"{status}: {detail}", style="red", markup=False, highlight=False)
+        if status == "failed":
+            traceback.print_exc()
+    finally:
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    results.replace(experiment, rows, columns)
+    seconds = time.perf_counter() - start
+    absent = sum(row.status == "absent" for row in rows)
+    said = f"{experiment.suite}: {experiment.case}: {len(rows)} rows, {absent} absent"
+    console.print(f"{said}; {seconds:.0f} s", highlight=False)
+    return ok
+
+
+def default_results() -> Path:
+    """Of this kind of machine: docs/bench/cpu.csv, or one named after the GPU."""
+    name = "cpu"
+    if torch.cuda.is_available():
+        name = "-".join(torch.cuda.get_device_name().lower().split())
+    return Path("docs/bench") / f"{name}.csv"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="t5fx bench",
+        description=__doc__.partition("\n")[0],
+        epilog=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in (*SUITES, "all"):
+        suite = commands.add_parser(name, help="every suite" if name == "all" else "a suite")
+        suite.add_argument("--out", type=Path, help=f"results (default: {default_results()})")
+        suite.add_argument("--only", nargs="+", metavar="PART", help="cases with this in the name")
+        suite.add_argument("--again", action="store_true", help="also what is there already")
+        suite.add_argument("--small", action="store_true", help="seconds-sized, to try it out")
+        suite.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    report = commands.add_parser("report", help="tables, plots and one HTML page of results")
+    report.add_argument("results", type=Path, nargs="*", help="CSV files")
+    report.add_argument("--out", type=Path, default=Path("docs/bench"))
+    compare = commands.add_parser("compare", help="what got faster or slower from A to B")
+    compare.add_argument("before", type=Path, metavar="A")
+    compare.add_argument("after", type=Path, metavar="B")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

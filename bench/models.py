@@ -1,0 +1,363 @@
+"""Whole models, end to end: softmax with every SDPA backend against t5, compiled against compiled.
+
+The rival is the fastest softmax of the row; "attention removed", where each attention that t5 can
+rewrite returns its values and costs nothing, is the most that any replacement could reach.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import t5fx
+from t5fx.errors import NothingRewrittenWarning, T5Error, UntrainedWarning
+from t5fx.kernels import TTT
+from t5fx.measure import Spread, clock
+from t5fx.report import Report
+
+from .results import Experiment, Row
+from .zoo import Built, Entry, entries
+
+#: Seconds that the rounds of one contender may take, and how many there are.
+BUDGET, ROUNDS = 5.0, (3, 30)
+
+#: Largest relative difference (Euclidean) of a compiled from the eager output, or gradients.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+EVERY, MEASURED, REMOVED = "t5, every site", "t5, measured", "attention removed"
+EAGER, DEFAULT = "softmax, eager", "softmax, default"
+
+
+def experiments(small: bool = False) -> list[Experiment]:
+    """One for each model and size."""
+    gpu = torch.cuda.is_available() and not small
+    dtype = torch.bfloat16 if gpu else torch.float32
+    return [
+        Experiment(
+            "models",
+            entry.name,
+            lambda experiment, entry=entry: Bench(entry, experiment, gpu, dtype).rows(),
+            dtype=str(dtype).removeprefix("torch."),
+            mode="training" if entry.training else "inference",
+        )
+        for entry in entries(gpu, small)
+    ]
+
+
+@dataclass
+class Contender:
+    """Something to call, what calling it once gave, and what else is known of it.
+
+    inside: the context in which it is compiled and called. seconds: of each round.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+    def once(self) -> Any:
+        with self.inside():
+            return self.call()
+
+
+class Bench:
+    """One model at one size."""
+
+    def __init__(self, entry: Entry, experiment: Experiment, gpu: bool, dtype: torch.dtype) -> None:
+        self.entry, self.experiment, self.dtype = entry, experiment, dtype
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        if gpu:
+            self.backends[1:1] = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+    def rows(self) -> Iterator[Row]:
+        """Raises `T5Error` where a compiled model does not give what the eager one does."""
+        self.model, self.inputs = self._build()
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", (UntrainedWarning, NothingRewrittenWarning))
+            stack.enter_context(torch.set_grad_enabled(self.entry.training))
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=32))
+            rest: list[Row] = []
+            if self.entry.compiling:
+                rest += self._compile_rows()
+            torch._dynamo.reset()
+            contenders = list(self._contenders(rest))
+            self._time(contenders)
+            self._measure_memory(contenders)
+            yield from (self._sized(row) for row in self._report(contenders))
+            yield from (self._sized(row) for row in rest)
+
+    # --- what is run ----------------------------------------------------------------------------
+
+    def _build(self) -> Built:
+        torch.manual_seed(0)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                return self.entry.build()
+        finally:
+            torch.set_default_dtype(default)
+
+    def _contenders(self, rest: list[Row]) -> Iterator[Contender]:
+        config = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0.0, **self.entry.options)
+        linear = t5fx.linearize(
+            self.model, (), self.inputs, config=config, share_parameters=True
+        ).train(self.entry.training)
+        self.report: Report = linear.report
+        softmax, node = self._run(self.model)(), self._run(linear)()
+        if relative_difference(node, softmax) < 10 * TOLERANCE[self.dtype]:
+            raise T5Error(
+                "expected a model whose output depends on its attention, got one whose output is "
+                "the same with softmax and with TTT: no check could tell right from wrong"
+            )
+        eager = Contender(EAGER, self._run(self.model))
+        eager.facts |= self._flops(self.model)
+        yield eager
+        for backend in self.backends:
+            name = f"softmax, {backend.name.removesuffix('_ATTENTION')}"
+            contender = Contender(name, self._run(self._inductor(self.model)))
+            contender.inside = partial(_only, backend)
+            try:
+                yield self._compiled(contender, softmax)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                detail = str(error).partition("\n")[0]
+                rest.append(self.experiment.row(name, "latency", status="absent", detail=detail))
+        ours = {**self.entry.options, "min_tokens": 0}
+        contender = Contender(EVERY, self._run(self._t5(ours)))
+        yield self._compiled(contender, node)
+        contender.facts |= self._flops(linear) | {"sites": len(self.report.sites)}
+        contender.facts["sites rewritten"] = len(self.report.rewritten)
+        measuring = {**self.entry.options, "policy": "measure"}
+        chosen = t5fx.LinearizeConfig(**measuring, capture_seconds=0.0)
+        found = t5fx.explain(self.model, (), self.inputs, config=chosen)
+        if found.rewritten:
+            partly = t5fx.linearize(
+                self.model, (), self.inputs, config=chosen, share_parameters=True
+            )
+            wanted = self._run(partly.train(self.entry.training))()
+        else:
+            wanted = softmax
+        contender = Contender(MEASURED, self._run(self._t5(measuring)))
+        contender.facts |= {"sites": len(found.sites), "sites rewritten": len(found.rewritten)}
+        yield self._compiled(contender, wanted)
+        removed = _without_attention(linear)
+        contender = Contender(REMOVED, self._run(self._inductor(removed)))
+        yield self._compiled(contender, self._run(removed)())
+
+    def _inductor(self, model: nn.Module) -> nn.Module:
+        """A backend of its own: Dynamo runs one compiled code for all that are equal."""
+
+        def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+            return torch._inductor.compile(gm, example_inputs)
+
+        return torch.compile(model, backend=backend, dynamic=False)
+
+    def _t5(self, options: dict[str, Any]) -> nn.Module:
+        return torch.compile(self.model, backend="t5", dynamic=False, options=options)
+
+    def _run(self, function: Callable[..., Any]) -> Callable[[], Any]:
+        """A forward pass, or a forward and a backward pass whose gradients are the result."""
+        if not self.entry.training:
+            return lambda: function(**self.inputs)
+        parameters = list(self.model.parameters())
+
+        def step() -> list[Tensor]:
+            loss = sum(t.float().square().mean() for t in _tensors(function(**self.inputs)))
+            assert isinstance(loss, Tensor)
+            loss.backward()
+            found = [p.grad for p in parameters if p.grad is not None]
+            for parameter in parameters:
+                parameter.grad = None
+            return [loss.detach(), *found]
+
+        return step
+
+    def _compiled(self, contender: Contender, wanted: Any) -> Contender:
+        """Compiles it, checks it against the eager result, and counts graphs."""
+        counters.clear()
+        contender.facts["error"] = self._check(contender.name, contender.once(), wanted)
+        graphs = counters["stats"]["unique_graphs"]
+        contender.facts["graphs"] = graphs
+        contender.facts["graph breaks"] = sum(counters["graph_break"].values())
+        contender.once()
+        contender.facts["recompiles"] = counters["stats"]["unique_graphs"] - graphs
+        return contender
+
+    def _compile_times(self) -> dict[str, dict[str, float]]:
+        """Seconds of a first call with empty caches, and again with what that left in them."""
+        found = {}
+        every = {**self.entry.options, "min_tokens": 0}
+        default = torch.compile(self.model, dynamic=False)
+        for name, compiled in ((DEFAULT, default), (EVERY, self._t5(every))):
+            call = self._run(compiled)
+            with fresh_inductor_cache():
+                torch._dynamo.reset()
+                cold = clock(call, self.device)
+                torch._dynamo.reset()
+                found[name] = {"cold compile": cold, "warm compile": clock(call, self.device)}
+        return found
+
+    def _check(self, name: str, got: Any, wanted: Any) -> float:
+        error = relative_difference(got, wanted)
+        most = TOLERANCE[self.dtype]
+        if not error <= most:  # a NaN too
+            raise T5Error(
+                f"expected the compiled result of '{name}' within {most:g} of the eager one, got "
+                f"a relative difference of {error:.3g}; what is wrong is not timed"
+            )
+        return error
+
+    def _flops(self, model: nn.Module) -> dict[str, float]:
+        with FlopCounterMode(display=False) as counter:
+            self._run(model)()
+        return {"FLOPs": float(counter.get_total_flops())}
+
+    # --- how it is timed ------------------------------------------------------------------------
+
+    def _time(self, contenders: Sequence[Contender]) -> None:
+        """Rounds in which every contender has its turn, in an order that turns; slow ones fewer."""
+        counts, repeats = [], []
+        for contender in contenders:
+            once = min(self._clock(contender), self._clock(contender))
+            counts.append(int(min(max(BUDGET / once, ROUNDS[0]), ROUNDS[1])))
+            repeats.append(max(1, int(1e-2 / once)))
+        for index in range(max(counts)):
+            order = list(zip(contenders, counts, repeats, strict=True))
+            for contender, count, repeat in order if index % 2 else order[::-1]:
+                if index < count:
+                    contender.seconds.append(self._clock(contender, repeat))
+
+    def _clock(self, contender: Contender, repeats: int = 1) -> float:
+        with contender.inside():
+            return clock(contender.call, self.device, repeats)
+
+    def _measure_memory(self, contenders: Iterable[Contender]) -> None:
+        for contender in contenders:
+            contender.facts["peak memory"] = peak_memory(contender.once, self.device)
+
+    # --- what is said ---------------------------------------------------------------------------
+
+    def _report(self, contenders: Sequence[Contender]) -> Iterator[Row]:
+        rivals = [c for c in contenders if c.name.startswith("softmax") and c.name != EAGER]
+        if not rivals:
+            raise T5Error("expected one SDPA backend at least that compiles, got none")
+        best = min(rivals, key=lambda c: Spread.of(c.seconds).median)
+        bound = _ratio(best, next(c for c in contenders if c.name == REMOVED))
+        for contender in contenders:
+            row = self._rower(contender)
+            latency = Spread.of(contender.seconds)
+            yield row("latency", latency, unit="s", better="lower")
+            per_item = [self._items() / s for s in contender.seconds]
+            yield row("throughput", Spread.of(per_item), unit="items/s", better="higher")
+            ratio = _ratio(best, contender)
+            yield row("speed-up", ratio, unit="x", better="higher", detail=f"over {best.name}")
+            if contender.name in (EVERY, MEASURED):
+                share = ratio.median / bound.median
+                yield row("share of bound", share, unit="share", better="higher", rounds=1)
+            for measure, value in contender.facts.items():
+                yield row(measure, float(value), **UNITS.get(measure, {}), rounds=1)
+
+    def _compile_rows(self) -> Iterator[Row]:
+        times = self._compile_times()
+        for name, facts in times.items():
+            for measure, seconds in facts.items():
+                yield self.experiment.row(name, measure, seconds, unit="s", better="lower")
+        ratio = times[EVERY]["cold compile"] / times[DEFAULT]["cold compile"]
+        about = {"unit": "x", "better": "lower", "detail": f"over {DEFAULT}"}
+        yield self.experiment.row(EVERY, "compile over softmax", ratio, **about)
+
+    def _rower(self, contender: Contender) -> Callable[..., Row]:
+        def row(measure: str, value: Any, **more: Any) -> Row:
+            more.setdefault("rounds", len(contender.seconds))
+            return self.experiment.row(contender.name, measure, value, **more)
+
+        return row
+
+    def _items(self) -> int:
+        return next(t.shape[0] for t in self.inputs.values() if t.dim() > 1)
+
+    def _sized(self, row: Row) -> Row:
+        tokens = max((site.num_tokens or 0 for site in self.report.sites), default=0)
+        return replace(row, tokens=tokens, batch=self._items())
+
+
+UNITS = {
+    "peak memory": {"unit": "bytes", "better": "lower"},
+    "FLOPs": {"unit": "FLOP", "better": "lower"},
+    "graph breaks": {"better": "lower"},
+    "recompiles": {"better": "lower"},
+}
+
+
+def _ratio(first: Contender, other: Contender) -> Spread:
+    """The first one's time over the other's, round by round."""
+    return Spread.of([a / b for a, b in zip(first.seconds, other.seconds, strict=False)])
+
+
+@contextmanager
+def _only(backend: SDPBackend) -> Iterator[None]:
+    """One SDPA backend; torch's caches of compiled code do not know which one it was."""
+    tag = torch.compiler.config.cache_key_tag + backend.name
+    with sdpa_kernel(backend), torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        yield
+
+
+class _Removed(nn.Module):
+    """Attention that costs nothing: its output is its values."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return v
+
+
+def _without_attention(linear: nn.Module) -> nn.Module:
+    for name, module in list(linear.named_modules()):
+        if isinstance(module, TTT):
+            linear.set_submodule(name, _Removed())
+    return linear
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def relative_difference(got: Any, wanted: Any) -> float:
+    """Euclidean, over all tensors of two results together."""
+    found, exact = (torch.cat([t.double().flatten() for t in _tensors(r)]) for r in (got, wanted))
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
+    """The most bytes that a call has allocated at one time, above what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most

@@ -1,0 +1,363 @@
+"""What softmax attention and a TTT node cost on a device, measured: `policy="measure"`.
+
+Both are compiled by Inductor at the sizes of a site, on random numbers, and timed in turn. The
+costs are kept in memory and in a folder, a file for each device, code and shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import scaled_dot_product_attention
+
+from t5fx.digest import code_digest
+from t5fx.errors import MeasureError
+from t5fx.kernels import TTT
+
+log = logging.getLogger(__name__)
+
+#: Seconds that the rounds of one measurement may take, and how many there are.
+BUDGET, ROUNDS = 1.0, (5, 30)
+
+#: Above this many FLOPs of softmax, fewer items and heads are measured: they cost alike.
+MOST_FLOPS = 2e12
+
+#: A node this many times as fast, or slow, in the first calls needs no more of them.
+CLEARLY = 3.0
+
+
+class Spread(NamedTuple):
+    """First quartile, median and third quartile."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention: what its cost depends on.
+
+    trained: whether a backward pass follows.
+    """
+
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    value_dim: int
+    prefix: int
+    grid: tuple[int, ...]
+    dtype: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Median seconds of both, and the quartiles of softmax's time over the node's."""
+
+    softmax: float
+    ttt: float
+    ratio: Spread
+
+    @property
+    def pays(self) -> bool:
+        """Whether the node was faster in three rounds of four."""
+        return self.ratio.low > 1
+
+    def __str__(self) -> str:
+        return f"softmax {1e3 * self.softmax:.3g} ms, TTT {1e3 * self.ttt:.3g} ms"
+
+
+def cost(shape: Shape, settings: dict[str, Any], device: torch.device) -> Cost:
+    """The cost of an attention, from memory, from the folder, or measured now.
+
+    settings: of the node, `t5fx.kernels.TTT`'s keywords.
+
+    Raises:
+        MeasureError: the device has no memory of its own (meta); several ranks, which could decide
+            differently, would measure; or the measurement itself failed.
+    """
+    # What the node starts from, and its scale, change no time.
+    settings = {n: v for n, v in settings.items() if n not in ("seed", "scale", "key_norm_eps")}
+    about = {
+        **dataclasses.asdict(shape),
+        **settings,
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "torch": torch.__version__,
+        "code": code_digest(),
+    }
+    key = json.dumps(about, sort_keys=True)
+    found = _known.get(key) or _load(key)
+    if found is None:
+        _refuse(device)
+        log.info("measuring %s", key)
+        found = _elsewhere(lambda: _measure(shape, settings, device), shape, device)
+        _save(key, found)
+    _known[key] = found
+    return found
+
+
+_known: dict[str, Cost] = {}
+
+
+def _refuse(device: torch.device) -> None:
+    if device.type == "meta":
+        raise MeasureError(
+            "policy='measure': expected a model on the device that it will run on, got tensors on "
+            "the meta device; give it values first, or use policy='flops'"
+        )
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and torch.distributed.get_world_size() > 1:
+        raise MeasureError(
+            "policy='measure': ranks that measure could convert different sites; expected costs "
+            f"in {folder()}, which a run of one process with the same sizes leaves there, or "
+            "policy='flops'"
+        )
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Where costs are kept: $T5FX_CACHE_DIR, or t5fx in the user's folder for caches."""
+    given = os.environ.get("T5FX_CACHE_DIR")
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(root) / "t5fx"
+
+
+def _file(key: str) -> Path:
+    return folder() / f"cost-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _load(key: str) -> Cost | None:
+    """A cost that is not there, or cannot be read, is measured again."""
+    try:
+        data = json.loads(_file(key).read_text(encoding="utf-8"))
+        found = Cost(float(data["softmax"]), float(data["ttt"]), Spread(*map(float, data["ratio"])))
+        return found if data["key"] == key and len(found.ratio) == 3 else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read and is measured again: %s", _file(key), error)
+        return None
+
+
+def _save(key: str, found: Cost) -> None:
+    path = _file(key)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"key": key, **dataclasses.asdict(found)})
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        warnings.warn(
+            f"measured costs are kept for this process only: {error}; set T5FX_CACHE_DIR",
+            stacklevel=2,
+        )
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def _elsewhere(work: Callable[[], Cost], shape: Shape, device: torch.device) -> Cost:
+    """Do it in a thread of its own.
+
+    The caller may be a Dynamo backend or run under autocast or a mode: all of that is a thread's.
+    """
+    results: list[Cost] = []
+    errors: list[BaseException] = []
+    threads = torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(threads)  # OpenMP's count, too, is a thread's
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="t5fx-measure")
+    thread.start()
+    thread.join()
+    if errors:
+        raise MeasureError(
+            f"policy='measure': {shape} could not be measured on {device}: "
+            f"{type(errors[0]).__name__}: {errors[0]}; policy='flops' decides without measuring"
+        ) from errors[0]
+    return results[0]
+
+
+class _Softmax(nn.Module):
+    """Softmax attention between projections, [B, N, H, D] thrice to [B, N, H * Dv]."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return out.transpose(1, 2).flatten(2)
+
+
+class _Node(nn.Module):
+    """The node in its place. Its parameters are inputs, as in a compiled model."""
+
+    def __init__(self, node: TTT, grid: tuple[int, ...], prefix: int) -> None:
+        super().__init__()
+        weights, conv = node.tensors()
+        self.counts = len(weights), len(conv)
+        self.settings = node.settings() | {"grid": list(grid), "prefix": prefix}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        weights, conv = tensors[: self.counts[0]], tensors[self.counts[0] :]
+        out = torch.ops.t5fx.ttt(q, k, v, list(weights), list(conv), **self.settings)
+        return out.transpose(1, 2).flatten(2)
+
+
+def _measure(shape: Shape, settings: dict[str, Any], device: torch.device) -> Cost:
+    batch, heads = _affordable(shape)
+    dtype = getattr(torch, shape.dtype)
+    sizes = (shape.head_dim, shape.head_dim, shape.value_dim)
+    scale = shape.head_dim**-0.5
+    with torch.device(device), torch.set_grad_enabled(shape.trained):
+        node = TTT(
+            *(heads, shape.head_dim, shape.value_dim, max(len(shape.grid), 1)),
+            **settings,
+            scale=scale,
+            dtype=dtype,
+        )
+        inputs = [
+            torch.randn(batch, shape.tokens, heads, size, dtype=dtype).requires_grad_(shape.trained)
+            for size in sizes
+        ]
+        weights, conv = node.tensors()
+        parameters = [t.detach().requires_grad_(shape.trained) for t in (*weights, *conv)]
+        calls = [
+            _call(_Softmax(scale), inputs, shape.trained),
+            _call(_Node(node, shape.grid, shape.prefix), [*inputs, *parameters], shape.trained),
+        ]
+        rounds = _rounds(calls, device)
+    softmax, ttt = (statistics.median(times) for times in rounds)
+    scaled = shape.batch * shape.heads / (batch * heads)
+    ratio = Spread.of([s / t for s, t in zip(*rounds, strict=True)])
+    return Cost(scaled * softmax, scaled * ttt, ratio)
+
+
+def _affordable(shape: Shape) -> tuple[int, int]:
+    """Items and heads to measure: all, unless softmax would take too long."""
+    per_head = 2 * shape.tokens**2 * (shape.head_dim + shape.value_dim) * (1 + 2 * shape.trained)
+    most = max(1, int(MOST_FLOPS / max(per_head, 1)))
+    batch = min(shape.batch, max(1, most // shape.heads))
+    return batch, shape.heads if batch * shape.heads <= most else min(shape.heads, most)
+
+
+def _call(module: nn.Module, inputs: list[Tensor], trained: bool) -> Callable[[], Any]:
+    """The module compiled for these inputs, as one graph with its backward pass if there is one.
+
+    Without autograd's lazy compilation of the backward, whose lock Dynamo holds where a backend
+    asks.
+    """
+    from torch._inductor.compile_fx import compile_fx  # slow to import
+
+    def step(*given: Tensor) -> tuple[Tensor, ...]:
+        out = module(*given)
+        if not trained:
+            return (out,)
+        return out, *torch.autograd.grad(out, given, torch.ones_like(out))
+
+    graph = make_fx(step)(*inputs)
+    plain = [t.detach() for t in inputs]
+    with torch.no_grad():
+        compiled = compile_fx(graph, plain)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return compiled(*plain)
+
+    return call
+
+
+def _rounds(calls: list[Callable[[], Any]], device: torch.device) -> list[list[float]]:
+    """Seconds of each call in each round, after two calls that warm up."""
+    for call in calls:
+        call()
+    first = [clock(call, device) for call in calls]
+    if max(first) > CLEARLY * min(first) and max(first) > BUDGET / 10:
+        return [[seconds] for seconds in first]
+    least, most = ROUNDS
+    count = int(min(max(BUDGET / sum(first), least), most))
+    # So many calls a time that the clock's own cost does not count.
+    repeats = [max(1, math.ceil(1e-3 / seconds)) for seconds in first]
+    return interleave(calls, count, device, repeats)
+
+
+def clock(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of a call, the mean of several in a row; on CUDA those of the device."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def interleave(
+    calls: Sequence[Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    repeats: Sequence[int] | None = None,
+) -> list[list[float]]:
+    """Seconds of each call in each round, the order of the calls turned every round."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for index in range(rounds):
+        order = range(len(calls))
+        for i in order if index % 2 else reversed(order):
+            seconds[i].append(clock(calls[i], device, repeats[i] if repeats else 1))
+    return seconds
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What a user calls the device: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
