@@ -12,7 +12,7 @@ PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 export PYTHONUTF8 := 1
 
-.PHONY: help demo classify test test-newest test-oldest unit lint types format gpu nightly hooks clean
+.PHONY: help demo classify bench test test-newest test-oldest unit lint types format gpu nightly hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -22,6 +22,10 @@ demo: .venv/.demo-installed  ## explain, convert, align, save and time a pretrai
 
 classify: .venv/.demo-installed  ## a small classifier converted, aligned and fine-tuned; writes docs/classify.*
 	.venv/bin/python -m t5fx.bench.classify
+
+bench: .venv/.test-installed  ## does it pay here: models, peers and the pass; docs/bench and the README
+	for suite in models peers pass; do .venv/bin/t5fx bench $$suite || exit 1; done
+	.venv/bin/t5fx bench report --readme README.md
 
 test: lint unit  ## ruff, mypy and every test, on the newest torch
 
@@ -46,9 +50,10 @@ types: .venv/.test-installed
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
 	.venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
-gpu: .venv/.test-installed  ## the tests that need a GPU, then the kernels' times (docs/kernels.csv)
+gpu: .venv/.test-installed  ## the tests that need a GPU, then kernels, models and peers on it
 	.venv/bin/python -m pytest -q -m gpu $(PYTEST_ARGS)
-	.venv/bin/python -m t5fx.bench.kernels docs/kernels.csv
+	for suite in kernels models peers; do .venv/bin/t5fx bench $$suite || exit 1; done
+	.venv/bin/t5fx bench report
 
 nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)

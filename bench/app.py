@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "report":
             from . import report
 
-            return report.run(options.results or [default_results()], options.out, console)
+            paths = options.results or sorted(options.out.glob("*.csv"))
+            return report.run(paths, options.out, console, options.readme)
         if options.command == "compare":
             from . import compare
 
@@ -136,8 +137,10 @@ def _parser() -> argparse.ArgumentParser:
         suite.add_argument("--small", action="store_true", help="seconds-sized, to try it out")
         suite.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     report = commands.add_parser("report", help="tables, plots and one HTML page of results")
-    report.add_argument("results", type=Path, nargs="*", help="CSV files")
-    report.add_argument("--out", type=Path, default=Path("docs/bench"))
+    where = Path("docs/bench")
+    report.add_argument("results", type=Path, nargs="*", help="CSV files (default: those in --out)")
+    report.add_argument("--out", type=Path, default=where, help=f"folder (default: {where})")
+    report.add_argument("--readme", type=Path, help="also fill in its tables")
     compare = commands.add_parser("compare", help="what got faster or slower from A to B")
     compare.add_argument("before", type=Path, metavar="A")
     compare.add_argument("after", type=Path, metavar="B")

@@ -30,6 +30,7 @@ from .timing import Timing, break_even, time_models
 from .vit import PATCH, Training, accuracy, load_vit, shipped
 
 BATCH = 128
+ALIGN_STEPS, STEPS = 200, 100
 # Sides to time at, in pixels, until TTT is this many times as fast.
 SIZES = (28, 112, 224, 448)
 CLEARLY = 1.5
@@ -165,8 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=("fashion", "digits"), help="the first found by default")
     parser.add_argument("--root", type=Path, default=mnist.ROOT, help="torchvision's data folder")
     parser.add_argument("--download", action="store_true", help="let torchvision download it")
-    parser.add_argument("--align-steps", type=int, default=200, help=f"of {BATCH} images")
-    parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} labelled images")
+    parser.add_argument("--align-steps", type=int, default=ALIGN_STEPS, help=f"of {BATCH} images")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} labelled images")
     parser.add_argument("--out", type=Path, default=docs / "classify.png", help="the picture")
     parser.add_argument("--table", type=Path, default=docs / "classify.md", help="the tables")
     return parser

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatch
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -34,9 +36,14 @@ from t5fx.report import REASONS
 
 from .cases import Call, Case, outcome_of, parse, show
 from .executed import count
+from .results import Experiment
+from .results import Row as ResultsRow
 from .tables import Table
 
 LIBRARIES = ("timm", "transformers", "diffusers")
+DOCS = Path("docs")
+#: Seconds that a model may take.
+LIMIT = 120.0
 ALL = t5fx.LinearizeConfig(min_tokens=0)
 
 
@@ -245,34 +252,30 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def totals(rows: Sequence[Row]) -> dict[str, int]:
+    """What there is of each kind, by its name in the table of totals."""
+    rewritten = [sum(n for k, n in parse(r.outcome).items() if k not in REASONS) for r in rows]
+    return {
+        "models": len(rows),
+        "attentions": sum(row.attentions or 0 for row in rows),
+        "sites found": sum(row.found or 0 for row in rows),
+        "sites rewritten": sum(rewritten),
+        "models rewritten": sum(map(bool, rewritten)),
+        "of them linearized and run": sum(row.linearized == "yes" for row in rows),
+        "matches": sum(row.result == "match" for row in rows),
+    }
+
+
 def _totals(rows: Sequence[Row]) -> Table:
     lines = []
     for library in (*LIBRARIES, "all"):
-        chosen = [row for row in rows if library in (row.library, "all")]
-        matches = sum(row.result == "match" for row in chosen)
-        rewritten = [
-            sum(n for k, n in parse(r.outcome).items() if k not in REASONS) for r in chosen
-        ]
-        lines.append(
-            (
-                library,
-                f"{len(chosen)}",
-                f"{sum(row.attentions or 0 for row in chosen)}",
-                f"{sum(row.found or 0 for row in chosen)}",
-                f"{sum(rewritten)}",
-                f"{sum(map(bool, rewritten))}",
-                f"{sum(row.linearized == 'yes' for row in chosen)}",
-                f"{matches}",
-                f"{100 * matches / max(1, len(chosen)):.0f} %",
-            )
-        )
+        counts = totals([row for row in rows if library in (row.library, "all")])
+        share = f"{100 * counts['matches'] / max(1, counts['models']):.0f} %"
+        lines.append((library, *map(str, counts.values()), share))
     names = {part for row in rows for part in row.versions.split(", ") if part}
     return Table(
         title="Models read exactly right",
-        columns=(
-            *("library", "models", "attentions", "sites found", "sites rewritten"),
-            *("models rewritten", "of them linearized and run", "matches", "share"),
-        ),
+        columns=("library", *totals(()), "share"),
         rows=tuple(lines),
         note="Written by `python -m t5fx.bench.coverage`. Small models with random weights. "
         "Attentions: fused calls, and softmaxes between two products of computed tensors, counted "
@@ -317,22 +320,54 @@ def _line(row: Row) -> tuple[str, ...]:
     )
 
 
+def update(
+    libraries: Sequence[str], chosen: Sequence[Case], out: Path, fast: bool, limit: float
+) -> Iterator[Row]:
+    """Runs models of the libraries and merges each row into the files in `out` before it goes on.
+
+    Rows of models that the libraries' lists no longer have are dropped at the end.
+    """
+    rows = read(out / "coverage.csv")
+    for row in run(chosen, fast, limit):
+        rows = merge(rows, [row])
+        _save(out, rows)
+        yield row
+    known = {(case.library, case.name) for library in libraries for case in cases(library)}
+    rows = [r for r in rows if r.library not in libraries or (r.library, r.model) in known]
+    _save(out, rows)
+
+
+def experiments(small: bool = False) -> list[Experiment]:
+    """The suite "coverage", a case for each library; two models of each and no files if small."""
+    return [Experiment("coverage", name, partial(_measure, name, small)) for name in LIBRARIES]
+
+
+def _measure(library: str, small: bool, experiment: Experiment) -> Iterator[ResultsRow]:
+    if importlib.util.find_spec(library) is None:
+        reason = f"needs {library}: pip install {library}"
+        yield experiment.row("t5fx", "models", status="absent", detail=reason)
+        return
+    if small:
+        rows = run(cases(library)[:2], fast=False, limit=LIMIT)
+    else:
+        rows = update([library], cases(library), DOCS, fast=False, limit=LIMIT)
+    counts = totals(list(rows))
+    for measure, number in counts.items():
+        yield experiment.row("t5fx", measure, number, unit="count")
+    share = counts["matches"] / counts["models"]
+    yield experiment.row("t5fx", "exactly right", share, unit="share", better="higher")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     console = Console()
     libraries = [options.only] if options.only else LIBRARIES
     chosen = [c for library in libraries for c in cases(library) if fnmatch(c.name, options.match)]
-    rows = read(options.out / "coverage.csv")
-    found = run(chosen, options.fast, options.limit)
+    found = update(libraries, chosen, options.out, options.fast, options.limit)
     for row in track(found, "models", total=len(chosen), console=console):
         text = f"{row.model}: {row.result} {row.outcome} {row.cause}"
         console.print(text, highlight=False, markup=False)
-        rows = merge(rows, [row])
-        _save(options.out, rows)
-    known = {(case.library, case.name) for library in libraries for case in cases(library)}
-    rows = [r for r in rows if r.library not in libraries or (r.library, r.model) in known]
-    _save(options.out, rows)
-    _totals(rows).print(console)
+    _totals(read(options.out / "coverage.csv")).print(console)
 
 
 def _save(folder: Path, rows: Sequence[Row]) -> None:
@@ -347,8 +382,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=LIBRARIES, help="the models of one library")
     parser.add_argument("--match", default="*", help="models by name, an fnmatch pattern")
     parser.add_argument("--fast", action="store_true", help="do not run linearized models")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds a model may take")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the results")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a model may take")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the results")
     return parser
 
 

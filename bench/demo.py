@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -35,7 +36,23 @@ from .timing import Named, Timing, break_even, time_models
 SIZE = 518
 ALIGN_SIZE = 224
 BATCH = 2
+STEPS = 250
 TITLE = "A DINOv2-S, softmax attention to TTT-SwiGLU: converted, then aligned without labels"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The two models and what they make of the held-out photographs.
+
+    images: [B, 3, H, W] for each image size; features: for each size every model's tokens
+    [B, 1 + N, C], the original's first; aligned: what aligning took.
+    """
+
+    model: nn.Module
+    linear: nn.Module
+    images: Mapping[int, Tensor]
+    features: Mapping[int, Mapping[str, Tensor]]
+    aligned: AlignResult
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,10 +60,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, start = Console(), perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
+    found = run(SIZE, options.steps, options.save, console)
+    cosines = agreement_table(
+        found.features, len(photos.HELD_OUT), found.aligned.steps, found.aligned.seconds
+    )
+    cosines.print(console)
+    timings = measure([("softmax", found.model), ("TTT", found.linear)], options.sizes, console)
+    times = time_table(timings, torch.get_num_threads())
+    times.print(console)
+
+    shown = examples(found.images[SIZE], found.features[SIZE])
+    notes = (cosines.note, times.note)
+    draw(options.out, TITLE, shown, timings, break_even(found.linear), notes)
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    options.table.write_text(f"{cosines.markdown()}\n{times.markdown()}", encoding="utf-8")
+    console.print(
+        f"picture: {options.out}\ntables: {options.table}\ncheckpoint: {options.save}\n"
+        f"total: {perf_counter() - start:.0f} s",
+        highlight=False,
+    )
+
+
+def run(size: int, steps: int, save: Path, console: Console) -> Outcome:
+    """Converts the model at a size in pixels, aligns it, saves it and loads that again."""
     with step(console, "loading the model and the photographs"):
         model = dinov2.load_dinov2_small()
-        images = {s: photos.centre_crops(tuple(photos.HELD_OUT), s) for s in (ALIGN_SIZE, SIZE)}
-    linear = convert(model, dinov2.preprocess(images[SIZE][:2]), console)
+        images = {s: photos.centre_crops(tuple(photos.HELD_OUT), s) for s in (ALIGN_SIZE, size)}
+    linear = convert(model, dinov2.preprocess(images[size][:2]), console)
 
     features: dict[int, dict[str, Tensor]] = {size: {} for size in images}
 
@@ -57,24 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     look("softmax", model)
     look("TTT, converted", linear)
-    aligned = align(linear, options.steps, console)
-    linear = reload(linear, model, options.save, console)
+    aligned = align(linear, steps, console)
+    linear = reload(linear, model, save, console)
     look("TTT, aligned", linear)
-    cosines = agreement_table(features, len(photos.HELD_OUT), aligned.steps, aligned.seconds)
-    cosines.print(console)
-    timings = measure([("softmax", model), ("TTT", linear)], options.sizes, console)
-    times = time_table(timings, torch.get_num_threads())
-    times.print(console)
-
-    shown = examples(images[SIZE], features[SIZE])
-    draw(options.out, TITLE, shown, timings, break_even(linear), (cosines.note, times.note))
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(f"{cosines.markdown()}\n{times.markdown()}", encoding="utf-8")
-    console.print(
-        f"picture: {options.out}\ntables: {options.table}\ncheckpoint: {options.save}\n"
-        f"total: {perf_counter() - start:.0f} s",
-        highlight=False,
-    )
+    return Outcome(model, linear, images, features, aligned)
 
 
 def convert(model: nn.Module, example: Tensor, console: Console) -> nn.Module:
@@ -83,10 +109,11 @@ def convert(model: nn.Module, example: Tensor, console: Console) -> nn.Module:
     Args:
         example: [2, 3, H, W]: two images, so that the batch can be dynamic.
     """
-    with step(console, f"explaining at {SIZE} px"):
+    size = example.shape[-1]
+    with step(console, f"explaining at {size} px"):
         report = t5fx.explain(model, (example[:1],))
     print(report)
-    with step(console, f"linearizing at {SIZE} px"):
+    with step(console, f"linearizing at {size} px"):
         # min_tokens=0: at 224 px too, where the cost model would rather keep the softmax.
         config = t5fx.LinearizeConfig(min_tokens=0)
         return t5fx.linearize(model, (example,), config=config).eval()
@@ -142,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", type=_sizes, default=(224, 518, 1036), help="image sides to time, in pixels"
     )
-    parser.add_argument("--steps", type=int, default=250, help="steps of the alignment")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the alignment")
     parser.add_argument(
         "--save", type=Path, default=Path("build") / "dinov2-t5", help="where the adapter goes"
     )

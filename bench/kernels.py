@@ -1,29 +1,29 @@
-"""Times the Triton kernels of the node on a GPU: ``python -m t5fx.bench.kernels [results.csv]``.
+"""The suite "kernels": the Triton kernels of the node on a GPU.
 
 Beside them: softmax attention by each backend of PyTorch's that runs, and the node's reference
-compiled by Inductor. Every row is checked against the reference before anything of it is timed. A
-time is the median of many replays of a CUDA graph, so that launch overhead is that of a graph, with
-L2 flushed before each. The floor of a row is the larger of the bytes that it must move over the
+compiled by Inductor. Every case is checked against the reference before anything of it is timed. A
+time is that of a replay of a CUDA graph, so that launch overhead is that of a graph, with L2
+flushed before each. The floor of a case is the larger of the bytes that it must move over the
 bandwidth of a large copy and its arithmetic over the rate of a large matrix product, both measured
-in the same run.
+in the same process.
 """
 
-import argparse
-import csv
+import functools
 import itertools
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from t5fx.errors import T5Error
 from t5fx.kernels import flops
 from t5fx.kernels.reference import reference
-from t5fx.kernels.triton_kernels import backward, forward
+
+from .results import Experiment, Row
+from .timing import Spread
 
 DIMS = (64, 128)
 TOKENS = (256, 1024, 4096, 16384, 65536)
@@ -31,65 +31,94 @@ BATCH_HEADS = ((1, 12), (8, 16))  # not filling the chip at few tokens, and fill
 DTYPE = torch.bfloat16
 #: Softmax attention on more query-key pairs than this is left out: it would take seconds.
 MAX_PAIRS = 2**36
+BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 TOLERANCE = 3e-2
 NAMES = {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance"}
+#: Milliseconds that one contender is timed for.
+TIMED = 200
 
 
-def main() -> None:
-    """Writes a row of the CSV for each size, pass (forward, or with backward) and contender."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("csv", nargs="?", default="kernels.csv")
-    path = parser.parse_args().csv
+def experiments(small: bool = False) -> list[Experiment]:
     if not torch.cuda.is_available():
-        raise SystemExit("t5fx.bench.kernels: expected a GPU that torch.cuda sees; got none")
-    machine = versions() | ceilings()
-    print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = None
-        for row in rows(machine["copy_bytes_per_s"], machine["matmul_flop_per_s"]):
-            writer = writer or csv.DictWriter(file, [*row, *machine])
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row | machine)
-            file.flush()
-            print(*row.values(), sep="\t", flush=True)
+        return [Experiment("kernels", "every shape", _absent, dtype="bfloat16")]
+    sizes = itertools.product(BATCH_HEADS, DIMS, TOKENS)
+    if small:
+        sizes = itertools.product(BATCH_HEADS[:1], DIMS[:1], TOKENS[:1])
+    return [
+        Experiment(
+            "kernels",
+            f"{batch} x {heads} heads x {tokens} tokens x {dim}, {work}",
+            partial(measure, (batch, heads, tokens, dim), work != "forward"),
+            *(tokens, batch, "bfloat16"),
+            "inference" if work == "forward" else "training",
+        )
+        for (batch, heads), dim, tokens in sizes
+        for work in ("forward", "forward and backward")
+    ]
 
 
-def versions() -> dict[str, str]:
-    """What the figures depend on."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.split("\n")[0],
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda or torch.version.hip),
-    }
+def _absent(experiment: Experiment) -> list[Row]:
+    reason = "needs a CUDA GPU, which the Triton kernels are for"
+    return [
+        experiment.row("t5fx", "latency", unit="s", better="lower", status="absent", detail=reason)
+    ]
 
 
-def ceilings() -> dict[str, float]:
+def measure(
+    shape: tuple[int, int, int, int], with_backward: bool, experiment: Experiment
+) -> Iterator[Row]:
+    """Rows of the machine and of every contender at one (batch, heads, tokens, dim)."""
+    batch, heads, tokens, dim = shape
+    bandwidth, rate = ceilings()
+    yield experiment.row("machine", "copy bandwidth", bandwidth, unit="bytes/s", better="higher")
+    yield experiment.row("machine", "matrix product", rate, unit="FLOP/s", better="higher")
+
+    torch._dynamo.reset()  # or too many sizes would end in eager mode
+    tensors, settings = arguments(batch, heads, tokens, dim)
+    check(tensors, settings)
+    times = {}
+    for name, call in contenders(tensors, settings, with_backward):
+        if isinstance(call, str):
+            yield experiment.row(name, "latency", status="absent", detail=call)
+        else:
+            times[name] = replayed(call)
+
+    # Forward: q, k, v and the output. Backward: q, k, v, the output's gradient and three more;
+    # arithmetic as the equations have it, about twice the forward's and a half.
+    moved = batch * heads * tokens * dim * DTYPE.itemsize * (4 + 7 * with_backward)
+    arithmetic = flops(tokens, dim, num_heads=heads, batch=batch) * (1 + 2.5 * with_backward)
+    floor = max(moved / bandwidth, arithmetic / rate)
+    softmax = [times[backend.name].median for backend in BACKENDS if backend.name in times]
+    for name, time in times.items():
+        row = partial(experiment.row, name, detail=f"replays of a CUDA graph for {TIMED} ms")
+        yield row("latency", time, unit="s", better="lower")
+        share = Spread(*(floor / seconds for seconds in reversed(time)))
+        yield row("share of roofline", share, unit="share", better="higher")
+        if softmax:
+            yield row("speed-up", min(softmax) / time.median, unit="x", better="higher")
+
+
+@functools.cache
+def ceilings() -> tuple[float, float]:
     """Bytes per second of a large copy, read and written, and FLOP/s of a large bf16 product."""
     source = torch.randn(2**30, device="cuda", dtype=DTYPE)
     target = torch.empty_like(source)
-    copy = median(lambda: target.copy_(source))
+    copy = timed(lambda: target.copy_(source)).median
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=DTYPE)
-    product = median(lambda: a @ b)
-    return {
-        "copy_bytes_per_s": 2 * source.nbytes / copy,
-        "matmul_flop_per_s": 2 * 8192**3 / product,
-    }
+    product = timed(lambda: a @ b).median
+    return 2 * source.nbytes / copy, 2 * 8192**3 / product
 
 
-def median(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object]) -> Spread:
     """Seconds that a call takes."""
-    return triton.testing.do_bench(call, warmup=50, rep=200, quantiles=[0.5]) / 1000
+    import triton  # slow to import, and not there on every platform
+
+    quartiles = [0.25, 0.5, 0.75]
+    times = triton.testing.do_bench(call, warmup=50, rep=TIMED, quantiles=quartiles)
+    return Spread(*(milliseconds / 1000 for milliseconds in times))
 
 
-def replayed(call: Callable[[], object]) -> float:
+def replayed(call: Callable[[], object]) -> Spread:
     """Seconds that a call takes as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -100,34 +129,7 @@ def replayed(call: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return median(graph.replay)
-
-
-def rows(bandwidth: float, rate: float) -> Iterator[dict[str, object]]:
-    """Sizes, seconds and the share of the roofline of every contender."""
-    for (batch, heads), dim, tokens in itertools.product(BATCH_HEADS, DIMS, TOKENS):
-        torch._dynamo.reset()  # or too many sizes would end in eager mode
-        tensors, settings = arguments(batch, heads, tokens, dim)
-        check(tensors, settings)
-        arithmetic = flops(tokens, dim, num_heads=heads, batch=batch)
-        moved = batch * heads * tokens * dim * DTYPE.itemsize
-        for name, with_backward, call in contenders(tensors, settings):
-            # Forward: q, k, v and the output. Backward: q, k, v, the output's gradient and three
-            # more; arithmetic as the equations have it, about twice the forward's and a half.
-            bytes_moved = moved * (4 + 7 * with_backward)
-            floor = max(bytes_moved / bandwidth, arithmetic * (1 + 2.5 * with_backward) / rate)
-            seconds = replayed(call)
-            yield {
-                "batch": batch,
-                "heads": heads,
-                "dim": dim,
-                "tokens": tokens,
-                "pass": "forward+backward" if with_backward else "forward",
-                "contender": name,
-                "seconds": seconds,
-                "bytes_per_s": bytes_moved / seconds,
-                "share_of_roofline": floor / seconds,
-            }
+    return timed(graph.replay)
 
 
 def arguments(
@@ -151,9 +153,13 @@ def node(tensors: list[Tensor]) -> tuple:
     return *tensors[:3], tensors[3:6], tensors[6:]
 
 
-def kernels(tensors: list[Tensor], settings: dict, grad_out: Tensor) -> list[Tensor]:
-    """The output and the gradients of all tensors, by the kernels."""
+def kernels(tensors: list[Tensor], settings: dict, grad_out: Tensor | None) -> list[Tensor]:
+    """The output and, given its gradient, the gradients of all tensors, by the kernels."""
+    from t5fx.kernels.triton_kernels import backward, forward
+
     out, saved = forward(*node(tensors), **settings)
+    if grad_out is None:
+        return [out]
     dq, dk, dv, weights, conv = backward(grad_out, *node(tensors), saved, **settings)
     return [out, dq, dk, dv, *weights, *conv]
 
@@ -174,29 +180,34 @@ def check(tensors: list[Tensor], settings: dict) -> None:
         error = ((result.float() - want).norm() / want.norm()).item()
         if not error <= TOLERANCE:
             sizes = list(tensors[0].shape)
-            raise SystemExit(f"q {sizes}: expected errors up to {TOLERANCE}; got {error:.1e}")
+            raise T5Error(f"q {sizes}: expected errors up to {TOLERANCE}; got {error:.1e}")
 
 
 def contenders(
-    tensors: list[Tensor], settings: dict
-) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """(name, whether the backward is part of it, call)."""
-    grad_out = torch.randn_like(tensors[2])
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    yield "t5fx", False, lambda: forward(*node(tensors), **settings)
-    yield "t5fx", True, lambda: kernels(tensors, settings, grad_out)
+    tensors: list[Tensor], settings: dict, with_backward: bool
+) -> Iterator[tuple[str, Callable[[], object] | str]]:
+    """(name, call, or why there is none)."""
+    grad_out = torch.randn_like(tensors[2]) if with_backward else None
+
+    def work(function: Callable, own: list[Tensor]) -> Callable[[], object]:
+        if not with_backward:
+            return partial(function, *own)
+        leaves = [t.detach().requires_grad_() for t in own]
+        return partial(differentiated, function, leaves, grad_out)
+
+    yield "t5fx", partial(kernels, tensors, settings, grad_out)
 
     @torch.compile
     def compiled(*leaves: Tensor) -> Tensor:
         return reference(*node(list(leaves)), **NAMES, **settings)
 
-    yield "reference, Inductor", False, lambda: compiled(*tensors)
-    yield "reference, Inductor", True, partial(differentiated, compiled, leaves, grad_out)
+    yield "reference, Inductor", work(compiled, tensors)
 
     batch, heads, tokens, _ = tensors[0].shape
-    if batch * heads * tokens**2 > MAX_PAIRS:
-        return
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+    for backend in BACKENDS:
+        if batch * heads * tokens**2 > MAX_PAIRS:
+            yield backend.name, "too many pairs of tokens: it would take seconds"
+            continue
 
         def softmax(*qkv: Tensor, backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
@@ -205,11 +216,6 @@ def contenders(
         try:
             softmax(*tensors[:3])
         except RuntimeError as error:  # this build or GPU has it not
-            print(backend.name, str(error).partition("\n")[0])
-            continue
-        yield backend.name, False, partial(softmax, *tensors[:3])
-        yield backend.name, True, partial(differentiated, softmax, leaves[:3], grad_out)
-
-
-if __name__ == "__main__":
-    main()
+            yield backend.name, str(error).partition("\n")[0]
+        else:
+            yield backend.name, work(softmax, tensors[:3])

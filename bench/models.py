@@ -202,6 +202,7 @@ class Bench:
     def _compile_times(self) -> dict[str, dict[str, float]]:
         """Seconds of a first call with empty caches, and again with what that left in them."""
         found = {}
+        torch.compile(torch.sin)(torch.ones(3, device=self.device))  # imports the compiler
         every = {**self.entry.options, "min_tokens": 0}
         default = torch.compile(self.model, dynamic=False)
         for name, compiled in ((DEFAULT, default), (EVERY, self._t5(every))):
@@ -234,7 +235,7 @@ class Bench:
         """Rounds in which every contender has its turn, in an order that turns; slow ones fewer."""
         counts, repeats = [], []
         for contender in contenders:
-            once = min(self._clock(contender), self._clock(contender))
+            once = min(self._clock(contender) for _ in range(3))
             counts.append(int(min(max(BUDGET / once, ROUNDS[0]), ROUNDS[1])))
             repeats.append(max(1, int(1e-2 / once)))
         for index in range(max(counts)):
@@ -266,8 +267,10 @@ class Bench:
             per_item = [self._items() / s for s in contender.seconds]
             yield row("throughput", Spread.of(per_item), unit="items/s", better="higher")
             ratio = _ratio(best, contender)
-            yield row("speed-up", ratio, unit="x", better="higher", detail=f"over {best.name}")
-            if contender.name in (EVERY, MEASURED):
+            # A faster softmax is no regression of the others that are held against it.
+            better = "higher" if contender.name in (EVERY, MEASURED) else ""
+            yield row("speed-up", ratio, unit="x", better=better, detail=f"over {best.name}")
+            if better:
                 share = ratio.median / bound.median
                 yield row("share of bound", share, unit="share", better="higher", rounds=1)
             for measure, value in contender.facts.items():
@@ -279,7 +282,7 @@ class Bench:
             for measure, seconds in facts.items():
                 yield self.experiment.row(name, measure, seconds, unit="s", better="lower")
         ratio = times[EVERY]["cold compile"] / times[DEFAULT]["cold compile"]
-        about = {"unit": "x", "better": "lower", "detail": f"over {DEFAULT}"}
+        about = {"unit": "x", "detail": f"over {DEFAULT}"}  # one run: nothing to compare runs by
         yield self.experiment.row(EVERY, "compile over softmax", ratio, **about)
 
     def _rower(self, contender: Contender) -> Callable[..., Row]:

@@ -36,10 +36,10 @@ class Entry:
 def entries(gpu: bool, small: bool = False) -> list[Entry]:
     """What is timed on a GPU, or on a CPU; with `small`, tiny models for tests."""
     if small:
-        tiny = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+        tiny = {"depth": 1, "embed_dim": 32, "num_heads": 8}
         return [
-            timm("timm/tiny", 56, compiling=True, **tiny),
-            timm("timm/tiny", 56, training=True, **tiny),
+            timm("timm/tiny", 112, compiling=True, **tiny),
+            timm("timm/tiny", 112, training=True, **tiny),
         ]
     return list(_on_gpu() if gpu else _on_cpu())
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from t5fx.bench import classify, mnist
+from t5fx.bench import classify, mnist, quality
 from t5fx.bench.vit import Training, new_vit
 
 
@@ -27,6 +27,23 @@ def test_all_stages_and_files(tmp_path, monkeypatch, capsys):
     assert "| 28 | 50 |" in markdown
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "total:" in capsys.readouterr().out
+
+
+def test_its_quality_as_rows(monkeypatch):
+    data = mnist.Data("fashion", "Made-up images, for a test", made_up(24), made_up(110))
+    monkeypatch.setattr(quality.mnist, "load", lambda: data)
+    monkeypatch.setattr(quality, "load_vit", lambda path: (new_vit().eval(), None))
+    monkeypatch.setattr(classify, "BATCH", 8)
+    experiment = next(one for one in quality.experiments(small=True) if "classifier" in one.case)
+    found = {(row.contender, row.measure): row for row in experiment.run(experiment)}
+    accuracies = [contender for contender, measure in found if measure == "accuracy"]
+    trained = ["TTT, aligned", "TTT, aligned, then freeze", "TTT, aligned, then full"]
+    assert accuracies == ["softmax", "TTT, converted", *trained]
+    assert all(0 <= found[name, "accuracy"].value <= 1 for name in accuracies)
+    assert [name for name, measure in found if measure == "steps"] == trained
+    assert found[trained[-1], "steps"].value == 2
+    assert found[trained[-1], "labels seen"].value == 16
+    assert found[trained[-1], "seconds of training"].value > 0
 
 
 def test_measuring_ends_where_ttt_wins_clearly(monkeypatch):

@@ -142,6 +142,42 @@ def test_a_row_survives_the_csv(tmp_path):
     assert "**miss**: a, 'b' (expected 1 causal)" in coverage.render(rows)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_library_as_rows(monkeypatch):
+    """Two models really run; what is in docs/ stays."""
+    monkeypatch.setattr(coverage, "_save", lambda *args: pytest.fail("saved"))
+    experiments = coverage.experiments(small=True)
+    assert [one.case for one in experiments] == list(coverage.LIBRARIES)
+    found = {row.measure: row for row in experiments[0].run(experiments[0])}
+    first = coverage.cases("timm")[:2]
+    matched = [row for row in coverage.read(DOCS / "coverage.csv") if row.result == "match"]
+    assert {case.name for case in first} <= {row.model for row in matched}
+    values = [found[name].value for name in ("models", "matches", "exactly right")]
+    assert values == [2, 2, 1]
+    assert found["sites found"].value >= found["attentions"].value > 0
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(coverage.importlib.util, "find_spec", lambda name: None)
+    experiment = coverage.experiments()[2]
+    (row,) = experiment.run(experiment)
+    assert (row.status, row.detail) == ("absent", "needs diffusers: pip install diffusers")
+
+
+def test_rows_are_merged_as_they_come(tmp_path, monkeypatch):
+    case, other = coverage.cases("timm")[:2]
+    gone = coverage.Row("timm", "no such model", 1)
+    coverage.write(tmp_path / "coverage.csv", [gone, coverage.Row("timm", other.name, 7)])
+    rows = [coverage.Row("timm", case.name, 2)]
+    monkeypatch.setattr(coverage, "run", lambda chosen, fast, limit: iter(rows))
+    found = coverage.update(["timm"], [case], tmp_path, fast=True, limit=1.0)
+    assert next(found) == rows[0]
+    assert gone in coverage.read(tmp_path / "coverage.csv")
+    assert not list(found)
+    names = [row.model for row in coverage.read(tmp_path / "coverage.csv")]
+    assert sorted(names) == sorted([case.name, other.name])
+
+
 SUBSET = {
     "timm": (
         *("vit_small_patch16_dinov3", "vit_base_patch16_siglip_224", "cait_xxs24_224"),

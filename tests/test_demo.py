@@ -14,7 +14,7 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from t5fx.bench import demo, dinov2, features, figure, packages, photos, tables, timing
+from t5fx.bench import demo, dinov2, features, figure, packages, photos, quality, tables, timing
 from t5fx.errors import T5Error
 
 WIDTH, LAYERS, HEADS, SIDE = 32, 2, 2, 56
@@ -331,3 +331,21 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "| TTT, converted |" in markdown and "| TTT, aligned |" in markdown
     assert "| 28 | 5 |" in markdown
     assert "1 cores used" in markdown
+
+
+def test_its_quality_as_rows(monkeypatch, capsys):
+    monkeypatch.setattr(dinov2, "load_dinov2_small", lambda: tiny_vit(depth=1))
+    monkeypatch.setattr(demo, "SIZE", SIDE)
+    monkeypatch.setattr(demo, "ALIGN_SIZE", 28)
+    experiment = next(one for one in quality.experiments(small=True) if "DINOv2" in one.case)
+    rows = list(experiment.run(experiment))
+    found = {(row.contender, row.measure): row for row in rows}
+    for name in ("TTT, converted", "TTT, aligned"):
+        for what in ("class", "patches"):
+            row = found.pop((name, f"agreement, {what}, 28 px"))
+            assert -1 <= row.value <= 1
+            assert (row.suite, row.unit, row.better) == ("quality", "share", "higher")
+    assert found.pop(("TTT, aligned", "steps")).value == 3
+    assert found.pop(("TTT, aligned", "seconds of training")).value > 0
+    assert not found
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,242 @@
+"""Tables of results for people: `t5fx bench report results.csv --out docs/bench`.
+
+Writes `report.md`, the plots as PNG and SVG, and `index.html`, which holds all of it. Every number
+and name in them is read from the rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from t5fx.errors import T5Error
+
+from .page import page
+from .pivots import NOTE, models_table, not_measured, pivots, remarks
+from .plot_style import Plot
+from .plots import plots
+from .promise import Promise
+from .results import PACKAGES, Row, read
+from .tables import Table
+
+TITLE = "Benchmarks of t5fx"
+
+#: The order of suites; others follow.
+SUITES = ("models", "peers", "kernels", "pass", "quality", "coverage")
+
+#: The columns that say what rows of a device were taken on and of.
+FACTS = {"driver": "driver", "threads": "threads", **{name: name for name in PACKAGES}}
+FACTS |= {"commit": "commit", "code": "digest of the code", "date": "date", "seed": "seed"}
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """What one suite says on one device.
+
+    details: numbers for who looks further; remarks: on what was measured; missing: what was not.
+    """
+
+    suite: str
+    slug: str
+    tables: tuple[Table, ...]
+    details: tuple[Table, ...]
+    remarks: Table | None
+    missing: Table | None
+    plots: tuple[Plot, ...]
+    promise: Promise | None
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device, the facts that its rows share, and its suites."""
+
+    name: str
+    slug: str
+    facts: tuple[tuple[str, str], ...]
+    chapters: tuple[Chapter, ...]
+
+
+def run(paths: Sequence[Path], out: Path, console: Console, readme: Path | None = None) -> int:
+    """Writes the report of all the files into the folder `out`. Returns the exit code.
+
+    readme: also fill in the places that it has for results.
+
+    Where several files measured the same on the same device, the later one counts. 2: a file
+    cannot be read, there are no rows, or matplotlib is missing.
+    """
+    try:
+        rows, replaced = merged([read(path) for path in paths])
+        if not rows:
+            names = ", ".join(map(str, paths)) or "no file"
+            raise T5Error(f"expected rows of results, got none in {names}")
+        devices = [_device(name, own) for name, own in _split(rows, "device")]
+    except T5Error as error:
+        console.print(f"report: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+    intro = [f"From {len(rows)} rows in {', '.join(path.name for path in paths)}."]
+    if replaced:
+        intro.append(f"{replaced} rows of earlier files are left out: a later file has them again.")
+    out.mkdir(parents=True, exist_ok=True)
+    shown = [plot for device in devices for chapter in device.chapters for plot in chapter.plots]
+    for plot in shown:
+        plot.save(out)
+    (out / "report.md").write_text(markdown(intro, devices), encoding="utf-8")
+    (out / "index.html").write_text(page(TITLE, intro, devices), encoding="utf-8")
+    if readme is not None:
+        fill_all(readme, rows, readme.parent / "docs")
+    console.print(
+        f"{out}: report.md, index.html and {len(shown)} plots", markup=False, highlight=False
+    )
+    return 0
+
+
+def merged(files: Sequence[Sequence[Row]]) -> tuple[list[Row], int]:
+    """The rows of all files, and how many a later file took the place of."""
+    found: dict[tuple[str, ...], Row] = {}
+    for rows in files:
+        found |= {(row.device, *row.key): row for row in rows}
+    return list(found.values()), sum(map(len, files)) - len(found)
+
+
+def _split(rows: Iterable[Row], column: str) -> list[tuple[str, list[Row]]]:
+    """(value of a column, its rows), in the order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, column), []).append(row)
+    return list(groups.items())
+
+
+def _device(name: str, rows: Sequence[Row]) -> Device:
+    name = name or "unknown device"
+    slug = _slug(name)
+    suites = dict(_split(rows, "suite"))
+    order = [suite for suite in SUITES if suite in suites]
+    order += [suite for suite in suites if suite not in SUITES]
+    chapters = tuple(_chapter(suite, f"{slug}-{_slug(suite)}", suites[suite]) for suite in order)
+    return Device(name, slug, _facts(rows), chapters)
+
+
+def _facts(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    """What the rows were taken on; several values where they were not taken at once."""
+    facts = []
+    for column, name in FACTS.items():
+        values = {str(getattr(row, column)) for row in rows} - {""}
+        if values:
+            facts.append((name, ", ".join(sorted(values))))
+    return tuple(facts)
+
+
+def _chapter(suite: str, slug: str, rows: Sequence[Row]) -> Chapter:
+    tables, promise = pivots(rows, suite), None
+    main: list[Table] = []
+    if suite == "models":
+        main, promise = _models_tables(rows), Promise.of(rows)
+    return Chapter(
+        suite=suite,
+        slug=slug,
+        tables=tuple(main or tables),
+        details=tuple(tables if main else ()),
+        remarks=None if main else remarks(rows, suite),
+        missing=not_measured(rows, suite),
+        plots=tuple(plots(rows, slug)),
+        promise=promise,
+    )
+
+
+def _models_tables(rows: Sequence[Row], where: str = "") -> list[Table]:
+    return [models_table(own, f"models, {mode}{where}") for mode, own in _split(rows, "mode")]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def markdown(intro: Iterable[str], devices: Iterable[Device]) -> str:
+    """report.md: the same as the page, the plots beside it."""
+    parts = [f"# {TITLE}", *map(_plain, intro)]
+    for device in devices:
+        parts.append(f"## {_plain(device.name)}")
+        parts.append("; ".join(f"{name} {_plain(value)}" for name, value in device.facts))
+        for chapter in device.chapters:
+            parts.append(f"### {_plain(chapter.suite)}")
+            if chapter.promise is not None:
+                parts.append(_plain(str(chapter.promise)))
+            parts += [_markdown(table) for table in chapter.tables]
+            parts += [f"![{_plain(plot.text)}]({plot.name}.png)" for plot in chapter.plots]
+            parts += [_markdown(table) for table in chapter.details]
+            for words in filter(None, (chapter.remarks, chapter.missing)):
+                # Words begin at the left, as numbers do not.
+                left = _markdown(words).replace("---:", "---", len(words.columns) - 1)
+                parts.append(left)
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    cells = tuple(tuple(_plain(cell) for cell in row) for row in table.rows)
+    columns = tuple(map(_plain, table.columns))
+    return replace(table, title=_plain(table.title), columns=columns, rows=cells).markdown()
+
+
+def _plain(text: str) -> str:
+    """Text of others in Markdown: in one line, no HTML, no end of a cell."""
+    text = " ".join(text.split())
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A block of Markdown for a README: each device's models, and whether the promise holds.
+
+    Raises `T5Error` where there are no rows of the suite `models`.
+    """
+    models = [row for row in rows if row.suite == "models"]
+    if not models:
+        raise T5Error(f"expected rows of the suite models, got {len(rows)} of other suites")
+    tables = [
+        _markdown(replace(table, note="")).strip()  # once, below all of them
+        for device, own in _split(models, "device")
+        for table in _models_tables(own, f", on {device or 'unknown device'}")
+    ]
+    return "\n\n".join([*tables, NOTE, _plain(str(Promise.of(models)))]) + "\n"
+
+
+def fill_all(readme: Path, rows: Sequence[Row], docs: Path) -> None:
+    """Puts everything that was measured into the README: nothing of it is typed.
+
+    rows: of all suites; docs: where the demos and the coverage suite wrote their tables.
+
+    Raises `T5Error` where the README has no place for it, or a table is not there.
+    """
+    fill(readme, "bench", summary(rows))
+    of_pass = [row for row in rows if row.suite == "pass"]
+    tables = [
+        _markdown(replace(table, title=f"{table.title}, on {device}")).strip()
+        for device, own in _split(of_pass, "device")
+        for table in pivots(own, "pass")
+    ]
+    if tables:
+        fill(readme, "pass", "\n\n".join(tables))
+    for name in ("demo", "classify", "coverage"):
+        path = docs / f"{name}.md"
+        if not path.exists():
+            raise T5Error(f"{path}: expected the tables of {name}, found no such file")
+        text = path.read_text(encoding="utf-8")
+        if name == "coverage":  # the totals; the rows of all models stay where they are
+            text = text.removeprefix("# Coverage").partition("**timm**")[0]
+        fill(readme, name, text)
+
+
+def fill(readme: Path, name: str, text: str) -> None:
+    """Puts text between `<!-- name -->` and `<!-- /name -->` in place of what is there.
+
+    Raises `T5Error` where the two are not there, once each and in this order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = readme.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise T5Error(f"{readme}: expected {begin} and later {end}, once each")
+    head, tail = old.partition(begin)[0], old.partition(end)[2]
+    readme.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}", encoding="utf-8")

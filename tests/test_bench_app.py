@@ -1,0 +1,176 @@
+"""`t5fx bench`: cases run once, are kept at once, and what is wrong is refused and said."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from t5fx.__main__ import main as command
+from t5fx.bench import app, results
+from t5fx.bench.results import Experiment, Results, Row
+from t5fx.errors import T5Error
+from t5fx.measure import Spread
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """A suite of two cases in the place of "models"; counts how often each ran."""
+    state = types.SimpleNamespace(runs=[], error=None, absent=False)
+
+    def run(experiment):
+        state.runs.append(experiment.case)
+        if state.error is not None and experiment.case == "second":
+            raise state.error
+        yield experiment.row("t5", "latency", Spread(1.0, 2.0, 3.0), unit="s", better="lower")
+        if state.absent:
+            yield experiment.row("peer", "latency", status="absent", detail="pip install peer")
+
+    module = types.ModuleType("t5fx.bench.fake")
+    module.experiments = lambda small=False: [
+        Experiment("models", name, run, tokens=16) for name in ("first", "second")
+    ]
+    monkeypatch.setitem(sys.modules, "t5fx.bench.fake", module)
+    monkeypatch.setitem(app.SUITES, "models", "fake")
+    return state
+
+
+@pytest.fixture
+def bench(tmp_path):
+    path = tmp_path / "folder" / "results.csv"
+
+    def run(*arguments):
+        return app.main(["models", "--out", str(path), *arguments])
+
+    run.path = path
+    return run
+
+
+def test_rows_are_written_with_the_machine_and_not_measured_again(suite, bench):
+    assert bench() == 0
+    rows = results.read(bench.path)
+    assert [(r.case, r.tokens, *r.spread) for r in rows] == [
+        ("first", 16, 1.0, 2.0, 3.0),
+        ("second", 16, 1.0, 2.0, 3.0),
+    ]
+    assert rows[0].device and rows[0].torch and rows[0].commit and len(rows[0].code) == 16
+    assert bench() == 0
+    assert suite.runs == ["first", "second"]
+    assert bench("--again") == 0
+    assert suite.runs == ["first", "second"] * 2
+    assert len(results.read(bench.path)) == 2
+
+
+def test_another_code_or_machine_is_measured_again(suite, bench):
+    bench()
+    kept = [results.replace(r, code="older") if r.case == "first" else r
+            for r in results.read(bench.path)]  # fmt: skip
+    results.write(bench.path, kept)
+    bench()
+    assert suite.runs == ["first", "second", "first"]
+    assert {r.code for r in results.read(bench.path)} != {"older"}
+
+
+def test_only(suite, bench):
+    assert bench("--only", "econ") == 0
+    assert suite.runs == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(T5Error("off by 3"), "refused"), (ZeroDivisionError("x"), "failed")]
+)
+def test_a_case_that_goes_wrong_has_no_numbers_and_fails_the_run(suite, bench, error, status):
+    bench()
+    suite.error = error
+    assert bench("--again") == 1
+    rows = {row.case: row for row in results.read(bench.path)}
+    assert rows["first"].status == "ok"
+    assert rows["second"].status == status
+    assert str(error) in rows["second"].detail
+    assert rows["second"].value is None
+    suite.error = None
+    assert bench() == 0  # only what went wrong is tried again
+    assert suite.runs[-1] == "second" and suite.runs.count("first") == 2
+
+
+def test_an_interrupted_run_is_taken_up(suite, bench):
+    suite.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        bench()
+    assert [r.case for r in results.read(bench.path)] == ["first"]
+    suite.error = None
+    assert bench() == 0
+    assert suite.runs == ["first", "second", "second"]
+
+
+def test_absent_peers_are_rows(suite, bench):
+    suite.absent = True
+    assert bench() == 0
+    absent = [r for r in results.read(bench.path) if r.status == "absent"]
+    assert [r.detail for r in absent] == ["pip install peer"] * 2
+    assert bench() == 0
+    assert suite.runs == ["first", "second"]
+
+
+def test_tiny_runs_stay_out_of_the_results(suite, capsys):
+    assert app.main(["models", "--small"]) == 2
+    assert "--out" in capsys.readouterr().out
+    assert not suite.runs
+
+
+def test_a_file_that_is_no_results_is_left_alone(suite, bench):
+    bench.path.parent.mkdir()
+    bench.path.write_text("a,b\n1,2\n")
+    assert bench() == 2
+    assert bench.path.read_text() == "a,b\n1,2\n"
+    assert not suite.runs
+
+
+def test_values_that_are_no_numbers_are_no_results():
+    experiment = Experiment("models", "case", lambda e: [])
+    with pytest.raises(T5Error, match="finite"):
+        experiment.row("t5", "latency", float("nan"))
+    with pytest.raises(T5Error, match="status"):
+        experiment.row("t5", "latency", 1.0, status="fine")
+
+
+def test_results_survive_the_file(tmp_path):
+    experiment = Experiment("models", 'a "case", with; signs', lambda e: [])
+    rows = [
+        experiment.row("t5", "latency", Spread(0.1, 0.2, 0.3), unit="s", rounds=7),
+        experiment.row("t5", "count", 3.0),
+        experiment.row("peer", "latency", status="absent", detail="two\nlines, é"),
+    ]
+    results.write(tmp_path / "r.csv", rows)
+    assert results.read(tmp_path / "r.csv") == rows
+    assert all(isinstance(row, Row) for row in Results(tmp_path / "r.csv").rows)
+
+
+class TestCommand:
+    def test_usage(self, capsys):
+        assert command([]) == 2
+        assert "t5fx bench" in capsys.readouterr().err
+        assert command(["--help"]) == 0
+
+    def test_a_package_that_is_not_there_is_named(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "t5fx.bench.app", None)
+
+        def fail(name):
+            raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+        monkeypatch.setattr("importlib.import_module", fail)
+        assert command(["bench", "models"]) == 2
+        assert "pip install 't5fx[bench]'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("module", ["t5fx", "t5fx.bench", "bench"])
+    def test_the_ways_to_call_it(self, module, pytestconfig):
+        arguments = ["bench"] if module == "t5fx" else []
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments, "--help"],
+            cwd=pytestconfig.rootpath,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        for name in (*app.SUITES, "report", "compare"):
+            assert name in done.stdout

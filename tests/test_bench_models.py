@@ -1,0 +1,141 @@
+"""The `models` suite on a tiny model: all contenders, checked before they are timed."""
+
+import pytest
+import torch
+from torch import nn
+
+from t5fx.bench import models
+from t5fx.bench.zoo import entries
+from t5fx.errors import T5Error
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(models, "BUDGET", 0.05)
+
+
+def run(training):
+    experiment = models.experiments(small=True)[training]
+    assert experiment.mode == ("training" if training else "inference")
+    return experiment, list(experiment.run(experiment))
+
+
+def measured(rows, contender, measure):
+    (row,) = [r for r in rows if (r.contender, r.measure) == (contender, measure)]
+    return row
+
+
+@pytest.fixture(scope="module")
+def inference():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(models, "BUDGET", 0.05)
+    yield run(training=False)[1]
+    patch.undo()
+
+
+CONTENDERS = (
+    *("softmax, eager", "softmax, FLASH", "softmax, MATH"),
+    *("t5, every site", "t5, measured", "attention removed"),
+)
+
+
+def test_every_contender_has_times_memory_and_a_ratio(inference):
+    for contender in CONTENDERS:
+        latency = measured(inference, contender, "latency")
+        assert 0 < latency.low <= latency.value <= latency.high
+        assert latency.rounds >= 3
+        assert measured(inference, contender, "speed-up").value > 0
+        assert measured(inference, contender, "peak memory").value > 0
+    speed_ups = [measured(inference, name, "speed-up") for name in CONTENDERS[1:3]]
+    assert 1.0 in [row.value for row in speed_ups]  # the rival itself
+    assert {row.tokens for row in inference} == {65}
+
+
+def test_backends_are_kept_apart():
+    """Dynamo, and Inductor's caches, take the same model with another SDPA backend for the same."""
+    experiment, entry = models.experiments(small=True)[0], entries(gpu=False, small=True)[0]
+    bench = models.Bench(entry, experiment, False, torch.float32)
+    bench.model, bench.inputs = bench._build()
+    calls = []
+    with torch.no_grad():
+        for backend in bench.backends:
+            call = bench._run(bench._inductor(bench.model))
+            with models._only(backend):
+                call()
+            calls.append(call)
+        fused = []
+        for backend, call in zip(bench.backends, calls, strict=True):
+            with models._only(backend), torch.profiler.profile() as profile:
+                call()
+            fused.append(any("flash" in event.key for event in profile.key_averages()))
+    assert dict(zip([b.name for b in bench.backends], fused, strict=True)) == {
+        "FLASH_ATTENTION": True,
+        "MATH": False,
+    }
+
+
+def test_compilation_is_counted_and_timed(inference):
+    for contender in CONTENDERS[1:]:
+        assert measured(inference, contender, "graphs").value == 1
+        assert measured(inference, contender, "graph breaks").value == 0
+        assert measured(inference, contender, "recompiles").value == 0
+    cold, warm = (
+        measured(inference, "t5, every site", f"{kind} compile").value for kind in ("cold", "warm")
+    )
+    assert cold > warm > 0
+
+
+def test_flops_are_those_of_the_node(inference):
+    """18 N D^2 for each head in the place of 4 N^2 D."""
+    before = measured(inference, "softmax, eager", "FLOPs").value
+    after = measured(inference, "t5, every site", "FLOPs").value
+    tokens, heads, dim = 65, 8, 4
+    convolutions = 2 * 2 * 9 * 64 * heads * dim  # of q and k, on the 8 x 8 grid
+    node = 18 * tokens * dim**2 * heads
+    assert after - before == node + convolutions - 4 * tokens**2 * dim * heads
+
+
+@pytest.mark.slow
+def test_training():
+    rows = run(training=True)[1]
+    assert measured(rows, "t5, every site", "speed-up").value > 0
+    assert measured(rows, "t5, every site", "error").value < 1e-3
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(models.Bench, "_time", None)  # nothing may come that far
+    monkeypatch.setattr(
+        models.Bench, "_inductor", lambda self, model: lambda **kw: 1.1 * model(**kw)
+    )
+    monkeypatch.setattr(models.Bench, "_compile_rows", lambda self: [])
+    experiment = models.experiments(small=True)[0]
+    with pytest.raises(T5Error, match=r"'softmax, FLASH' within 0\.001 .* difference of 0\.1"):
+        list(experiment.run(experiment))
+
+
+def test_a_model_that_does_not_show_its_attention_is_refused(monkeypatch):
+    entry = entries(gpu=False, small=True)[0]
+
+    def blind():
+        model, inputs = entry.build()
+        nn.init.zeros_(model.blocks[0].attn.proj.weight)
+        return model, inputs
+
+    monkeypatch.setattr(models, "entries", lambda gpu, small: [models.Entry(entry.name, blind)])
+    (experiment,) = models.experiments(small=True)
+    with pytest.raises(T5Error, match="depends on its attention"):
+        list(experiment.run(experiment))
+
+
+def test_peak_memory_counts_what_lives_at_one_time():
+    def call():
+        torch.ones(1000)
+        torch.ones(3000)
+
+    assert 4 * 3000 <= models.peak_memory(call, torch.device("cpu")) < 4 * 3500
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_names_are_unique(gpu):
+    names = [entry.name for entry in entries(gpu)]
+    assert len(set(names)) == len(names)

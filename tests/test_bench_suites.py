@@ -1,0 +1,112 @@
+"""The suites of the pass and of the kernels, on a CPU."""
+
+import pytest
+import torch
+
+from t5fx.bench import kernels, pass_cost
+from t5fx.bench.timing import Spread
+from t5fx.errors import T5Error
+
+
+def values(experiment):
+    rows = list(experiment.run(experiment))
+    assert all((row.suite, row.case) == (experiment.suite, experiment.case) for row in rows)
+    return {(row.contender, row.measure): row for row in rows}
+
+
+# --- pass ---------------------------------------------------------------------------------------
+
+
+def test_each_stage_of_the_pass_is_timed(monkeypatch):
+    monkeypatch.setattr(pass_cost, "cold_compile", lambda depth: 100.0)
+    (experiment,) = pass_cost.experiments(small=True)
+    assert (experiment.suite, experiment.case) == ("pass", "ViT-Ti, 2 blocks")
+    found = values(experiment)
+    stages = [contender for contender, measure in found if measure == "time"]
+    assert stages == ["capture", "match", "layout", "plan", "rewrite"]
+    nodes = found["plan and rewrite", "nodes"].value
+    per_node = found["plan and rewrite", "time per node"]
+    assert nodes > 20 and 0 < per_node.value < 0.1
+    share = found["plan and rewrite", "share of cold compile"]
+    assert share.value == pytest.approx(per_node.value * nodes / 100)
+    assert found["Inductor", "cold compile"].value == 100
+
+
+def test_cases_of_the_pass(monkeypatch):
+    cases = [one.case for one in pass_cost.experiments()]
+    assert cases[0] == "ViT-Ti, 6 blocks" and cases[-1] == "Flux, 57 attentions"
+    monkeypatch.setattr(pass_cost.importlib.util, "find_spec", lambda name: None)
+    ((row,),) = [list(one.run(one)) for one in pass_cost.experiments()[-1:]]
+    assert row.status == "absent" and "pip install diffusers" in row.detail
+
+
+def test_a_site_that_is_not_rewritten_is_an_error():
+    images = {"x": torch.randn(1, 3, 64, 64)}
+    with pytest.raises(T5Error, match="expected 3 rewritten sites, got 1"):
+        pass_cost.measure(pass_cost.vit(1), images, pass_cost.EVERY_SITE, 3)
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU has")
+def test_without_a_gpu_there_is_one_row():
+    (experiment,) = kernels.experiments()
+    ((_, row),) = values(experiment).items()
+    assert row.status == "absent" and "CUDA GPU" in row.detail
+
+
+class Clock:
+    """Stands for a GPU: each call is made, and takes a second longer than the one before."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self, call):
+        call()
+        self.seconds += 1
+        return Spread(self.seconds, 2 * self.seconds, 4 * self.seconds)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of softmax's backends that a CPU has not
+def test_rows_of_the_kernels(monkeypatch, both):
+    def as_the_kernels(tensors, settings, grad_out):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = kernels.reference(*kernels.node(leaves), **kernels.NAMES, **settings)
+        return [out, *(torch.autograd.grad(out, leaves, grad_out) if both else ())]
+
+    def on_a_cpu(*sizes, original=kernels.arguments):
+        return original(*sizes, device="cpu")
+
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "ceilings", lambda: (1e9, 1e12))
+    monkeypatch.setattr(kernels, "arguments", on_a_cpu)
+    monkeypatch.setattr(kernels, "replayed", Clock())
+    monkeypatch.setattr(kernels, "check", lambda tensors, settings: None)
+    monkeypatch.setattr(kernels, "kernels", as_the_kernels)
+    monkeypatch.setattr(kernels.torch, "compile", lambda function: function)
+    experiment = kernels.experiments(small=True)[both]
+    assert experiment.case == "1 x 12 heads x 256 tokens x 64, forward" + " and backward" * both
+    assert len(kernels.experiments()) == 2 * 2 * 2 * 5
+    found = values(experiment)
+    assert found["machine", "copy bandwidth"].value == 1e9
+    assert found["machine", "matrix product"].value == 1e12
+    assert found["CUDNN_ATTENTION", "latency"].status == "absent"
+    for second, name in enumerate(("t5fx", "reference, Inductor", "FLASH_ATTENTION"), 1):
+        assert found[name, "latency"].spread == (second, 2 * second, 4 * second)
+        assert found[name, "speed-up"].value == pytest.approx(3 / second)
+        share = found[name, "share of roofline"]
+        moved = 12 * 256 * 64 * 2 * (11 if both else 4)
+        arithmetic = 12 * 18 * 256 * 64**2 * (3.5 if both else 1)
+        floor = max(moved / 1e9, arithmetic / 1e12)
+        assert share.value == pytest.approx(floor / (2 * second))
+        assert share.low < share.value < share.high
+
+
+def test_a_wrong_kernel_is_refused(monkeypatch):
+    tensors, settings = kernels.arguments(1, 2, 64, 16, device="cpu")
+    zeros = [torch.zeros(()), *map(torch.zeros_like, tensors)]
+    monkeypatch.setattr(kernels, "kernels", lambda *args: zeros)
+    with pytest.raises(T5Error, match=r"expected errors up to 0\.03; got 1"):
+        kernels.check(tensors, settings)
