@@ -6,8 +6,9 @@ rewrite returns its values and costs nothing, is the most that any replacement c
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,7 +32,10 @@ from .results import Experiment, Row
 from .zoo import Built, Entry, entries
 
 #: Seconds that the rounds of one contender may take, and how many there are.
-BUDGET, ROUNDS = 5.0, (3, 30)
+BUDGET, ROUNDS = 2.5, (3, 30)
+
+#: Seconds: what takes longer needs no more than one call to warm up.
+WARM = 0.5
 
 #: Largest relative difference (Euclidean) of a compiled from the eager output, or gradients.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -60,13 +64,15 @@ def experiments(small: bool = False) -> list[Experiment]:
 class Contender:
     """Something to call, what calling it once gave, and what else is known of it.
 
-    inside: the context in which it is compiled and called. seconds: of each round.
+    inside: the context in which it is compiled and called. first: seconds of a call, about.
+    seconds: of each round.
     """
 
     name: str
     call: Callable[[], Any]
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext
     facts: dict[str, Any] = field(default_factory=dict)
+    first: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
     def once(self) -> Any:
@@ -98,7 +104,6 @@ class Bench:
             torch._dynamo.reset()
             contenders = list(self._contenders(rest))
             self._time(contenders)
-            self._measure_memory(contenders)
             yield from (self._sized(row) for row in self._report(contenders))
             yield from (self._sized(row) for row in rest)
 
@@ -120,15 +125,16 @@ class Bench:
             self.model, (), self.inputs, config=config, share_parameters=True
         ).train(self.entry.training)
         self.report: Report = linear.report
-        softmax, node = self._run(self.model)(), self._run(linear)()
+        softmax, before = self._counted(self.model)
+        node, after = self._counted(linear)
         if relative_difference(node, softmax) < 10 * TOLERANCE[self.dtype]:
             raise T5Error(
                 "expected a model whose output depends on its attention, got one whose output is "
                 "the same with softmax and with TTT: no check could tell right from wrong"
             )
         eager = Contender(EAGER, self._run(self.model))
-        eager.facts |= self._flops(self.model)
-        yield eager
+        eager.facts["FLOPs"] = before
+        yield self._compiled(eager, softmax)
         for backend in self.backends:
             name = f"softmax, {backend.name.removesuffix('_ATTENTION')}"
             contender = Contender(name, self._run(self._inductor(self.model)))
@@ -141,7 +147,7 @@ class Bench:
         ours = {**self.entry.options, "min_tokens": 0}
         contender = Contender(EVERY, self._run(self._t5(ours)))
         yield self._compiled(contender, node)
-        contender.facts |= self._flops(linear) | {"sites": len(self.report.sites)}
+        contender.facts |= {"FLOPs": after, "sites": len(self.report.sites)}
         contender.facts["sites rewritten"] = len(self.report.rewritten)
         measuring = {**self.entry.options, "policy": "measure"}
         chosen = t5fx.LinearizeConfig(**measuring, capture_seconds=0.0)
@@ -189,14 +195,19 @@ class Bench:
         return step
 
     def _compiled(self, contender: Contender, wanted: Any) -> Contender:
-        """Compiles it, checks it against the eager result, and counts graphs."""
+        """Compiles it, checks it against the eager result, counts graphs and memory."""
         counters.clear()
-        contender.facts["error"] = self._check(contender.name, contender.once(), wanted)
+        if contender.name != EAGER:
+            contender.facts["error"] = self._check(contender.name, contender.once(), wanted)
         graphs = counters["stats"]["unique_graphs"]
-        contender.facts["graphs"] = graphs
-        contender.facts["graph breaks"] = sum(counters["graph_break"].values())
-        contender.once()
-        contender.facts["recompiles"] = counters["stats"]["unique_graphs"] - graphs
+        breaks = sum(counters["graph_break"].values())
+        start = time.perf_counter()
+        contender.facts["peak memory"] = peak_memory(contender.once, self.device)
+        contender.first = time.perf_counter() - start
+        recompiles = counters["stats"]["unique_graphs"] - graphs
+        if contender.name != EAGER:
+            counted = {"graphs": graphs, "graph breaks": breaks, "recompiles": recompiles}
+            contender.facts |= counted
         return contender
 
     def _compile_times(self) -> dict[str, dict[str, float]]:
@@ -224,10 +235,11 @@ class Bench:
             )
         return error
 
-    def _flops(self, model: nn.Module) -> dict[str, float]:
+    def _counted(self, model: nn.Module) -> tuple[Any, int]:
+        """What it gives, and the FLOPs of it."""
         with FlopCounterMode(display=False) as counter:
-            self._run(model)()
-        return {"FLOPs": float(counter.get_total_flops())}
+            result = self._run(model)()
+        return result, counter.get_total_flops()
 
     # --- how it is timed ------------------------------------------------------------------------
 
@@ -235,7 +247,9 @@ class Bench:
         """Rounds in which every contender has its turn, in an order that turns; slow ones fewer."""
         counts, repeats = [], []
         for contender in contenders:
-            once = min(self._clock(contender) for _ in range(3))
+            once = contender.first
+            if once < WARM:
+                once = min(self._clock(contender) for _ in range(2))
             counts.append(int(min(max(BUDGET / once, ROUNDS[0]), ROUNDS[1])))
             repeats.append(max(1, int(1e-2 / once)))
         for index in range(max(counts)):
@@ -247,10 +261,6 @@ class Bench:
     def _clock(self, contender: Contender, repeats: int = 1) -> float:
         with contender.inside():
             return clock(contender.call, self.device, repeats)
-
-    def _measure_memory(self, contenders: Iterable[Contender]) -> None:
-        for contender in contenders:
-            contender.facts["peak memory"] = peak_memory(contender.once, self.device)
 
     # --- what is said ---------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ def _on_cpu() -> tuple[Entry, ...]:
         timm("timm/DINOv2-S/14, 2 of 12 blocks", 518, training=True, depth=2),
         siglip(512, layers=2),
         dit(512, layers=2),
-        sd35(512, layers=2),
+        sd35(512, layers=1),
     )
 
 
@@ -162,7 +162,7 @@ def sd35(pixels: int, layers: int) -> Entry:
             joint_attention_dim=4096,
             caption_projection_dim=1536,
             pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(min(13, layers // 2))),
+            dual_attention_layers=tuple(range(min(13, max(1, layers // 2)))),
             qk_norm="rms_norm",
         ).eval()
         return model, {
