@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
 import time
@@ -89,28 +90,28 @@ def _one(experiment: Experiment, results: Results, columns: dict, console: Conso
     """Run one case; whether it was neither refused nor failed."""
     start = time.perf_counter()
     torch.manual_seed(columns["seed"])
-    ok = True
     try:
         with console.status(f"{experiment.suite}: {experiment.case}"):
             rows = list(experiment.run(experiment))
     except Exception as error:
-        ok = False
         status = "refused" if isinstance(error, T5Error) else "failed"
         detail = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if isinstance(error, ModuleNotFoundError):
+            status, detail = "absent", f"needs {error.name}: pip install 't5fx[bench]'"
         rows = [experiment.row("", "", status=status, detail=detail)]
         console.print(f"{status}: {detail}", style="red", markup=False, highlight=False)
         if status == "failed":
             traceback.print_exc()
-    finally:
-        torch._dynamo.reset()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
     results.replace(experiment, rows, columns)
+    torch._dynamo.reset()
+    gc.collect()  # models, before the next one is built
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     seconds = time.perf_counter() - start
     absent = sum(row.status == "absent" for row in rows)
     said = f"{experiment.suite}: {experiment.case}: {len(rows)} rows, {absent} absent"
     console.print(f"{said}; {seconds:.0f} s", highlight=False)
-    return ok
+    return all(row.status in ("ok", "absent") for row in rows)
 
 
 def default_results() -> Path:

@@ -30,7 +30,13 @@ SUITES = ("models", "peers", "kernels", "pass", "quality", "coverage")
 
 #: The columns that say what rows of a device were taken on and of.
 FACTS = {"driver": "driver", "threads": "threads", **{name: name for name in PACKAGES}}
-FACTS |= {"commit": "commit", "code": "digest of the code", "date": "date", "seed": "seed"}
+FACTS |= {
+    "commit": "commit",
+    "code": "digest of the code",
+    "harness": "of the harness",
+    "date": "date",
+    "seed": "seed",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def run(paths: Sequence[Path], out: Path, console: Console, readme: Path | None 
 
     readme: also fill in the places that it has for results.
 
-    Where several files measured the same on the same device, the later one counts. 2: a file
+    Where several files measured a case on the same device, the later one counts. 2: a file
     cannot be read, there are no rows, or matplotlib is missing.
     """
     try:
@@ -95,11 +101,21 @@ def run(paths: Sequence[Path], out: Path, console: Console, readme: Path | None 
 
 
 def merged(files: Sequence[Sequence[Row]]) -> tuple[list[Row], int]:
-    """The rows of all files, and how many a later file took the place of."""
-    found: dict[tuple[str, ...], Row] = {}
+    """The rows of all files, and how many were left out.
+
+    A case counts as the last day measured it, on that day in the last file, whole: what a later
+    run refused has no earlier numbers.
+    """
+    cases: dict[tuple[str, str, str], list[Row]] = {}
     for rows in files:
-        found |= {(row.device, *row.key): row for row in rows}
-    return list(found.values()), sum(map(len, files)) - len(found)
+        own: dict[tuple[str, str, str], list[Row]] = {}
+        for row in rows:
+            own.setdefault((row.device, row.suite, row.case), []).append(row)
+        for key, found in own.items():
+            if key not in cases or found[0].date >= cases[key][0].date:
+                cases[key] = found
+    rows = [row for found in cases.values() for row in found]
+    return rows, sum(map(len, files)) - len(rows)
 
 
 def _split(rows: Iterable[Row], column: str) -> list[tuple[str, list[Row]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
+import hashlib
 import math
 import os
 import subprocess
@@ -25,6 +26,12 @@ from t5fx.measure import Spread, device_name
 #: Packages whose versions the figures depend on, a column each.
 PACKAGES = ("torch", "triton", "timm", "transformers", "diffusers")
 
+#: Modules of the harness that measure nothing.
+_SHOWING = {
+    *("app", "compare", "console", "figure", "page", "pivots", "plot_style", "plots", "promise"),
+    *("report", "tables", "units"),
+}
+
 STATUS = ("ok", "absent", "refused", "failed")
 
 
@@ -40,8 +47,8 @@ class Row:
         its value alone.
     status: "ok"; "absent", the package or the device is not here; "refused", the check of its
         outputs failed, so that nothing is reported; "failed", it raised. detail says more.
-    device, driver, threads: the machine; then versions, the commit, a digest of t5fx's code, the
-        seed and the day.
+    device, driver, threads: the machine; then versions, the commit, digests of t5fx's code and of
+        the harness, the seed and the day.
     """
 
     suite: str
@@ -70,6 +77,7 @@ class Row:
     diffusers: str = ""
     commit: str = ""
     code: str = ""
+    harness: str = ""
     seed: int = 0
     date: str = ""
 
@@ -147,9 +155,19 @@ def here(seed: int = 0) -> dict[str, Any]:
         )
         or t5fx.__version__,
         "code": code_digest(),
+        "harness": _harness(),
         "seed": seed,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _harness() -> str:
+    """A digest of what measures, without what only shows."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in _SHOWING:
+            sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def _commit() -> str:
@@ -175,9 +193,9 @@ class Results:
         self.rows = read(path) if path.exists() else []
 
     def done(self, experiment: Experiment, run: dict[str, Any]) -> bool:
-        """Whether the same code was measured on the same machine, and nothing failed."""
+        """Whether this harness measured this code on this machine, and all went well."""
         rows = [r for r in self.rows if (r.suite, r.case) == (experiment.suite, experiment.case)]
-        same = ("device", "threads", "torch", "code")
+        same = ("device", "driver", "threads", *PACKAGES, "code", "harness")
         fits = all(getattr(row, name) == run[name] for row in rows for name in same)
         return bool(rows) and fits and all(row.status in ("ok", "absent") for row in rows)
 

@@ -6,6 +6,7 @@ costs are kept in memory and in a folder, a file for each device, code and shape
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 BUDGET, ROUNDS = 1.0, (5, 30)
 
 #: Above this many FLOPs of softmax, fewer items and heads are measured: they cost alike.
-MOST_FLOPS = 2e12
+MOST_FLOPS = {"cpu": 2e12, "cuda": 2e14}
 
 #: A node this many times as fast, or slow, in the first calls needs no more of them.
 CLEARLY = 3.0
@@ -111,6 +113,7 @@ def cost(shape: Shape, settings: dict[str, Any], device: torch.device) -> Cost:
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "torch": torch.__version__,
         "code": code_digest(),
+        **_switches(),
     }
     key = json.dumps(about, sort_keys=True)
     found = _known.get(key) or _load(key)
@@ -125,12 +128,32 @@ def cost(shape: Shape, settings: dict[str, Any], device: torch.device) -> Cost:
 
 _known: dict[str, Cost] = {}
 
+#: Two measurements at once would time each other.
+_one_at_a_time = threading.Lock()
+
+
+def _switches() -> dict[str, Any]:
+    """Settings of torch, for the whole process, that change what either form costs."""
+    backends = torch.backends.cuda
+    return {
+        "float32": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "flash": backends.flash_sdp_enabled(),
+        "efficient": backends.mem_efficient_sdp_enabled(),
+        "cudnn": backends.cudnn_sdp_enabled(),
+    }
+
 
 def _refuse(device: torch.device) -> None:
     if device.type == "meta":
         raise MeasureError(
             "policy='measure': expected a model on the device that it will run on, got tensors on "
             "the meta device; give it values first, or use policy='flops'"
+        )
+    if device.type not in MOST_FLOPS:
+        raise MeasureError(
+            f"policy='measure': expected a model on {' or '.join(MOST_FLOPS)}, got one on "
+            f"{device.type}; use policy='flops'"
         )
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several and torch.distributed.get_world_size() > 1:
@@ -147,8 +170,10 @@ def _refuse(device: torch.device) -> None:
 def folder() -> Path:
     """Where costs are kept: $T5FX_CACHE_DIR, or t5fx in the user's folder for caches."""
     given = os.environ.get("T5FX_CACHE_DIR")
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(root) / "t5fx"
+    if given:
+        return Path(given)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "t5fx"
 
 
 def _file(key: str) -> Path:
@@ -187,9 +212,10 @@ def _save(key: str, found: Cost) -> None:
 
 
 def _elsewhere(work: Callable[[], Cost], shape: Shape, device: torch.device) -> Cost:
-    """Do it in a thread of its own.
+    """Do it in a thread of its own, and leave the random numbers as they are.
 
     The caller may be a Dynamo backend or run under autocast or a mode: all of that is a thread's.
+    What is a context's, such as settings of the compiler, goes along.
     """
     results: list[Cost] = []
     errors: list[BaseException] = []
@@ -197,12 +223,15 @@ def _elsewhere(work: Callable[[], Cost], shape: Shape, device: torch.device) -> 
 
     def run() -> None:
         torch.set_num_threads(threads)  # OpenMP's count, too, is a thread's
+        gpus = [device] if device.type == "cuda" else []
         try:
-            results.append(work())
+            with _one_at_a_time, torch.random.fork_rng(gpus), _current(device):
+                results.append(work())
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="t5fx-measure")
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(run,), name="t5fx-measure")
     thread.start()
     thread.join()
     if errors:
@@ -211,6 +240,11 @@ def _elsewhere(work: Callable[[], Cost], shape: Shape, device: torch.device) -> 
             f"{type(errors[0]).__name__}: {errors[0]}; policy='flops' decides without measuring"
         ) from errors[0]
     return results[0]
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """The device that events and streams are of."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _Softmax(nn.Module):
@@ -243,7 +277,7 @@ class _Node(nn.Module):
 
 
 def _measure(shape: Shape, settings: dict[str, Any], device: torch.device) -> Cost:
-    batch, heads = _affordable(shape)
+    batch, heads = _affordable(shape, MOST_FLOPS[device.type])
     dtype = getattr(torch, shape.dtype)
     sizes = (shape.head_dim, shape.head_dim, shape.value_dim)
     scale = shape.head_dim**-0.5
@@ -271,10 +305,10 @@ def _measure(shape: Shape, settings: dict[str, Any], device: torch.device) -> Co
     return Cost(scaled * softmax, scaled * ttt, ratio)
 
 
-def _affordable(shape: Shape) -> tuple[int, int]:
-    """Items and heads to measure: all, unless softmax would take too long."""
+def _affordable(shape: Shape, flops: float) -> tuple[int, int]:
+    """Items and heads to measure: all, unless softmax would need more FLOPs than these."""
     per_head = 2 * shape.tokens**2 * (shape.head_dim + shape.value_dim) * (1 + 2 * shape.trained)
-    most = max(1, int(MOST_FLOPS / max(per_head, 1)))
+    most = max(1, int(flops / max(per_head, 1)))
     batch = min(shape.batch, max(1, most // shape.heads))
     return batch, shape.heads if batch * shape.heads <= most else min(shape.heads, most)
 
@@ -322,12 +356,13 @@ def _rounds(calls: list[Callable[[], Any]], device: torch.device) -> list[list[f
 def clock(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
     """Seconds of a call, the mean of several in a row; on CUDA those of the device."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
         return start.elapsed_time(end) / 1e3 / repeats
     begin = time.perf_counter()
     for _ in range(repeats):

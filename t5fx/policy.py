@@ -78,7 +78,7 @@ def plan(
         plans.append(entry)
         assert axes is not None
         try:
-            _judge(view, axes, entry, decided(match), _is_trained(view, match, owner))
+            _judge(view, axes, entry, decided(match), owner)
             site.status = "rewritten"
         except Refusal as refusal:
             site.reason, site.detail = refusal.reason, refusal.detail
@@ -128,7 +128,13 @@ def _objection(first: Plan, other: Plan) -> tuple[str, str] | None:
     return None
 
 
-def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None, trained: bool) -> None:
+def _judge(
+    view: View,
+    axes: Axes,
+    entry: Plan,
+    decided: bool | None,
+    owner: Callable[[str], nn.Module | None] | None,
+) -> None:
     match, site, config = entry.match, entry.site, entry.config
     if match.binding is None:
         value = view.val(match.anchor)
@@ -154,12 +160,15 @@ def _judge(view: View, axes: Axes, entry: Plan, decided: bool | None, trained: b
     if decided is None:
         _pays(site, config)
         if config.policy == "measure":
-            _is_faster(view, entry, trained)
+            _is_faster(view, entry, _is_trained(view, match, owner))
 
 
 def _is_trained(view: View, match: Match, owner: Callable[[str], nn.Module | None] | None) -> bool:
     """Whether a backward pass will follow: the site's module is in training mode."""
-    module = (owner or view.root.get_submodule)(match.owner)
+    try:
+        module = (owner or view.root.get_submodule)(match.owner)
+    except AttributeError:  # the graph has its operators, and its root is all there is
+        module = view.root
     return torch.is_grad_enabled() and module is not None and module.training
 
 

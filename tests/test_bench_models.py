@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import t5fx
 from t5fx.bench import models
 from t5fx.bench.zoo import entries
 from t5fx.errors import T5Error
@@ -102,15 +103,50 @@ def test_training():
     assert measured(rows, "t5, every site", "error").value < 1e-3
 
 
+def wrong(model):
+    return lambda **inputs: 1.1 * model(**inputs)
+
+
 def test_what_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(models.Bench, "_time", None)  # nothing may come that far
-    monkeypatch.setattr(
-        models.Bench, "_inductor", lambda self, model: lambda **kw: 1.1 * model(**kw)
-    )
+    monkeypatch.setattr(models.Bench, "_inductor", lambda self, model: model)
+    monkeypatch.setattr(models.Bench, "_t5", lambda self, options: wrong(self.model))
     monkeypatch.setattr(models.Bench, "_compile_rows", lambda self: [])
     experiment = models.experiments(small=True)[0]
-    with pytest.raises(T5Error, match=r"'softmax, FLASH' within 0\.001 .* difference of 0\.1"):
+    with pytest.raises(T5Error, match=r"'t5, every site' within 0\.001"):
         list(experiment.run(experiment))
+
+
+def test_a_softmax_that_is_wrong_is_refused_alone(monkeypatch):
+    monkeypatch.setattr(models.Bench, "_inductor", lambda self, model: wrong(model))
+    monkeypatch.setattr(models.Bench, "_t5", lambda self, options: self.model)
+    experiment, entry = models.experiments(small=True)[0], entries(gpu=False, small=True)[0]
+    bench = models.Bench(entry, experiment, False, torch.float32)
+    bench.model, bench.inputs = bench._build()
+    rest = []
+    with torch.no_grad(), pytest.raises(T5Error, match="'t5, every site'"):
+        list(bench._contenders(rest))
+    assert [(row.contender, row.status) for row in rest] == [
+        ("softmax, FLASH", "refused"),
+        ("softmax, MATH", "refused"),
+    ]
+
+
+def test_attention_that_hardly_matters_is_enlarged():
+    experiment, entry = models.experiments(small=True)[0], entries(gpu=False, small=True)[0]
+    bench = models.Bench(entry, experiment, False, torch.float32)
+    bench.model, bench.inputs = bench._build()
+    attention = bench.model.blocks[0].attn
+    with torch.no_grad():
+        attention.proj.weight *= 0.2
+        next(bench._contenders([]))
+        difference = models.relative_difference(
+            t5fx.linearize(
+                bench.model, (), bench.inputs, config=t5fx.LinearizeConfig(min_tokens=0)
+            )(**bench.inputs),
+            bench.model(**bench.inputs),
+        )
+    assert difference >= models.MATTERS
 
 
 def test_a_model_that_does_not_show_its_attention_is_refused(monkeypatch):

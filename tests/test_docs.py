@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from t5fx.bench import report, results
 from t5fx.errors import T5Error
 

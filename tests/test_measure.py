@@ -140,6 +140,25 @@ class TestCosts:
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
             assert measure.cost(SHAPE, SETTINGS, CPU).ttt > 0
 
+    def test_random_numbers_are_left_as_they_are(self, folder):
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        measure.cost(SHAPE, SETTINGS, CPU)
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_settings_of_torch_are_part_of_the_question(self, folder, monkeypatch):
+        calls = []
+        monkeypatch.setattr(measure, "_measure", lambda *about: calls.append(about) or FASTER)
+        measure.cost(SHAPE, SETTINGS, CPU)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        measure.cost(SHAPE, SETTINGS, CPU)
+        assert len(calls) == 2
+
+    def test_other_devices_cannot_be_timed(self, folder):
+        with pytest.raises(MeasureError, match="cpu or cuda, got one on mps"):
+            measure.cost(SHAPE, SETTINGS, torch.device("mps"))
+
     def test_no_device(self, folder):
         with pytest.raises(MeasureError, match="meta device"):
             measure.cost(SHAPE, SETTINGS, torch.device("meta"))
@@ -161,8 +180,8 @@ class TestCosts:
 
     def test_huge_attention_is_measured_on_fewer_heads(self):
         huge = Shape(4, 16, 2**17, 64, 64, 0, (), "float32", False)
-        assert measure._affordable(huge) == (1, 1)
-        assert measure._affordable(SHAPE) == (2, 3)
+        assert measure._affordable(huge, 2e12) == (1, 1)
+        assert measure._affordable(SHAPE, 2e12) == (2, 3)
 
     def test_only_a_sure_gain_pays(self):
         assert FASTER.pays
@@ -233,6 +252,20 @@ class TestSites:
             fast(X).sum().backward()
         costs = [json.loads(path.read_text()) for path in folder.glob("cost-*.json")]
         assert costs and all('"trained": true' in cost["key"] for cost in costs)
+
+    def test_a_graph_without_its_modules(self, asked):
+        """Dynamo's graphs name the modules that operators ran in and have none of them."""
+        graphs = []
+
+        def keep(gm, example_inputs):
+            graphs.append((gm, example_inputs))
+            return gm.forward
+
+        torch.compile(vit().requires_grad_(False), backend=keep)(X)
+        (gm, inputs) = graphs[0]
+        assert t5fx.explain(gm, tuple(inputs), config=MEASURE).rewritten
+        config = t5fx.LinearizeConfig(min_tokens=0)
+        assert t5fx.explain(gm, tuple(inputs), config=config).rewritten
 
     def test_meta(self, folder):
         with torch.device("meta"):
