@@ -214,9 +214,19 @@ def summary(rows: Sequence[Row]) -> str:
     tables = [
         _markdown(replace(table, note="")).strip()  # once, below all of them
         for device, own in _split(models, "device")
-        for table in _models_tables(own, f", on {device or 'unknown device'}")
+        for table in _models_tables(own, _where(device, own))
     ]
     return "\n\n".join([*tables, NOTE, _plain(str(Promise.of(models)))]) + "\n"
+
+
+def _where(device: str, rows: Sequence[Row]) -> str:
+    """What a title says of the machine; of a CPU also how many of its cores worked."""
+    facts = [f", on {device or 'unknown device'}"]
+    kinds = {(row.threads if not row.driver else 0, row.torch, row.dtype) for row in rows}
+    for threads, torch, dtype in sorted(kinds)[:1] if len(kinds) == 1 else []:
+        facts += [f"{threads} threads"] if threads else []
+        facts += [f"torch {torch}", dtype]
+    return ", ".join(facts)
 
 
 def fill_all(readme: Path, rows: Sequence[Row], docs: Path) -> None:
@@ -229,7 +239,7 @@ def fill_all(readme: Path, rows: Sequence[Row], docs: Path) -> None:
     fill(readme, "bench", summary(rows))
     of_pass = [row for row in rows if row.suite == "pass"]
     tables = [
-        _markdown(replace(table, title=f"{table.title}, on {device}")).strip()
+        _markdown(replace(table, title=table.title + _where(device, own))).strip()
         for device, own in _split(of_pass, "device")
         for table in pivots(own, "pass")
     ]

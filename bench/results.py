@@ -32,6 +32,9 @@ _SHOWING = {
     *("report", "tables", "units"),
 }
 
+#: The folders of a checkout whose changes change figures.
+_CODE = ("t5fx", "patterns", "kernels", "bench")
+
 STATUS = ("ok", "absent", "refused", "failed")
 
 
@@ -171,9 +174,11 @@ def _harness() -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that the code is in; of an installation, its version."""
-    folder = str(Path(__file__).parent)
-    return _printed("git", "-C", folder, "describe", "--always", "--dirty") or t5fx.__version__
+    """Of the checkout that the code is in, "-dirty" where code was changed; else the version."""
+    root = Path(__file__).parent.parent
+    commit = _printed("git", "-C", str(root), "describe", "--always")
+    changed = _printed("git", "-C", str(root), "status", "--porcelain", "--", *_CODE)
+    return f"{commit}{'-dirty' if changed else ''}" if commit else t5fx.__version__
 
 
 def _printed(*command: str) -> str:
