@@ -377,5 +377,4 @@ def _is_faster(view: View, entry: Plan, trained: bool) -> None:
     site.seconds_before, site.seconds_after = found.softmax, found.ttt
     site.detail = f"measured{', with the backward pass' if trained else ''}: {found}"
     if not found.pays:
-        detail = f"{site.num_tokens} tokens; {site.detail} (policy='flops' does not measure)"
-        raise Refusal("below-break-even", detail)
+        raise Refusal("below-break-even", f"{site.num_tokens} tokens; {site.detail}")

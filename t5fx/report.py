@@ -191,6 +191,8 @@ def why_nothing(report: Report) -> str:
     ranked = sorted(report.skipped, key=lambda s: s.reason not in _SETTINGS)
     nearest = ranked[0]
     setting = _SETTINGS.get(nearest.reason or "", "")
+    if nearest.seconds_before is not None:
+        setting = "policy='flops' with min_tokens=0, or an example with more tokens"
     advice = f"; to change that: {setting}" if setting else ""
     return (
         f"rewrote none of {len(report.sites)} attention sites of {report.model} ({counts}). "

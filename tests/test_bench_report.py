@@ -286,7 +286,8 @@ class TestReadme:
     def test_summary(self):
         text = report.summary([*models(), *models(0.9, **CPU), *coverage()])
         assert text.count("| timm/ViT 518 px | 1370 |") == 2
-        assert "**models, inference, on GPU &lt;A>**" in text and "on CPU B**" in text
+        assert "**models, inference, on GPU &lt;A>, torch 2.15.0, float32**" in text
+        assert ", on CPU B, " in text
         assert "does not hold in 1 of 2 measured cases" in text
         assert text.count("Medians, first to third quartile") == 1
 

@@ -209,7 +209,7 @@ class TestSites:
         asked.costs[tokens] = SLOWER
         report = t5fx.explain(vit(), (X,), config=MEASURE)
         assert {s.reason for s in report.sites} == {"below-break-even"}
-        with pytest.raises(t5fx.T5Error, match="TTT 2 ms"):
+        with pytest.raises(t5fx.T5Error, match="TTT 2 ms; to change that: policy='flops' with min"):
             t5fx.linearize(vit(), (X,), config=MEASURE)
         model = vit().requires_grad_(False)
         fast = torch.compile(model, backend="t5", options={"policy": "measure"})
