@@ -28,14 +28,14 @@ def measured(rows, contender, measure):
     return row
 
 
-@pytest.fixture(scope="module")
-def inference():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(models, "BUDGET", 0.05)
+def test_inference(monkeypatch):
+    """One run, for it compiles six times; `short` keeps the rounds few."""
     # Empty caches would be filled with the compiler's own headers, twice, for half a minute.
-    patch.setattr(models, "fresh_inductor_cache", contextlib.nullcontext)
-    yield run(training=False)[1]
-    patch.undo()
+    monkeypatch.setattr(models, "fresh_inductor_cache", contextlib.nullcontext)
+    rows = run(training=False)[1]
+    every_contender_has_times_memory_and_a_ratio(rows)
+    compilation_is_counted_and_timed(rows)
+    flops_are_those_of_the_node(rows)
 
 
 CONTENDERS = (
@@ -44,16 +44,16 @@ CONTENDERS = (
 )
 
 
-def test_every_contender_has_times_memory_and_a_ratio(inference):
+def every_contender_has_times_memory_and_a_ratio(rows):
     for contender in CONTENDERS:
-        latency = measured(inference, contender, "latency")
+        latency = measured(rows, contender, "latency")
         assert 0 < latency.low <= latency.value <= latency.high
         assert latency.rounds >= 3
-        assert measured(inference, contender, "speed-up").value > 0
-        assert measured(inference, contender, "peak memory").value > 0
-    speed_ups = [measured(inference, name, "speed-up") for name in CONTENDERS[1:3]]
+        assert measured(rows, contender, "speed-up").value > 0
+        assert measured(rows, contender, "peak memory").value > 0
+    speed_ups = [measured(rows, name, "speed-up") for name in CONTENDERS[1:3]]
     assert 1.0 in [row.value for row in speed_ups]  # the rival itself
-    assert {row.tokens for row in inference} == {65}
+    assert {row.tokens for row in rows} == {65}
 
 
 def test_backends_are_kept_apart():
@@ -79,21 +79,21 @@ def test_backends_are_kept_apart():
     }
 
 
-def test_compilation_is_counted_and_timed(inference):
+def compilation_is_counted_and_timed(rows):
     for contender in CONTENDERS[1:]:
-        assert measured(inference, contender, "graphs").value == 1
-        assert measured(inference, contender, "graph breaks").value == 0
-        assert measured(inference, contender, "recompiles").value == 0
+        assert measured(rows, contender, "graphs").value == 1
+        assert measured(rows, contender, "graph breaks").value == 0
+        assert measured(rows, contender, "recompiles").value == 0
     cold, warm = (
-        measured(inference, "t5, every site", f"{kind} compile").value for kind in ("cold", "warm")
+        measured(rows, "t5, every site", f"{kind} compile").value for kind in ("cold", "warm")
     )
     assert cold > warm > 0
 
 
-def test_flops_are_those_of_the_node(inference):
+def flops_are_those_of_the_node(rows):
     """18 N D^2 for each head in the place of 4 N^2 D."""
-    before = measured(inference, "softmax, eager", "FLOPs").value
-    after = measured(inference, "t5, every site", "FLOPs").value
+    before = measured(rows, "softmax, eager", "FLOPs").value
+    after = measured(rows, "t5, every site", "FLOPs").value
     tokens, heads, dim = 65, 8, 4
     convolutions = 2 * 2 * 9 * 64 * heads * dim  # of q and k, on the 8 x 8 grid
     node = 18 * tokens * dim**2 * heads
