@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
-import hashlib
 import math
 import os
 import subprocess
@@ -15,11 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import t5fx
-from t5fx.digest import code_digest
+from t5fx.digest import code_digest, digest_of
 from t5fx.errors import T5Error
 from t5fx.measure import Spread, device_name
 
@@ -153,10 +151,7 @@ def here(seed: int = 0) -> dict[str, Any]:
         else "",
         "threads": torch.get_num_threads(),
         **versions,
-        "commit": _printed(
-            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
-        )
-        or t5fx.__version__,
+        "commit": _commit(),
         "code": code_digest(),
         "harness": _harness(),
         "seed": seed,
@@ -166,11 +161,8 @@ def here(seed: int = 0) -> dict[str, Any]:
 
 def _harness() -> str:
     """A digest of what measures, without what only shows."""
-    sha = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in _SHOWING:
-            sha.update(path.name.encode() + path.read_bytes())
-    return sha.hexdigest()[:16]
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return digest_of(path for path in files if path.stem not in _SHOWING)
 
 
 def _commit() -> str:
@@ -210,9 +202,6 @@ class Results:
         kept = [row for row in self.rows if (row.suite, row.case) != key]
         self.rows = kept + [replace(row, **run) for row in rows]
         write(self.path, self.rows)
-
-    def of(self, suite: str) -> list[Row]:
-        return [row for row in self.rows if row.suite == suite]
 
 
 def read(path: Path) -> list[Row]:
@@ -258,10 +247,6 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return float(np.exp(np.mean(np.log(list(values)))))
 
 
 def grouped(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +18,17 @@ PACKAGES = (
 @functools.cache
 def code_digest() -> str:
     """Sixteen hexadecimal digits, other ones after any change of the code."""
-    sha = hashlib.sha256()
+    files: list[Path] = []
     for package in PACKAGES:
         spec = find_spec(package)
         assert spec is not None and spec.origin is not None
-        for path in sorted(Path(spec.origin).parent.glob("*.py")):
-            sha.update(path.name.encode() + path.read_bytes())
+        files += sorted(Path(spec.origin).parent.glob("*.py"))
+    return digest_of(files)
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Of the names and contents of files, in this order."""
+    sha = hashlib.sha256()
+    for path in files:
+        sha.update(path.name.encode() + path.read_bytes())
     return sha.hexdigest()[:16]

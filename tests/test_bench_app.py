@@ -71,6 +71,23 @@ def test_another_code_or_machine_is_measured_again(suite, bench):
     assert {r.code for r in results.read(bench.path)} != {"older"}
 
 
+def test_changed_results_do_not_make_the_code_dirty(monkeypatch):
+    """The commit says "-dirty" where code was changed, not where results were written."""
+    said = {"describe": "abc1234", "status": ""}
+    asked = []
+
+    def printed(*command):
+        asked.append(command)
+        return next((text for word, text in said.items() if word in command), "")
+
+    monkeypatch.setattr(results, "_printed", printed)
+    assert results.here.__wrapped__()["commit"] == "abc1234"
+    status = next(command for command in asked if "status" in command)
+    assert "docs" not in status and {"t5fx", "patterns", "kernels", "bench"} < set(status)
+    said["status"] = " M kernels/ops/op.py"
+    assert results.here.__wrapped__()["commit"] == "abc1234-dirty"
+
+
 def test_only(suite, bench):
     assert bench("--only", "econ") == 0
     assert suite.runs == ["second"]
