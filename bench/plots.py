@@ -147,7 +147,7 @@ def _times(rows: Sequence[Row], name: str) -> Plot | None:
     contenders = list(dict.fromkeys(row.contender for row in own))
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = new_figure(7.5, 0.4 + 0.25 * math.ceil(len(contenders) / 3) + 3.1 * lines)
+    figure = new_figure(8.5, 0.4 + 0.25 * math.ceil(len(contenders) / 2) + 3.1 * lines)
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
     handles = {}
     for axis, (title, mine) in zip(axes.flat, panels.items(), strict=False):
@@ -171,7 +171,7 @@ def _times(rows: Sequence[Row], name: str) -> Plot | None:
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("ms")
-    figure.legend(handles.values(), handles, loc="outside upper left", ncols=3)
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=2)
     return Plot(f"{name}-time-tokens", "Time against tokens; medians and quartiles.", figure)
 
 
