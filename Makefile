@@ -44,6 +44,7 @@ types: .venv/.test-installed
 	mkdir -p build/types/t5fx/kernels
 	ln -s $(CURDIR)/t5fx/* $(CURDIR)/patterns $(CURDIR)/bench build/types/t5fx
 	ln -s $(CURDIR)/kernels/ops/* build/types/t5fx/kernels
+	ln -s $(CURDIR)/kernels/cpp build/types/t5fx/kernels/cpp
 	ln -s $(CURDIR)/kernels/triton build/types/t5fx/kernels/triton_kernels
 	.venv/bin/mypy
 

@@ -21,6 +21,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 import t5fx
 from t5fx.errors import UntrainedWarning
+from t5fx.kernels import cpp
 
 
 def vit(depth: int) -> nn.Module:
@@ -33,6 +34,7 @@ def cold(backend: str, depth: int, train: bool) -> float:
     """Seconds of the first call (with `train` also of its backward pass), caches empty."""
     model, images = vit(depth), torch.randn(1, 3, 512, 512)
     torch._dynamo.reset()
+    cpp.forget()
     call = torch.compile(model, backend=backend)
     with fresh_inductor_cache(), torch.set_grad_enabled(train):
         start = time.perf_counter()

@@ -12,6 +12,7 @@ from pathlib import Path
 PACKAGES = (
     *("t5fx", "t5fx.patterns", "t5fx.kernels", "t5fx.kernels.inner"),
     "t5fx.kernels.triton_kernels",
+    "t5fx.kernels.cpp",
 )
 
 
@@ -22,6 +23,7 @@ def code_digest() -> str:
     for package in PACKAGES:
         spec = find_spec(package)
         assert spec is not None and spec.origin is not None
+        files += sorted(Path(spec.origin).parent.glob("*.[ch]*"))
         files += sorted(Path(spec.origin).parent.glob("*.py"))
     return digest_of(files)
 

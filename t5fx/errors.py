@@ -71,5 +71,9 @@ class UntrainedWarning(UserWarning):
     """A model runs with new parameters that nobody has trained or loaded."""
 
 
+class SlowNodeWarning(UserWarning):
+    """The node runs without what makes it fast here."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """backend="t5" left a graph as it is."""

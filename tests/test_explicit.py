@@ -1,4 +1,4 @@
-"""The opaque operators against the reference in float64: outputs, all gradients, what is kept."""
+"""The operators of the written-out node against the reference in float64, and what they keep."""
 
 import math
 

@@ -24,7 +24,8 @@ FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 import t5fx
-names = ["t5fx", "t5fx.bench", "t5fx.kernels", "t5fx.kernels.triton_kernels", "t5fx.patterns"]
+names = ["t5fx", "t5fx.bench", "t5fx.kernels", "t5fx.patterns"]
+names += ["t5fx.kernels.cpp", "t5fx.kernels.triton_kernels"]
 for name in names[:]:
     package = importlib.import_module(name)
     names += [found.name for found in pkgutil.walk_packages(package.__path__, name + ".")]
@@ -58,7 +59,12 @@ def _expected_files() -> dict[str, Path]:
 def _expected_data() -> set[str]:
     """Everything else that the wheel holds, by its path in it."""
     weights = (ROOT / "bench" / "weights").iterdir()
-    return {"t5fx/py.typed", *(f"t5fx/bench/weights/{path.name}" for path in weights)}
+    sources = (ROOT / "kernels" / "cpp").glob("*.[ch]*")
+    return {
+        "t5fx/py.typed",
+        *(f"t5fx/bench/weights/{path.name}" for path in weights),
+        *(f"t5fx/kernels/cpp/{path.name}" for path in sources),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +94,7 @@ def test_wheel_holds_every_file_under_its_mapped_name(wheel):
     assert names - metadata == set(_expected_files()) | _expected_data()
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
     assert {
+        "t5fx/kernels/cpp/forward.cpp",
         "t5fx/kernels/reference.py",
         "t5fx/kernels/inner/swiglu.py",
         "t5fx/patterns/base.py",

@@ -64,9 +64,10 @@ def ttt(
         locality: "dwc_qk", "dwc_v" or "none".
         impl: "reference", which autograd and compilers see as the ordinary operators it is made
             of; "triton", kernels for a GPU, float32 or narrower, for the settings "swiglu", "dot",
-            "instance" and "dwc_qk" or "none"; or "auto": with the same settings and a gradient
-            recorded, one opaque operator with a written-out backward; the reference for all else,
-            and inside torch.func's transforms.
+            "instance" and "dwc_qk" or "none"; or "auto": with the same settings, one opaque
+            operator with a written-out backward where a gradient is recorded, and on a CPU, where
+            it is C++ that is compiled once for a machine; the reference for all else, in graphs
+            that are exported, and inside torch.func's transforms.
 
     Returns:
         ``[B, H, N, Dv]`` in q's dtype; computed in the widest of the arguments' dtypes and

@@ -2,9 +2,9 @@
 
 It is CompositeImplicitAutograd. torch.export and Dynamo keep the call as one node; autograd,
 AOTAutograd with Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it:
-at the opaque operators of `opaque` where it is trained and they compute what is asked for, at the
-launches of ``t5fx.kernels.triton_kernels`` with impl "triton", else at the ordinary operators of
-`reference`. For the same reason it has no fake implementation, and torch
+at the opaque operators of `opaque` where they compute what is asked for and it is trained or runs
+on a CPU, at the launches of ``t5fx.kernels.triton_kernels`` with impl "triton", else at the
+ordinary operators of `reference`. For the same reason it has no fake implementation, and torch
 accepts none for such an operator: on fake and meta tensors the body itself runs.
 """
 
@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import opaque  # noqa: F401 (registers the operators)
+from . import cpp, opaque  # noqa: F401 (opaque registers the operators)
 from .checks import check_counts, check_settings, is_written_out
+from .precision import widest
 from .reference import reference
 
 QUALNAME = "t5fx::ttt"
@@ -49,7 +51,7 @@ def _ttt(
         from t5fx.kernels import triton_kernels  # noqa: F401
 
         return torch.ops.t5fx.ttt_triton_forward(*call)[0]
-    if impl == "auto" and is_written_out(**node) and _is_trained(q, k, v, *weights, *conv):
+    if impl == "auto" and is_written_out(**node) and _is_closed(q, k, v, *weights, *conv):
         return torch.ops.t5fx.ttt_forward(*call)[0]
     return reference(
         q,
@@ -65,14 +67,27 @@ def _ttt(
     )
 
 
-def _is_trained(*tensors: Tensor) -> bool:
-    """Whether autograd, and not a transform of torch.func, will differentiate the node.
+def _is_closed(*tensors: Tensor) -> bool:
+    """Whether the opaque operators are the better, which autograd alone can differentiate.
 
-    Without a backward pass the operators are the slower: Inductor fuses the reference.
+    For training: they keep less and compile sooner. On a CPU: they are C++. What is exported is for
+    other runtimes, and gets operators that these know.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or _has_tangents():
         return False
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    if tensors[0].device.type != "cpu" or widest(*tensors) != torch.float32:
+        return False
+    if torch.compiler.is_exporting() or any(map(is_traceable_wrapper_subclass, tensors)):
+        return False
+    cpp.start("forward")
+    return True
+
+
+def _has_tangents() -> bool:
+    """Whether forward-mode differentiation is on."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 torch.library.define(

@@ -1,7 +1,10 @@
-"""The operators ``t5fx::ttt_forward`` and ``t5fx::ttt_backward``: `explicit` behind a closed door.
+"""The operators ``t5fx::ttt_forward`` and ``t5fx::ttt_backward``: the node behind a closed door.
 
 No compiler looks into them. A graph of many sites is traced, differentiated and compiled in the
 time of a few calls, and only q, k, v, the parameters and W' are kept for the backward pass.
+
+On a CPU the forward is the C++ of ``t5fx.kernels.cpp``, where that can be compiled and takes the
+dtypes; all else is `explicit`.
 
 ``settings``: scale, grid, prefix and the key norm's eps, as the schemas have them.
 """
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import explicit, pair
+from . import cpp, explicit, pair
 from .precision import no_autocast, widest
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] weights, Tensor[] conv"
@@ -36,8 +39,10 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The output ``[B, H, N, Dv]`` and W1', W2', W3', ``[B, H, in, out]``."""
     wide = widest(q, k, v, *weights, *conv)
+    compiled = q.device.type == "cpu" and wide == torch.float32 and cpp.is_available("forward")
+    forward = cpp.forward if compiled else explicit.forward
     with torch.no_grad(), no_autocast(q.device.type):
-        out, updated = explicit.forward(
+        out, updated = forward(
             *(q, k, v, [w.to(wide) for w in weights], [c.to(wide) for c in conv]),
             **_named(*settings),
         )

@@ -1,0 +1,306 @@
+"""The node's C++ for CPUs against the reference in float64: any sizes, layouts and dtypes."""
+
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import Future
+
+import nodes
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t5fx.errors import SlowNodeWarning
+from t5fx.kernels import cpp, explicit, ttt
+from t5fx.kernels.cpp import library
+from t5fx.kernels.reference import reference
+
+close = torch.testing.assert_close
+
+DEFAULT = {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance"}
+# One vector and less, whole vectors, and what lies between; the widths of real heads.
+widths = st.one_of(st.integers(1, 40), st.sampled_from([48, 64, 72, 80, 88, 96, 128]))
+layouts = st.sampled_from(["head-major", "token-major", "flipped", "shared heads"])
+
+
+def laid_out(x, layout):
+    """x, or one with the same shape, in another memory layout."""
+    if layout == "token-major":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "flipped":
+        return x.mT.contiguous().mT
+    if layout == "shared heads":
+        return x[:, :1].expand_as(x)
+    return x
+
+
+def arguments(dtype=torch.float32, *, scale_by=1.0, **sizes):
+    """As `nodes.arguments`: q, k, v in dtype, float32 parameters, weights of a usual size."""
+    (q, k, v, weights, conv), settings = nodes.arguments(dtype=torch.float32, **sizes)
+    weights = [w * (scale_by * w.shape[1] ** -0.5) for w in weights]
+    return [q.to(dtype), k.to(dtype), v.to(dtype), weights, conv], settings
+
+
+def exact(args, settings):
+    """The reference in float64 on the same values."""
+    q, k, v, weights, conv = args
+    doubles = ([x.double() for x in group] for group in ((q, k, v), weights, conv))
+    (q, k, v), weights, conv = doubles
+    known = DEFAULT | {"key_norm_eps": 1.0} | settings
+    return reference(q, k, v, weights, conv, **known)
+
+
+def run(args, settings):
+    """The C++ itself: output and W'."""
+    names = {"scale", "grid", "prefix"}
+    given_ = {name: value for name, value in settings.items() if name in names}
+    return cpp.forward(*args, **given_, eps=settings.get("key_norm_eps", 1.0))
+
+
+def agree(result, expected, dtype=torch.float32):
+    """One rounding to the dtype; the rest is float32 noise."""
+    noise = 2e-6 * expected.abs().max().item()
+    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    assert result.dtype == dtype
+    close(result.double(), expected, rtol=rounding, atol=noise)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    head_dim=widths,
+    value_dim=widths,
+    grid=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    ends=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    locality=st.sampled_from(["dwc_qk", "none"]),
+    eps=st.sampled_from([1.0, 1e-2]),
+    layout=st.tuples(layouts, layouts, layouts),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_output_and_weights_equal_the_reference(
+    batch, heads, head_dim, value_dim, grid, ends, locality, eps, layout, dtype
+):
+    args, settings = arguments(
+        dtype,
+        batch=batch,
+        heads=heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        grid=grid,
+        prefix=ends[0],
+        suffix=ends[1],
+        locality=locality,
+        key_norm_eps=eps,
+    )
+    args[:3] = map(laid_out, args[:3], layout)
+    out, updated = run(args, settings)
+    agree(out, exact(args, settings), dtype)
+    assert out.transpose(1, 2).is_contiguous()
+    wide = [x.float() for x in args[:3]]
+    names = {name: settings[name] for name in ("scale", "grid", "prefix")}
+    _, wanted = explicit.forward(*wide, *args[3:], **names, eps=eps)
+    close(updated, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("pairs", [(1, 1), (1, 5), (2, 20)])
+def test_any_number_of_threads_shares_any_number_of_heads(count, pairs, threads):
+    threads(count)
+    args, settings = arguments(
+        batch=pairs[0], heads=pairs[1], head_dim=24, value_dim=20, grid=(19, 23)
+    )
+    agree(run(args, settings)[0], exact(args, settings))
+
+
+def test_runs_are_equal_bit_by_bit(threads):
+    threads(3)
+    args, settings = arguments(heads=4, head_dim=64, value_dim=64, grid=(30, 31))
+    first = run(args, settings)
+    for _ in range(5):
+        close(run(args, settings), first, rtol=0, atol=0)
+
+
+def test_large_and_long(threads):
+    threads(2)
+    args, settings = arguments(batch=1, heads=1, head_dim=256, value_dim=256, grid=(70, 71))
+    agree(run(args, settings)[0], exact(args, settings))
+
+
+def test_keys_far_from_zero_keep_their_digits():
+    args, settings = arguments(head_dim=16, value_dim=16, grid=(20, 20))
+    shifted = [args[0], args[1] + 512, *args[2:]]
+    # The mean has 24 bits like everything, nine of which stand for 512.
+    expected = exact(shifted, settings)
+    worst = (run(shifted, settings)[0] - expected).abs().max() / expected.abs().max()
+    assert worst < 2.0 ** (9 - 24 + 2)
+
+
+def test_silu_far_from_zero():
+    args, settings = arguments(head_dim=16, value_dim=16, scale_by=40.0)
+    agree(run(args, settings)[0], exact(args, settings))
+
+
+def test_what_is_not_finite_stays_visible_and_in_its_place():
+    args, settings = arguments(heads=2, head_dim=20, value_dim=20, grid=(9, 9), locality="none")
+    args[4] = []
+    wanted = run(args, settings)[0]
+    args[0] = args[0].clone()
+    args[0][0, 1, 4, 3] = torch.nan
+    out = run(args, settings)[0]
+    assert out[0, 1, 4].isnan().all()
+    out[0, 1, 4] = wanted[0, 1, 4]
+    close(out, wanted, rtol=0, atol=0)
+    args[1] = args[1].clone()
+    args[1][1, 0, 0, 0] = torch.inf
+    out = run(args, settings)[0]
+    assert out[1, 0].isnan().all() and not out[1, 1].isnan().any()
+
+
+def test_nothing_is_read_before_it_is_written():
+    """In a process whose allocations are full of huge numbers."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_cpp, torch\n"
+        "torch.use_deterministic_algorithms(True)\n"  # fills torch.empty with NaN
+        "for sizes in ((1, 1, 5, 3), (2, 3, 72, 40), (1, 3, 64, 64)):\n"
+        "    names = dict(zip(('batch', 'heads', 'head_dim', 'value_dim'), sizes))\n"
+        "    args, settings = test_cpp.arguments(**names, grid=(11, 13))\n"
+        "    test_cpp.agree(test_cpp.run(args, settings)[0], test_cpp.exact(args, settings))\n"
+    )
+    run_ = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)],
+        env={**os.environ, "MALLOC_PERTURB_": "128"},
+        capture_output=True,
+        text=True,
+    )
+    assert run_.returncode == 0, run_.stderr
+
+
+def _supported(flag):
+    """Whether this processor runs what the flag lets a compiler use."""
+    return {
+        "-march=x86-64": True,
+        "-march=x86-64-v3": torch.cpu._is_avx2_supported(),
+        "-march=x86-64-v4": torch.cpu._is_avx512_supported(),
+    }[flag]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flag", ["-march=x86-64", "-march=x86-64-v3", "-march=x86-64-v4"])
+def test_other_processors_get_the_same_without_a_warning(flag, tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder
+
+    flags = (flag, "-Wextra", "-Werror")
+    future = Future()
+    future.set_result(library._load("forward", cpp_builder, tmp_path, flags))
+    if not _supported(flag):
+        return  # that it compiles is all that can be seen here
+    monkeypatch.setitem(library._started, "forward", future)
+    for width in (7, 64, 80):
+        for dtype in cpp.DTYPES:
+            args, settings = arguments(dtype, head_dim=width, value_dim=width, grid=(6, 5))
+            agree(run(args, settings)[0], exact(args, settings), dtype)
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def ran(args, settings):
+    with Seen() as seen:
+        out = ttt(*args, **settings)
+    return out, seen.names.count("t5fx::ttt_forward")
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [({}, 1), ({"impl": "reference"}, 0), ({"key_norm": "layer"}, 0), ({"inner_loss": "l2"}, 0)],
+)
+def test_inference_is_one_call_where_the_settings_allow_it(settings, calls):
+    args, known = arguments()
+    out, count = ran(args, known | settings)
+    assert count == calls
+    agree(out, exact(args, known | {k: v for k, v in settings.items() if k != "impl"}))
+
+
+# What torch.jit, which forward-mode differentiation imports, warns of about itself.
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_float64_and_transforms_take_the_reference():
+    args, settings = arguments()
+    wide = [x.double() for x in args[:3]]
+    out, count = ran([*wide, *args[3:]], settings)
+    assert count == 0 and out.dtype == torch.float64
+    tangent = torch.randn_like(args[0])
+
+    def of_q(q):
+        return ttt(q, *args[1:], **settings)
+
+    out, slope = torch.func.jvp(of_q, (args[0],), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = of_q(torch.autograd.forward_ad.make_dual(args[0], tangent))
+        close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope)
+
+
+def test_exported_graphs_hold_operators_that_other_runtimes_know():
+    args, settings = arguments()
+
+    class Node(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ttt(q, k, v, *args[3:], **settings)
+
+    program = torch.export.export(Node(), tuple(args[:3]), strict=False)
+    lowered = program.run_decompositions()
+    assert "t5fx" not in str(lowered.graph)
+    agree(lowered.module()(*args[:3]), exact(args, settings))
+
+
+def test_without_a_compiler_it_warns_once_and_runs(monkeypatch):
+    def fail(*_):
+        raise FileNotFoundError("no such file: g++")
+
+    args, settings = arguments()
+    monkeypatch.setattr(library, "_load", fail)
+    library.forget()
+    try:
+        with pytest.warns(SlowNodeWarning, match=r"(?s)g\+\+.*CXX"):
+            out, count = ran(args, settings)
+        agree(out, exact(args, settings))
+        assert count == 1
+        out, _ = ran(args, settings)  # a second warning would be an error
+    finally:
+        monkeypatch.undo()
+        library.forget()
+    agree(ran(args, settings)[0], exact(args, settings))
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_HERE", tmp_path / "sources")
+    library._HERE.mkdir()
+    (library._HERE / "forward.cpp").write_text("#error this will not do\n")
+    library.forget()
+    try:
+        with pytest.warns(SlowNodeWarning, match="this will not do"):
+            assert not cpp.is_available("forward")
+        assert not list((tmp_path / "t5fx").iterdir())
+    finally:
+        monkeypatch.undo()
+        library.forget()
