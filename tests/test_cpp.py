@@ -37,34 +37,59 @@ def laid_out(x, layout):
 
 
 def arguments(dtype=torch.float32, *, scale_by=1.0, **sizes):
-    """As `nodes.arguments`: q, k, v in dtype, float32 parameters, weights of a usual size."""
+    """As `nodes.arguments`: q, k, v in dtype, float32 parameters of usual sizes."""
     (q, k, v, weights, conv), settings = nodes.arguments(dtype=torch.float32, **sizes)
     weights = [w * (scale_by * w.shape[1] ** -0.5) for w in weights]
+    conv = [0.2 * c for c in conv]
     return [q.to(dtype), k.to(dtype), v.to(dtype), weights, conv], settings
 
 
-def exact(args, settings):
-    """The reference in float64 on the same values."""
-    q, k, v, weights, conv = args
-    doubles = ([x.double() for x in group] for group in ((q, k, v), weights, conv))
-    (q, k, v), weights, conv = doubles
+def exact(args, settings, grad=None, dtype=torch.float64):
+    """The reference's output on the same values; given its gradient, all others."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in nodes.tensors(args)]
     known = DEFAULT | {"key_norm_eps": 1.0} | settings
-    return reference(q, k, v, weights, conv, **known)
+    with torch.enable_grad():
+        out = reference(*leaves[:3], leaves[3:6], leaves[6:], **known)
+    return out.detach() if grad is None else torch.autograd.grad(out, leaves, grad.to(dtype))
+
+
+def plain(settings):
+    """What the C++ takes of a node's settings."""
+    names = {name: settings[name] for name in ("scale", "grid", "prefix")}
+    return names | {"eps": settings.get("key_norm_eps", 1.0)}
 
 
 def run(args, settings):
     """The C++ itself: output and W'."""
-    names = {"scale", "grid", "prefix"}
-    given_ = {name: value for name, value in settings.items() if name in names}
-    return cpp.forward(*args, **given_, eps=settings.get("key_norm_eps", 1.0))
+    return cpp.forward(*args, **plain(settings))
 
 
-def agree(result, expected, dtype=torch.float32):
-    """One rounding to the dtype; the rest is float32 noise."""
-    noise = 2e-6 * expected.abs().max().item()
+def agree(result, expected, dtype=torch.float32, noisy=None):
+    """One rounding to the dtype; the rest is float32 noise: of terms of size 1, and as the
+    reference has it."""
+    noise = 1e-6 + 5e-6 * expected.abs().max().item()
+    if noisy is not None:
+        noise += 8 * (noisy.double() - expected).abs().max().item()
     rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
     assert result.dtype == dtype
     close(result.double(), expected, rtol=rounding, atol=noise)
+
+
+def check(args, settings, layout="head-major"):
+    """Output, W' and all gradients."""
+    out, updated = run(args, settings)
+    assert out.transpose(1, 2).is_contiguous()
+    agree(out, exact(args, settings), out.dtype, exact(args, settings, dtype=torch.float32))
+    doubles = [[x.double() for x in group] for group in (args[:3], *args[3:])]
+    _, wanted = explicit.forward(*doubles[0], *doubles[1:], **plain(settings))
+    for result, expected in zip(updated, wanted, strict=True):
+        agree(result, expected)
+    grad = laid_out(torch.randn_like(out), layout)
+    grads = cpp.backward(grad, *args, updated, **plain(settings))
+    wanted = exact(args, settings, grad)
+    noisy = exact(args, settings, grad, torch.float32)
+    for x, *results in zip(nodes.tensors(args), grads, wanted, noisy, strict=True):
+        agree(results[0], results[1], x.dtype, results[2])
 
 
 @pytest.fixture
@@ -84,10 +109,10 @@ def threads():
     ends=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     locality=st.sampled_from(["dwc_qk", "none"]),
     eps=st.sampled_from([1.0, 1e-2]),
-    layout=st.tuples(layouts, layouts, layouts),
+    layout=st.tuples(layouts, layouts, layouts, layouts),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_output_and_weights_equal_the_reference(
+def test_output_and_gradients_equal_the_reference(
     batch, heads, head_dim, value_dim, grid, ends, locality, eps, layout, dtype
 ):
     args, settings = arguments(
@@ -103,13 +128,7 @@ def test_output_and_weights_equal_the_reference(
         key_norm_eps=eps,
     )
     args[:3] = map(laid_out, args[:3], layout)
-    out, updated = run(args, settings)
-    agree(out, exact(args, settings), dtype)
-    assert out.transpose(1, 2).is_contiguous()
-    wide = [x.float() for x in args[:3]]
-    names = {name: settings[name] for name in ("scale", "grid", "prefix")}
-    _, wanted = explicit.forward(*wide, *args[3:], **names, eps=eps)
-    close(updated, wanted, rtol=1e-4, atol=1e-5)
+    check(args, settings, layout[3])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -119,21 +138,27 @@ def test_any_number_of_threads_shares_any_number_of_heads(count, pairs, threads)
     args, settings = arguments(
         batch=pairs[0], heads=pairs[1], head_dim=24, value_dim=20, grid=(19, 23)
     )
-    agree(run(args, settings)[0], exact(args, settings))
+    check(args, settings)
 
 
 def test_runs_are_equal_bit_by_bit(threads):
     threads(3)
     args, settings = arguments(heads=4, head_dim=64, value_dim=64, grid=(30, 31))
-    first = run(args, settings)
+    grad = torch.randn(2, 4, 932, 64)
+
+    def both():
+        out, updated = run(args, settings)
+        return out, *updated, *cpp.backward(grad, *args, updated, **plain(settings))
+
+    first = both()
     for _ in range(5):
-        close(run(args, settings), first, rtol=0, atol=0)
+        close(both(), first, rtol=0, atol=0)
 
 
 def test_large_and_long(threads):
     threads(2)
     args, settings = arguments(batch=1, heads=1, head_dim=256, value_dim=256, grid=(70, 71))
-    agree(run(args, settings)[0], exact(args, settings))
+    check(args, settings)
 
 
 def test_keys_far_from_zero_keep_their_digits():
@@ -147,7 +172,7 @@ def test_keys_far_from_zero_keep_their_digits():
 
 def test_silu_far_from_zero():
     args, settings = arguments(head_dim=16, value_dim=16, scale_by=40.0)
-    agree(run(args, settings)[0], exact(args, settings))
+    check(args, settings)
 
 
 def test_what_is_not_finite_stays_visible_and_in_its_place():
@@ -174,7 +199,7 @@ def test_nothing_is_read_before_it_is_written():
         "for sizes in ((1, 1, 5, 3), (2, 3, 72, 40), (1, 3, 64, 64)):\n"
         "    names = dict(zip(('batch', 'heads', 'head_dim', 'value_dim'), sizes))\n"
         "    args, settings = test_cpp.arguments(**names, grid=(11, 13))\n"
-        "    test_cpp.agree(test_cpp.run(args, settings)[0], test_cpp.exact(args, settings))\n"
+        "    test_cpp.check(args, settings)\n"
     )
     run_ = subprocess.run(
         [sys.executable, "-c", code, os.path.dirname(__file__)],
@@ -199,16 +224,16 @@ def _supported(flag):
 def test_other_processors_get_the_same_without_a_warning(flag, tmp_path, monkeypatch):
     from torch._inductor import cpp_builder
 
-    flags = (flag, "-Wextra", "-Werror")
-    future = Future()
-    future.set_result(library._load("forward", cpp_builder, tmp_path, flags))
+    for name in ("forward", "backward"):
+        future = Future()
+        future.set_result(library._load(name, cpp_builder, tmp_path, (flag, "-Wextra", "-Werror")))
+        monkeypatch.setitem(library._started, name, future)
     if not _supported(flag):
         return  # that it compiles is all that can be seen here
-    monkeypatch.setitem(library._started, "forward", future)
     for width in (7, 64, 80):
         for dtype in cpp.DTYPES:
             args, settings = arguments(dtype, head_dim=width, value_dim=width, grid=(6, 5))
-            agree(run(args, settings)[0], exact(args, settings), dtype)
+            check(args, settings)
 
 
 class Seen(torch.utils._python_dispatch.TorchDispatchMode):
@@ -238,6 +263,21 @@ def test_inference_is_one_call_where_the_settings_allow_it(settings, calls):
     out, count = ran(args, known | settings)
     assert count == calls
     agree(out, exact(args, known | {k: v for k, v in settings.items() if k != "impl"}))
+
+
+def test_each_input_gets_a_gradient_in_its_own_dtype():
+    args, settings = arguments()
+    args[0], args[2] = args[0].bfloat16(), args[2].half()
+    leaves = [x.requires_grad_() for x in nodes.tensors(args)]
+    out, calls = ran(args, settings)
+    assert calls == 1
+    agree(out.detach(), exact(args, settings), torch.bfloat16)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, grad)
+    wanted = exact(args, settings, grad)
+    noisy = exact(args, settings, grad, torch.float32)
+    for x, *results in zip(leaves, grads, wanted, noisy, strict=True):
+        agree(results[0], results[1], x.dtype, results[2])
 
 
 # What torch.jit, which forward-mode differentiation imports, warns of about itself.

@@ -1,6 +1,6 @@
 """The node's C++ for CPUs: compiled once for a machine, called by the operators of `opaque`."""
 
-from .forward import DTYPES, forward
+from .call import DTYPES, backward, forward
 from .library import forget, is_available, start
 
-__all__ = ["DTYPES", "forget", "forward", "is_available", "start"]
+__all__ = ["DTYPES", "backward", "forget", "forward", "is_available", "start"]

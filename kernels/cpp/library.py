@@ -61,9 +61,10 @@ def is_available(name: str) -> bool:
         start(name).result()
     except Exception as error:
         warnings.warn(
-            f"the TTT node runs as ordinary PyTorch operators, which are slower: its C++ could not "
-            f"be compiled ({type(error).__name__}: {str(error).strip()[-700:]}). Expected a C++17 "
-            f"compiler such as g++ or clang, which torch.compile needs on a CPU too; CXX names it",
+            f"the TTT node runs as ordinary PyTorch operators, which are slower: {name}.cpp "
+            f"could not be compiled ({type(error).__name__}: {str(error).strip()[-700:]}). "
+            f"Expected a C++17 compiler such as g++ or clang, which torch.compile needs on a CPU "
+            f"too; CXX names it",
             SlowNodeWarning,
             stacklevel=2,
         )

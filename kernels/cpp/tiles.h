@@ -302,7 +302,9 @@ struct Scratch {
   float* memory;
   float* next;
   explicit Scratch(Index floats)
-      : memory(static_cast<float*>(::operator new(floats * 4, std::align_val_t(64)))), next(memory) {}
+      : memory(static_cast<float*>(
+            ::operator new((floats + 16) * sizeof(float), std::align_val_t(64)))),
+        next(memory) {}
   ~Scratch() { ::operator delete(memory, std::align_val_t(64)); }
   float* take(Index floats) {
     float* p = next;
@@ -312,7 +314,7 @@ struct Scratch {
 };
 
 // A [rows, columns] contiguous matrix into rows of `pitch`, zeros around it; transposed on request.
-void pack(const float* from, Index rows, Index columns, float* to, Index height, Index pitch,
+inline void pack(const float* from, Index rows, Index columns, float* to, Index height, Index pitch,
           bool transposed) {
   std::memset(to, 0, height * pitch * 4);
   for (Index i = 0; i < rows; ++i)
@@ -350,18 +352,60 @@ void moments(const Tokens<T>& k, Index first, Index last, Index c, float* mean, 
   }
 }
 
-// A head's depthwise kernel [D, taps] as [27][pitch], its taps in the last axes of three.
-Kernel kernel_of(const float* weight, const float* bias, Index head, Index axes, Index dim,
-                 Index pitch, float* space) {
+// A head's depthwise kernel [D, taps] as [27][pitch], its taps in the last axes of three. Mirrored,
+// without the bias, it is the kernel of the gradients.
+inline Kernel kernel_of(const float* weight, const float* bias, Index head, Index axes, Index dim,
+                        Index pitch, float* space, bool mirrored = false) {
   if (!weight) return {nullptr, nullptr};
   const Index taps = axes == 1 ? 3 : axes == 2 ? 9 : 27, skip = (27 - taps) / 2;
-  std::memset(space, 0, 28 * pitch * 4);
+  std::memset(space, 0, 28 * pitch * sizeof(float));
   for (Index d = 0; d < dim; ++d) {
-    for (Index i = 0; i < taps; ++i)
-      space[(skip + i) * pitch + d] = weight[(head * dim + d) * taps + i];
-    space[27 * pitch + d] = bias[head * dim + d];
+    for (Index i = 0; i < taps; ++i) {
+      const Index tap = mirrored ? 26 - skip - i : skip + i;
+      space[tap * pitch + d] = weight[(head * dim + d) * taps + i];
+    }
+    if (!mirrored) space[27 * pitch + d] = bias[head * dim + d];
   }
   return {space, space + 27 * pitch};
+}
+
+// sums[tap] += sum_n grad[n] (x[n'] - mean), n' the neighbour that the tap meets; sums[27] += sum_n
+// grad[n]; for the grid tokens of a part, where grad [N][pitch] is that of x + conv(x).
+template <typename T>
+void correlate(const Tokens<T>& in, const float* mean, const float* grad, const Grid& grid,
+               Index first, Index last, float* sums, Index pitch) {
+  const Index end = grid.prefix + grid.cells();
+  if (first < grid.prefix) first = grid.prefix;
+  if (last > end) last = end;
+  Cell cell(grid, first < last ? first - grid.prefix : 0);
+  Near near;
+  for (Index n = first; n < last; ++n) {
+    cell.neighbours(n, near);
+    cell.next();
+    over_channels(in, pitch, [&](auto vectors, auto inside, Index c) {
+      constexpr Index C = vectors.value;
+      Vec d[C], shift[C];
+      for (Index j = 0; j < C; ++j) {
+        d[j] = load(grad + n * pitch + c + j * LANES);
+        shift[j] = mean ? load(mean + c + j * LANES) : Vec{};
+        float* bias = sums + 27 * pitch + c + j * LANES;
+        store(bias, load(bias) + d[j]);
+      }
+      for (Index i = 0; i < near.count; ++i)
+        for (Index j = 0; j < C; ++j) {
+          float* tap = sums + near.tap[i] * pitch + c + j * LANES;
+          const Vec x = in.template read<inside.value>(near.token[i], c + j * LANES);
+          store(tap, load(tap) + d[j] * (x - shift[j]));
+        }
+    });
+  }
+}
+
+// Rows of a tile, without their padding, in the dtype of the results, `stride` apart.
+template <typename T>
+void write_tile(const float* tile, Index pitch, Index count, T* out, Index stride, Index width) {
+  for (Index t = 0; t < count; ++t)
+    for (Index c = 0; c < width; ++c) narrow(tile[t * pitch + c], out[t * stride + c]);
 }
 
 }  // namespace ttt

@@ -3,8 +3,8 @@
 No compiler looks into them. A graph of many sites is traced, differentiated and compiled in the
 time of a few calls, and only q, k, v, the parameters and W' are kept for the backward pass.
 
-On a CPU the forward is the C++ of ``t5fx.kernels.cpp``, where that can be compiled and takes the
-dtypes; all else is `explicit`.
+On a CPU they are the C++ of ``t5fx.kernels.cpp``, where that can be compiled and takes the dtypes;
+all else is `explicit`.
 
 ``settings``: scale, grid, prefix and the key norm's eps, as the schemas have them.
 """
@@ -39,8 +39,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The output ``[B, H, N, Dv]`` and W1', W2', W3', ``[B, H, in, out]``."""
     wide = widest(q, k, v, *weights, *conv)
-    compiled = q.device.type == "cpu" and wide == torch.float32 and cpp.is_available("forward")
-    forward = cpp.forward if compiled else explicit.forward
+    forward = cpp.forward if _is_compiled(q, wide, "forward") else explicit.forward
     with torch.no_grad(), no_autocast(q.device.type):
         out, updated = forward(
             *(q, k, v, [w.to(wide) for w in weights], [c.to(wide) for c in conv]),
@@ -69,13 +68,18 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v, the weights and conv, each in its dtype; see `explicit.backward`."""
     wide = saved[0].dtype
+    backward = cpp.backward if _is_compiled(q, wide, "backward") else explicit.backward
     with torch.no_grad(), no_autocast(q.device.type):
-        grads = explicit.backward(
+        grads = backward(
             *(grad, q, k, v, [w.to(wide) for w in weights], [c.to(wide) for c in conv], saved),
             **_named(*settings),
         )
     inputs = (q, k, v, *weights, *conv)
     return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+
+
+def _is_compiled(q: Tensor, wide: torch.dtype, name: str) -> bool:
+    return q.device.type == "cpu" and wide == torch.float32 and cpp.is_available(name)
 
 
 def _named(scale: float, grid: Sequence[int], prefix: int, eps: float) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+// What the forward and the backward pass share: the call's arguments and who does what.
+
+#pragma once
+
+#include <omp.h>
+
+#include "tiles.h"
+
+namespace ttt {
+
+// What Python hands over; call.py has the same fields. Parameters and their gradients are float32
+// and contiguous, q, k, v and grad have strides, results are [B, N, H, width] in q's dtype.
+struct Call {
+  const void *q, *k, *v, *grad;                      // grad: of the output
+  const float *w1, *w2, *w3;                         // [H, D, D], [H, D, D], [H, D, Dv]
+  const float *conv_q, *bias_q, *conv_k, *bias_k;    // [H*D, 3 ** axes], [H*D]; null without
+  float *new1, *new2, *new3;                         // W', with a batch axis
+  void *out, *grad_q, *grad_k, *grad_v;
+  float *grad1, *grad2, *grad3;                      // of W, with a batch axis
+  float *grad_conv_q, *grad_bias_q, *grad_conv_k, *grad_bias_k;  // the same
+  Index strides[16];  // of q, k, v and grad: batch, head, token, channel
+  Index batch, heads, tokens, dim, value;
+  Index axes, grid[3], prefix;
+  double scale, eps;
+  Index threads;
+};
+
+// Pairs (batch item, head) that do not share the threads evenly are parted: runs of whole tiles of
+// their tokens. T is the dtype of q, k, v and the results.
+template <typename T>
+struct Pass {
+  const Call& call;
+  const Index N = call.tokens, dim = call.dim, value = call.value;
+  const Index D = padded(dim), V = padded(value);
+  const Index pairs = call.batch * call.heads, threads = call.threads;
+  const Index matrices = 2 * D * D + D * V;  // floats of the three weights, padded
+  const float rate = float(call.scale / double(N));
+  Grid grid{{1, 1, 1}, call.prefix};
+  Index parts = 1, length;
+
+  explicit Pass(const Call& given) : call(given) {
+    for (Index i = 0; i < call.axes; ++i) grid.size[3 - call.axes + i] = call.grid[i];
+    const Index tiles = (N + TILE - 1) / TILE;
+    if (pairs % threads && pairs < 8 * threads) parts = (8 * threads + pairs - 1) / pairs;
+    if (parts > tiles) parts = tiles;
+    length = (tiles + parts - 1) / parts * TILE;
+    parts = (N + length - 1) / length;
+  }
+
+  Index first(Index part) const { return part * length; }
+  Index last(Index part) const { return first(part) + length < N ? first(part) + length : N; }
+  Index head(Index pair) const { return pair % call.heads; }
+  // What a thread keeps of the pair that it works on, or what is kept of all pairs.
+  Index kept() const { return parts == 1 ? threads : pairs; }
+  Index place(Index pair) const { return parts == 1 ? omp_get_thread_num() : pair; }
+
+  // q, k, v or grad (0 to 3) of a pair.
+  Tokens<T> tokens(const void* at, Index which, Index pair, Index width) const {
+    const Index* strides = call.strides + 4 * which;
+    return {static_cast<const T*>(at) + pair / call.heads * strides[0] + head(pair) * strides[1],
+            strides[2], strides[3], N, width};
+  }
+  // Row n of a pair's result; its rows are `heads * width` apart.
+  T* result(void* at, Index pair, Index n, Index width) const {
+    return static_cast<T*>(at) +
+           ((pair / call.heads * N + n) * call.heads + head(pair)) * width;
+  }
+
+  // f(at, count) for the tiles of a part.
+  template <typename F>
+  void over_tiles(Index part, F f) const {
+    for (Index at = first(part); at < last(part); at += TILE)
+      f(at, last(part) - at < TILE ? last(part) - at : TILE);
+  }
+
+  // stage(0, pair, part), stage(1, ...): by one thread for a whole pair, or one after the other for
+  // all parts of all pairs. Called by all threads.
+  template <typename F>
+  void in_stages(Index stages, F stage) const {
+    if (parts == 1) {
+#pragma omp for schedule(static)
+      for (Index pair = 0; pair < pairs; ++pair)
+        for (Index i = 0; i < stages; ++i) stage(i, pair, Index(0));
+    } else {
+      for (Index i = 0; i < stages; ++i) {
+#pragma omp for schedule(static)
+        for (Index unit = 0; unit < pairs * parts; ++unit) stage(i, unit / parts, unit % parts);
+      }
+    }
+  }
+
+  // The key statistics of a part: mean, sum of squares around it.
+  void measure(Index pair, Index part, float* statistics) const {
+    const auto k = tokens(call.k, 1, pair, dim);
+    over_channels(k, D, [&](auto vectors, auto inside, Index c) {
+      moments<vectors.value, inside.value>(k, first(part), last(part), c, statistics,
+                                           statistics + D);
+    });
+  }
+
+  // The parts' statistics, 2 D each, as mean and 1 / sqrt(var + eps) in the first one's place.
+  void settle(float* statistics) const {
+    for (Index c = 0; c < D; ++c) {
+      float mean = 0, spread = 0;
+      for (Index part = 0; part < parts; ++part) {
+        const float* from = statistics + part * 2 * D;
+        const float count = float(last(part) - first(part)), both = float(last(part));
+        const float delta = from[c] - mean;
+        mean += delta * (count / both);
+        spread += from[D + c] + delta * delta * (float(first(part)) * count / both);
+      }
+      statistics[c] = mean;
+      statistics[D + c] = 1.0f / __builtin_sqrtf(spread / float(N) + float(call.eps));
+    }
+  }
+
+  // The sums of all parts, `size` floats each, in the first one's place; always in their order.
+  void collect(float* sums, Index size) const {
+    for (Index part = 1; part < parts; ++part)
+      for (Index i = 0; i < size; ++i) sums[i] += sums[part * size + i];
+  }
+
+  // f(matrix, width, offset, pitch) for each weight: [D, width] and where its padded sums lie.
+  template <typename F>
+  void over_weights(F f) const {
+    f(0, dim, Index(0), D);
+    f(1, dim, D * D, D);
+    f(2, value, 2 * D * D, V);
+  }
+};
+
+}  // namespace ttt
