@@ -23,8 +23,8 @@ demo: .venv/.demo-installed  ## explain, convert, align, save and time a pretrai
 classify: .venv/.demo-installed  ## a small classifier converted, aligned and fine-tuned; writes docs/classify.*
 	.venv/bin/python -m t5fx.bench.classify
 
-bench: .venv/.test-installed  ## does it pay here: models, peers and the pass; docs/bench and the README
-	for suite in models peers pass; do .venv/bin/t5fx bench $$suite || exit 1; done
+bench: .venv/.test-installed  ## does it pay here: models, kernels, peers, the pass; docs/bench and the README
+	for suite in models kernels peers pass; do .venv/bin/t5fx bench $$suite || exit 1; done
 	.venv/bin/t5fx bench report --readme README.md
 
 test: lint unit  ## ruff, mypy and every test, on the newest torch

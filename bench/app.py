@@ -30,7 +30,7 @@ SUITES = {
 
 ABOUT = """suites:
   models    timm, transformers and diffusers models: softmax with each SDPA backend against t5
-  kernels   the Triton kernels of the node, on a GPU
+  kernels   the node: Triton on a GPU against its roofline, C++ on a CPU against its products
   pass      what matching and rewriting cost, against nodes and against a cold compile
   peers     what one might take instead of the node, at one attention
   quality   the two demos: agreement and accuracy before, aligned, fine-tuned

@@ -186,7 +186,7 @@ class Softmax(Peer):
 class Node(Peer):
     """The TTT node with the settings of `linearize`; its parameters are trained with it."""
 
-    name = "TTT, Inductor"
+    name = "TTT"
     compiled = True
     impl = "auto"
 

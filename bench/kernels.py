@@ -1,4 +1,4 @@
-"""The suite "kernels": the Triton kernels of the node on a GPU.
+"""The suite "kernels": the Triton kernels of the node on a GPU; on a CPU see `kernels_cpu`.
 
 Beside them: softmax attention by each backend of PyTorch's that runs, and the node's reference
 compiled by Inductor. Every case is checked against the reference before anything of it is timed. A
@@ -22,6 +22,7 @@ from t5fx.errors import T5Error
 from t5fx.kernels import flops
 from t5fx.kernels.reference import reference
 
+from . import kernels_cpu
 from .results import Experiment, Row
 from .timing import Spread
 
@@ -40,7 +41,7 @@ TIMED = 200
 
 def experiments(small: bool = False) -> list[Experiment]:
     if not torch.cuda.is_available():
-        return [Experiment("kernels", "every shape", _absent, dtype="bfloat16")]
+        return kernels_cpu.experiments(small)
     sizes = itertools.product(BATCH_HEADS, DIMS, TOKENS)
     if small:
         sizes = itertools.product(BATCH_HEADS[:1], DIMS[:1], TOKENS[:1])
@@ -54,13 +55,6 @@ def experiments(small: bool = False) -> list[Experiment]:
         )
         for (batch, heads), dim, tokens in sizes
         for work in ("forward", "forward and backward")
-    ]
-
-
-def _absent(experiment: Experiment) -> list[Row]:
-    reason = "needs a CUDA GPU, which the Triton kernels are for"
-    return [
-        experiment.row("t5fx", "latency", unit="s", better="lower", status="absent", detail=reason)
     ]
 
 

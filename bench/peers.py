@@ -70,7 +70,7 @@ def measure(shape: Shape, experiment: Experiment) -> Iterator[Row]:
                 raise
             status, reason = "failed", f"{type(error).__name__}: {error}".partition("\n")[0]
         yield no_row(status=status, detail=reason)
-    yield from timed(ready, experiment)
+    yield from rows(ready, in_turn(ready), experiment)
 
 
 def prepare(kind: type[Peer], shape: Shape) -> tuple[Peer, Call]:
@@ -102,8 +102,8 @@ def check(peer: Peer, call: Call) -> float:
     return max(errors)
 
 
-def timed(ready: list[tuple[Peer, Call]], experiment: Experiment) -> Iterator[Row]:
-    """Rows of the attentions, timed in turn."""
+def in_turn(ready: list[tuple[Peer, Call]]) -> list[list[float]]:
+    """Seconds of each attention in each round."""
     device = torch.device(ready[0][0].shape.device)
     calls = [call for _, call in ready]
     for call in calls:
@@ -113,14 +113,21 @@ def timed(ready: list[tuple[Peer, Call]], experiment: Experiment) -> Iterator[Ro
     repeats = [max(1, math.ceil(1e-3 / seconds)) for seconds in first]
     spent = sum(count * seconds for count, seconds in zip(repeats, first, strict=True))
     rounds = int(min(max(BUDGET / spent, ROUNDS[0]), ROUNDS[1]))
-    seconds = interleave(calls, rounds, device, repeats)
+    return interleave(calls, rounds, device, repeats)
+
+
+def rows(
+    ready: list[tuple[Peer, Call]], seconds: list[list[float]], experiment: Experiment
+) -> Iterator[Row]:
+    """Rows of the attentions, speed-ups over the first."""
+    rounds = len(seconds[0])
     for (peer, call), own in zip(ready, seconds, strict=True):
         row = functools.partial(experiment.row, peer.name, detail=peer.detail)
         ratios = [one / other for one, other in zip(seconds[0], own, strict=True)]
         yield row("latency", Spread.of(own), unit="s", better="lower", rounds=rounds)
         better = "higher" if isinstance(peer, Node) else ""  # the others are not ours to hold
         yield row("speed-up", Spread.of(ratios), unit="x", better=better, rounds=rounds)
-        if device.type == "cuda":
+        if peer.shape.device == "cuda":
             yield row("peak memory", _peak(call), unit="bytes", better="lower")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t5fx.bench import kernels, pass_cost
+from t5fx.bench import kernels, pass_cost, peers
 from t5fx.bench.timing import Spread
 from t5fx.errors import T5Error
 
@@ -50,10 +50,22 @@ def test_a_site_that_is_not_rewritten_is_an_error():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU has")
-def test_without_a_gpu_there_is_one_row():
-    (experiment,) = kernels.experiments()
-    ((_, row),) = values(experiment).items()
-    assert row.status == "absent" and "CUDA GPU" in row.detail
+def test_rows_of_the_kernels_on_a_cpu(monkeypatch):
+    seconds = [[4.0, 4.0, 4.0], [3.0, 6.0, 2.0], [8.0, 8.0, 8.0], [1.0, 2.0, 2.0]]
+    monkeypatch.setattr(peers, "interleave", lambda calls, *_: seconds[: len(calls)])
+    forward, both = kernels.experiments(small=True)
+    assert forward.case == "1 x 2 heads x 64 tokens x 16, forward"
+    assert (forward.tokens, forward.mode, both.mode) == (64, "inference", "training")
+    assert len(kernels.experiments()) == 5
+    found = values(forward)
+    everyone = {"softmax, SDPA", "TTT", "reference, Inductor", "its matrix products alone"}
+    for measure in ("latency", "speed-up"):
+        assert {name for name, what in found if what == measure} == everyone
+    assert found["TTT", "latency"].value == 3 and found["TTT", "speed-up"].value == 4 / 3
+    assert found["TTT", "times its products"].spread == (2.0, 3.0, 3.0)
+    assert found["reference, Inductor", "times its products"].value == 4
+    # The products of the backward pass are not there to compare with.
+    assert not any(what == "times its products" for _, what in values(both))
 
 
 class Clock:

@@ -203,18 +203,27 @@ def test_opcheck_of_both_operators(locality):
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_flops_of_the_backward_pass():
+@pytest.mark.parametrize("locality", ["dwc_qk", "none"])
+def test_flops_of_both_passes(locality):
     args, settings = nodes.arguments(
-        heads=3, head_dim=4, value_dim=6, locality="none", requires_grad=True
+        heads=3, head_dim=4, value_dim=6, locality=locality, requires_grad=True
     )
 
-    def backward_flops(impl):
-        out = ttt(*args, **settings, impl=impl)
+    def flops(impl):
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            out = ttt(*args, **settings, impl=impl)
+            ahead = counter.get_total_flops()
             torch.autograd.grad(out.sum(), nodes.tensors(args))
-        return counter.get_total_flops()
+        return ahead, counter.get_total_flops() - ahead
 
     batch, _, tokens, _ = args[0].shape
-    # Computed again: x W1 and x W2 of keys and queries, v W3^T.
-    again = 2 * batch * 3 * tokens * 4 * (4 * 4 + 6)
-    assert backward_flops("auto") == backward_flops("reference") + again
+    (ahead, back), (plain_ahead, plain_back) = flops("auto"), flops("reference")
+    assert ahead == plain_ahead
+    if locality == "none":
+        # Computed again: x W1 and x W2 of keys and queries, v W3^T.
+        assert back == plain_back + 2 * batch * 3 * tokens * 4 * (4 * 4 + 6)
+    else:
+        # Two 3 x 3 kernels on 2 x 2 cells, again, for their inputs and for themselves. (torch
+        # counts the gradient of a depthwise kernel as that of a full one.)
+        products = batch * 3 * tokens * 4 * (32 * 4 + 14 * 6)
+        assert back == products + 3 * 2 * (2 * batch * 9 * 4 * (3 * 4))

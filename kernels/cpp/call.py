@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ _TENSORS = (
     *("grad_conv_q", "grad_bias_q", "grad_conv_k", "grad_bias_k"),
 )
 _SIZES = ("batch", "heads", "tokens", "dim", "value", "axes")
+_Strides, _Grid = ctypes.c_int64 * 16, ctypes.c_int64 * 3
 
 
 class _Call(ctypes.Structure):
@@ -26,9 +26,9 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _TENSORS),
-        ("strides", ctypes.c_int64 * 16),
+        ("strides", _Strides),
         *((name, ctypes.c_int64) for name in _SIZES),
-        ("grid", ctypes.c_int64 * 3),
+        ("grid", _Grid),
         ("prefix", ctypes.c_int64),
         ("scale", ctypes.c_double),
         ("eps", ctypes.c_double),
@@ -52,9 +52,8 @@ def forward(
     dtype, (q, k, v) = q.dtype, _alike(q, k, v)
     out = token_major_empty(q, v.shape[3])
     updated = [w.new_empty(len(q), *w.shape) for w in weights]
-    tensors = _named("q k v out", q, k, v, out) | _parameters(weights, conv)
-    tensors |= _named("new1 new2 new3", *updated)
-    _run("forward", tensors, scale=scale, grid=grid, prefix=prefix, eps=eps)
+    settings = (grid, prefix, scale, eps)
+    _run("forward", (q, k, v), None, weights, conv, updated, [out], *settings)
     return out.to(dtype), updated
 
 
@@ -76,13 +75,11 @@ def backward(
     grad, q, k, v = _alike(grad, q, k, v)
     grads = [token_major_empty(x, x.shape[3]) for x in (q, k, v)]
     # Those of the parameters have a batch axis until they are summed.
-    grad_weights, grad_conv = ([x.new_empty(len(q), *x.shape) for x in p] for p in (weights, conv))
-    tensors = _named("grad q k v", grad, q, k, v) | _parameters(weights, conv)
-    tensors |= _named("new1 new2 new3", *(u.contiguous() for u in updated))
-    tensors |= _named("grad_q grad_k grad_v grad1 grad2 grad3", *grads, *grad_weights)
-    tensors |= _named("grad_conv_q grad_bias_q grad_conv_k grad_bias_k", *grad_conv)
-    _run("backward", tensors, scale=scale, grid=grid, prefix=prefix, eps=eps)
-    return [*grads, *(g.sum(0) for g in (*grad_weights, *grad_conv))]
+    grad_parameters = [x.new_empty(len(q), *x.shape) for x in (*weights, *conv)]
+    results, settings = [None, *grads, *grad_parameters], (grid, prefix, scale, eps)
+    updated = [u.contiguous() for u in updated]
+    _run("backward", (q, k, v), grad, weights, conv, updated, results, *settings)
+    return [*grads, *(g.sum(0) for g in grad_parameters)]
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
@@ -91,33 +88,29 @@ def _alike(*tensors: Tensor) -> list[Tensor]:
     return [x if same else x.float() for x in tensors]
 
 
-def _named(names: str, *tensors: Tensor) -> dict[str, Tensor]:
-    # None of the convolutions' tensors is there without a convolution.
-    return dict(zip(names.split(), tensors, strict=bool(tensors)))
-
-
-def _parameters(weights: Sequence[Tensor], conv: Sequence[Tensor]) -> dict[str, Tensor]:
-    named = _named("w1 w2 w3", *weights) | _named("conv_q bias_q conv_k bias_k", *conv)
-    return {name: tensor.contiguous() for name, tensor in named.items()}
-
-
 def _run(
     name: str,
-    tensors: dict[str, Tensor],
-    *,
-    scale: float,
+    qkv: Sequence[Tensor],
+    grad: Tensor | None,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    updated: Sequence[Tensor],
+    results: Sequence[Tensor | None],
     grid: Sequence[int],
     prefix: int,
+    scale: float,
     eps: float,
 ) -> None:
-    q, v = tensors["q"], tensors["v"]
-    strided: list[Any] = [tensors.get(x) for x in ("q", "k", "v", "grad")]
-    strides = [step for x in strided if x is not None for step in x.stride()]
+    """Calls a library; ``results`` are what `_TENSORS` has from "out" on."""
+    q, k, v = qkv
+    weights, conv = [w.contiguous() for w in weights], [c.contiguous() for c in conv]
+    tensors = (q, k, v, grad, *weights, *(conv or (None,) * 4), *updated, *results)
     call = _Call(
-        *(tensors[x].data_ptr() if x in tensors else None for x in _TENSORS),
-        (ctypes.c_int64 * 16)(*strides),
-        *(*q.shape, v.shape[3], len(grid) if "conv_q" in tensors else 0),
-        (ctypes.c_int64 * 3)(*(grid if "conv_q" in tensors else ())),
+        *[None if t is None else t.data_ptr() for t in tensors],
+        *(None,) * (len(_TENSORS) - len(tensors)),
+        _Strides(*q.stride(), *k.stride(), *v.stride(), *(() if grad is None else grad.stride())),
+        *(*q.shape, v.shape[3], len(grid) if conv else 0),
+        _Grid(*(grid if conv else ())),
         *(prefix, scale, eps, torch.get_num_threads()),
     )
     start(name).result()[f"ttt_{DTYPES[q.dtype]}"](ctypes.byref(call))

@@ -6,6 +6,7 @@ saved, and returns a gradient of each tensor. Both are closed to autograd: the p
 differentiated once.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -54,13 +55,26 @@ def _backward_fake(grad, q, k, v, weights, conv, *_):  # type: ignore[no-untyped
     return [*token_major, *(x.new_empty(x.shape) for x in (*weights, *conv))]
 
 
-def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """FLOP of the matrix products, from shapes."""
+def _forward_flops(
+    q: Any, k: Any, v: Any, weights: Any, conv: Any, scale: Any, grid: Any, *_: Any, **__: Any
+) -> int:
+    """FLOP of the matrix products and convolutions, from shapes."""
     batch, heads, tokens, head_dim = q
-    return batch * heads * inner_model("swiglu").flops(tokens, head_dim, v[3])
+    products = batch * heads * inner_model("swiglu").flops(tokens, head_dim, v[3])
+    return products + _conv_flops(batch, conv, grid)
 
 
-def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """FLOP of the matrix products: 16 with W1 and W2, 7 with W3, the recomputed ones included."""
+def _backward_flops(
+    grad: Any, q: Any, k: Any, v: Any, weights: Any, conv: Any, saved: Any, scale: Any, grid: Any,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """FLOP of the products, 16 with W1 and W2, 7 with W3, and of the convolutions: what is
+    computed again, and the gradients of inputs and kernels."""
     batch, heads, tokens, head_dim = q
-    return batch * heads * tokens * head_dim * (32 * head_dim + 14 * v[3])
+    products = batch * heads * tokens * head_dim * (32 * head_dim + 14 * v[3])
+    return products + 3 * _conv_flops(batch, conv, grid)
+
+
+def _conv_flops(batch: int, conv: Any, grid: Any) -> int:
+    """Of the convolutions of q and k: [H*D, 1, 3, ...], a bias after each."""
+    return sum(2 * batch * math.prod(grid) * math.prod(weight) for weight in conv[::2])
