@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t5fx.errors import SlowNodeWarning
-from t5fx.kernels import cpp, explicit, ttt
+from t5fx.kernels import NodeArgumentError, cpp, explicit, ttt
 from t5fx.kernels.cpp import library
 from t5fx.kernels.reference import reference
 
@@ -234,6 +234,44 @@ def test_other_processors_get_the_same_without_a_warning(flag, tmp_path, monkeyp
         for dtype in cpp.DTYPES:
             args, settings = arguments(dtype, head_dim=width, value_dim=width, grid=(6, 5))
             check(args, settings)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": (300, 500)},
+        {"grid": (0, 5)},
+        {"grid": (1, 1, 1, 1)},
+        {"prefix": -1},
+        {"k": torch.randn(2, 2, 5, 3)},
+        {"v": torch.randn(1, 2, 6, 4)},
+        {"weights": [torch.randn(2, 3, 3)] * 2},
+        {"conv": [torch.randn(6, 1, 3), torch.randn(6)] * 2},
+    ],
+)
+def test_what_does_not_fit_is_an_error_before_anything_is_read(change):
+    """Of the operators themselves, which no function checks for."""
+    args, settings = arguments(prefix=1, suffix=1)
+    known = dict(zip(("q", "k", "v", "weights", "conv"), args, strict=True)) | plain(settings)
+    updated = [torch.zeros(2, *w.shape) for w in args[3]]
+    call = list((known | change).values())
+    call[6] = list(call[6])
+    with pytest.raises(NodeArgumentError, match="expected"):
+        torch.ops.t5fx.ttt_forward(*call)
+    grad = torch.zeros_like(args[2])
+    with pytest.raises(NodeArgumentError, match="expected"):
+        torch.ops.t5fx.ttt_backward(grad, *call[:5], updated, *call[5:])
+
+
+def test_gradients_and_updated_weights_that_do_not_fit_are_errors():
+    args, settings = arguments()
+    rest = list(plain(settings).values())
+    rest[1] = list(rest[1])
+    _, *updated = torch.ops.t5fx.ttt_forward(*args, *rest)
+    grad = torch.zeros_like(args[2])
+    for wrong in ((grad[:1], updated), (grad, updated[:2]), (grad, [u[:1] for u in updated])):
+        with pytest.raises(NodeArgumentError, match="expected"):
+            torch.ops.t5fx.ttt_backward(wrong[0], *args, wrong[1], *rest)
 
 
 class Seen(torch.utils._python_dispatch.TorchDispatchMode):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import check_counts, check_shapes
+from ..errors import NodeArgumentError
 from ..explicit import token_major_empty
 from .library import start
 
@@ -88,6 +90,32 @@ def _alike(*tensors: Tensor) -> list[Tensor]:
     return [x if same else x.float() for x in tensors]
 
 
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor | None,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    updated: Sequence[Tensor],
+    grid: Sequence[int],
+    prefix: int,
+) -> None:
+    """What is behind a pointer nobody checks: raises where the call would read past an end."""
+    node = {"inner": "swiglu", "locality": "dwc_qk" if conv else "none"}
+    check_counts(weights, conv, grid, **node)
+    check_shapes(q, k, v, weights, conv, grid=grid, prefix=prefix, **node)
+    wanted = [(len(q), *w.shape) for w in weights]
+    got = [tuple(u.shape) for u in updated]
+    if got != wanted:
+        raise NodeArgumentError(f"updated weights: expected shapes {wanted}; got {got}")
+    if grad is not None and grad.shape != v.shape:
+        raise NodeArgumentError(f"gradient: expected shape {list(v.shape)}; got {list(grad.shape)}")
+    for tensor in (q, k, v, *weights, *conv, *updated, *(() if grad is None else (grad,))):
+        if tensor.device.type != "cpu":
+            raise NodeArgumentError(f"expected tensors on one CPU; got one on {tensor.device}")
+
+
 def _run(
     name: str,
     qkv: Sequence[Tensor],
@@ -103,6 +131,7 @@ def _run(
 ) -> None:
     """Calls a library; ``results`` are what `_TENSORS` has from "out" on."""
     q, k, v = qkv
+    _check(q, k, v, grad, weights, conv, updated, grid, prefix)
     weights, conv = [w.contiguous() for w in weights], [c.contiguous() for c in conv]
     tensors = (q, k, v, grad, *weights, *(conv or (None,) * 4), *updated, *results)
     call = _Call(
