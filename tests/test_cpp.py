@@ -1,5 +1,6 @@
 """The node's C++ for CPUs against the reference in float64: any sizes, layouts and dtypes."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -382,3 +383,84 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     finally:
         monkeypatch.undo()
         library.forget()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_process_forked_while_its_parent_compiles_compiles_for_itself(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import test_cpp\n"
+        "test_cpp.torch.set_num_threads(1)\n"
+        "args, settings = test_cpp.arguments()\n"
+        "assert not test_cpp.library.start('forward').done()\n"
+        "child = os.fork()\n"
+        "signal.alarm(120)\n"
+        "test_cpp.run(args, settings)\n"
+        "if not child:\n"
+        "    os._exit(0)\n"
+        "sys.exit(os.waitpid(child, 0)[1])\n"
+    )
+    run_ = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run_.returncode == 0, run_.stderr
+
+
+def test_a_cache_folder_that_cannot_be_made_and_a_damaged_library(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    args, settings = arguments()
+    try:
+        for folder in (tmp_path / "file" / "below", tmp_path / "good"):
+            library.forget()
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+            if folder.name == "below":
+                for _ in range(2):  # the second call must not wait for ever
+                    with pytest.warns(SlowNodeWarning) if _ == 0 else contextlib.nullcontext():
+                        agree(ran(args, settings)[0], exact(args, settings))
+        (folder / "t5fx").mkdir(parents=True)
+        monkeypatch.setattr(library, "hashlib", _OneHash)
+        (folder / "t5fx" / f"forward-{16 * 'a'}.so").write_bytes(b"")
+        agree(run(args, settings)[0], exact(args, settings))
+    finally:
+        monkeypatch.undo()
+        library.forget()
+
+
+class _OneHash:
+    """Stands for hashlib: a library's name is known before it is there."""
+
+    @staticmethod
+    def sha256(_):
+        return _OneHash
+
+    @staticmethod
+    def update(_):
+        pass
+
+    @staticmethod
+    def hexdigest():
+        return 64 * "a"
+
+
+def test_tensors_on_several_devices_are_an_error():
+    args, settings = arguments()
+    args[3] = [w.to("meta") for w in args[3]]
+    with pytest.raises(RuntimeError, match="device"):
+        ttt(*args, **settings)
+
+
+def test_scratch_that_does_not_fit_is_an_error():
+    """Few numbers as many tokens, by strides: a buffer of the backward pass is as large."""
+    one = torch.zeros(1, 1, 1, 1)
+    tokens = 2**45
+    q = one.expand(1, 1, tokens, 8)
+    weights = [torch.zeros(1, 8, 8)] * 3
+    with pytest.raises(MemoryError, match="scratch"):
+        cpp.call._run(
+            *("backward", (q, q, q), q, weights, []),
+            *([w[None] for w in weights], [None, *(one,) * 6], (), 0, 1.0, 1.0),
+        )

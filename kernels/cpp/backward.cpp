@@ -247,8 +247,10 @@ struct Backward : Pass<T> {
     }
   }
 
-  void run() const {
+  // Whether there was memory for it.
+  bool run() const {
     Scratch shared(this->kept() * (parts * floats() + N * D));
+    if (!shared.memory) return false;
     float* all = shared.take(this->kept() * parts * floats());
     float* grads = shared.take(0);
 #pragma omp parallel num_threads(this->threads)
@@ -287,13 +289,14 @@ struct Backward : Pass<T> {
         if (stage == 8) through_norm(pair, part, statistics, grad, normed, own);
       });
     }
+    return true;
   }
 };
 
 }  // namespace ttt
 
 extern "C" {
-void ttt_float32(const ttt::Call* call) { ttt::Backward<float>(*call).run(); }
-void ttt_bfloat16(const ttt::Call* call) { ttt::Backward<ttt::BFloat16>(*call).run(); }
-void ttt_float16(const ttt::Call* call) { ttt::Backward<ttt::Half>(*call).run(); }
+bool ttt_float32(const ttt::Call* call) { return ttt::Backward<float>(*call).run(); }
+bool ttt_bfloat16(const ttt::Call* call) { return ttt::Backward<ttt::BFloat16>(*call).run(); }
+bool ttt_float16(const ttt::Call* call) { return ttt::Backward<ttt::Half>(*call).run(); }
 }

@@ -142,4 +142,7 @@ def _run(
         _Grid(*(grid if conv else ())),
         *(prefix, scale, eps, torch.get_num_threads()),
     )
-    start(name).result()[f"ttt_{DTYPES[q.dtype]}"](ctypes.byref(call))
+    function = start(name).result()[f"ttt_{DTYPES[q.dtype]}"]
+    function.restype = ctypes.c_bool
+    if not function(ctypes.byref(call)):
+        raise MemoryError(f"the TTT node's {name} of q {list(q.shape)}: not enough for its scratch")

@@ -101,8 +101,10 @@ struct Forward : Pass<T> {
     });
   }
 
-  void run() const {
+  // Whether there was memory for it.
+  bool run() const {
     Scratch shared(this->kept() * parts * (2 * D + matrices));
+    if (!shared.memory) return false;
     float* all_statistics = shared.take(this->kept() * parts * 2 * D);
     float* all_sums = shared.take(0);
 #pragma omp parallel num_threads(this->threads)
@@ -121,13 +123,14 @@ struct Forward : Pass<T> {
         if (stage == 4) answer(pair, part, own);
       });
     }
+    return true;
   }
 };
 
 }  // namespace ttt
 
 extern "C" {
-void ttt_float32(const ttt::Call* call) { ttt::Forward<float>(*call).run(); }
-void ttt_bfloat16(const ttt::Call* call) { ttt::Forward<ttt::BFloat16>(*call).run(); }
-void ttt_float16(const ttt::Call* call) { ttt::Forward<ttt::Half>(*call).run(); }
+bool ttt_float32(const ttt::Call* call) { return ttt::Forward<float>(*call).run(); }
+bool ttt_bfloat16(const ttt::Call* call) { return ttt::Forward<ttt::BFloat16>(*call).run(); }
+bool ttt_float16(const ttt::Call* call) { return ttt::Forward<ttt::Half>(*call).run(); }
 }

@@ -29,18 +29,24 @@ _lock = threading.Lock()
 def start(name: str) -> "Future[ctypes.CDLL]":
     """Begin to compile ``<name>.cpp`` in the background, unless that was done; its library.
 
-    The file is kept in Inductor's cache folder, for this processor, compiler and version of torch.
+    It is kept in Inductor's cache folder, for this kind of processor, compiler command and version
+    of torch. What goes wrong is an exception of the future.
     """
-    with _lock:
-        if name not in _started:
-            # Here and not in the thread, where it could meet another import of the same modules.
-            from torch._inductor import cpp_builder
-            from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-            future = _started[name] = Future()
-            task = (future, name, cpp_builder, Path(cache_dir()) / "t5fx")
-            threading.Thread(target=_run, args=task, daemon=True).start()
+    if name in _started:
         return _started[name]
+    future: Future[ctypes.CDLL] = Future()
+    try:
+        # Not in the thread, where it could meet another import of the same modules.
+        from torch._inductor import cpp_builder
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        task = (future, name, cpp_builder, Path(cache_dir()) / "t5fx")
+        with _lock:
+            if _started.setdefault(name, future) is future:
+                threading.Thread(target=_run, args=task, daemon=True).start()
+    except Exception as error:
+        _started.setdefault(name, future).set_exception(error)
+    return _started[name]
 
 
 def forget() -> None:
@@ -48,10 +54,6 @@ def forget() -> None:
     with _lock:
         _started.clear()
     is_available.cache_clear()
-
-
-# A child process has no thread that would end what its parent had begun.
-os.register_at_fork(after_in_child=_started.clear)
 
 
 @functools.cache
@@ -63,13 +65,24 @@ def is_available(name: str) -> bool:
         warnings.warn(
             f"the TTT node runs as ordinary PyTorch operators, which are slower: {name}.cpp "
             f"could not be compiled ({type(error).__name__}: {str(error).strip()[-700:]}). "
-            f"Expected a C++17 compiler such as g++ or clang, which torch.compile needs on a CPU "
+            f"Expected a C++ compiler such as g++ or clang, which torch.compile needs on a CPU "
             f"too; CXX names it",
             SlowNodeWarning,
             stacklevel=2,
         )
         return False
     return True
+
+
+def _afresh() -> None:
+    """A forked process has no thread that would end what its parent had begun, or free the lock."""
+    global _lock
+    _lock = threading.Lock()
+    forget()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_afresh)
 
 
 def _run(future: "Future[ctypes.CDLL]", name: str, builder: Any, folder: Path) -> None:
@@ -90,13 +103,17 @@ def _load(name: str, builder: Any, folder: Path, flags: tuple[str, ...] = ()) ->
     for path in sources:
         sha.update(path.read_bytes())
     kept = folder / f"{name}-{sha.hexdigest()[:16]}.so"
-    if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        since = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            build = builder.CppBuilder(name, source, options, output_dir=scratch)
-            build.build()
-            # In one step: another process may do the same.
-            os.replace(build.get_target_file_path(), kept)
-        log.info("compiled %s.cpp in %.1f s: %s", name, time.perf_counter() - since, kept)
+    if kept.exists():
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError as error:
+            log.warning("%s is damaged and made again: %s", kept, error)
+    folder.mkdir(parents=True, exist_ok=True)
+    since = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        build = builder.CppBuilder(name, source, options, output_dir=scratch)
+        build.build()
+        # In one step: another process may do the same.
+        os.replace(build.get_target_file_path(), kept)
+    log.info("compiled %s.cpp in %.1f s: %s", name, time.perf_counter() - since, kept)
     return ctypes.CDLL(str(kept))

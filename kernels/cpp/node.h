@@ -42,7 +42,9 @@ struct Pass {
     for (Index i = 0; i < call.axes; ++i) grid.size[3 - call.axes + i] = call.grid[i];
     const Index tiles = (N + TILE - 1) / TILE;
     if (pairs % threads && pairs < 8 * threads) parts = (8 * threads + pairs - 1) / pairs;
-    if (parts > tiles) parts = tiles;
+    // A part that is no longer than its sums are large gains nothing.
+    if (parts > N / (2 * D)) parts = N / (2 * D);
+    if (parts < 1) parts = 1;
     length = (tiles + parts - 1) / parts * TILE;
     parts = (N + length - 1) / length;
   }

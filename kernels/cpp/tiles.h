@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 namespace ttt {
 
@@ -190,9 +191,7 @@ struct Tokens {
 };
 
 template <Index N>
-struct Number {
-  static constexpr Index value = N;
-};
+using Number = std::integral_constant<Index, N>;
 
 // Calls f(how many vectors, whether all channels exist and lie side by side, first channel).
 template <typename T, typename F>
@@ -297,14 +296,15 @@ void read_plain(const Tokens<T>& in, Index first, Index count, float* out, Index
   }
 }
 
-// Scratch of a thread, carved from one allocation.
+// Scratch carved from one allocation; `memory` is null where there is not enough.
 struct Scratch {
   float* memory;
   float* next;
   explicit Scratch(Index floats)
-      : memory(static_cast<float*>(
-            ::operator new((floats + 16) * sizeof(float), std::align_val_t(64)))),
+      : memory(static_cast<float*>(::operator new((floats + 16) * sizeof(float),
+                                                  std::align_val_t(64), std::nothrow))),
         next(memory) {}
+  Scratch(const Scratch&) = delete;
   ~Scratch() { ::operator delete(memory, std::align_val_t(64)); }
   float* take(Index floats) {
     float* p = next;

@@ -76,7 +76,7 @@ def _is_closed(*tensors: Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or _has_tangents():
         return False
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if tensors[0].device.type != "cpu" or widest(*tensors) != torch.float32:
+    if any(not t.is_cpu for t in tensors) or widest(*tensors) != torch.float32:
         return trained
     if torch.compiler.is_exporting() or any(map(is_traceable_wrapper_subclass, tensors)):
         return trained
