@@ -103,11 +103,15 @@ def check(**case):
 
 @contextmanager
 def poisoned():
-    """Fresh memory is full of NaN: what is read before it is written, or never written, shows."""
+    """Fresh memory is full of NaN: what is read before it is written, or never written, shows.
+
+    Whole numbers are the largest there are.
+    """
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def poisoned_new_empty(tensor, *args, **kwargs):
-        return new_empty(tensor, *args, **kwargs).fill_(torch.nan)
+        fresh = new_empty(tensor, *args, **kwargs)
+        return fresh.fill_(torch.nan if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max)
 
     def poisoned_empty_like(tensor, **kwargs):
         return empty_like(tensor, **kwargs).fill_(torch.nan)

@@ -130,17 +130,24 @@ def test_impl_triton_is_differentiable_once():
         grad.sum().backward()
 
 
-def test_what_is_saved_for_the_backward_pass():
-    """q, k, v, the parameters, two statistics of the keys and W'."""
-    tensors, keywords, _ = arguments(batch=2, heads=2, head_dim=16, value_dim=16, grid=(30,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_saved_for_the_backward_pass(dtype):
+    """q, k, v, the parameters, and of each head W' and rows of channels; a byte of each token."""
+    tensors, keywords, _ = arguments(
+        batch=2, heads=3, head_dim=16, value_dim=16, grid=(30,), dtype=dtype
+    )
     leaves = [t.detach().requires_grad_() for t in tensors]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ttt(*split(leaves), **keywords, impl="triton")
     own = {t.data_ptr() for t in leaves}
-    rest = sum(t.numel() for t in kept if t.data_ptr() not in own)
-    assert len(kept) == len(leaves) + 5
-    assert rest == 2 * 2 * (2 * 16 + 3 * 16 * 16)
+    rest = [t for t in kept if t.data_ptr() not in own]
+    codes = [t for t in rest if t.dtype == torch.uint8]
+    assert [len(t) for t in codes] == [tensors[0].shape[2]]
+    rows = 2 if dtype == torch.float32 else 2 + 5  # statistics; offsets of five codes
+    of_groups = 2 * 3 * (rows * 16 + 3 * 16 * 16)
+    assert sum(t.numel() for t in rest) - codes[0].numel() == of_groups + 2 * 3 * 3 * 16
+    assert {t.dtype for t in rest} == {torch.float32, dtype, torch.uint8}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

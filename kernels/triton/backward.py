@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .first_order import inner_gradient, query_gradient
-from .input_gradient import SUMS, convolution_sums, input_gradient
-from .launch import Site, convolutions, launch, near, new_matrices, padded, site, sum_partials
+from .convolution import convolution_gradient, key_norm_gradient
+from .first_order import inner_gradient
+from .forward import Saved
+from .launch import Site, launch, near, new_matrices, padded, site, sum_partials
 from .second_order import second_order_gradient
 
 
@@ -44,17 +45,18 @@ def backward(
     shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality)
     q, k, v, grad_out = near(q), near(k), near(v), near(grad_out)
     weights = [w.contiguous() for w in weights]
-    conv_q, conv_k = convolutions(conv, shape, unread=q)
-    mean, rstd, *updated = saved
+    biases = [c.contiguous() for c in conv[1::2]] or [q, k]
+    kept = Saved(*saved)
 
-    grad_updated, at_q = _updated_weights(grad_out, q, updated, conv_q, shape)
+    grad_updated, at_q = _updated_weights(grad_out, q, kept, biases[0], shape)
+    rate = scale / shape.tokens
     grad_weights, at_k, grad_v = _inner_gradient(
-        k, v, weights, grad_updated, conv_k, (mean, rstd), scale / shape.tokens, shape
+        k, v, weights, grad_updated, kept, biases[1], rate, shape
     )
-    grad_q, conv_q_grads = _inputs(at_q, q, conv_q, None, shape)
-    grad_k, conv_k_grads = _inputs(at_k, k, conv_k, (mean, rstd), shape)
+    grad_q, conv_q_grads = _inputs(at_q, q, kept, shape, keys=False)
+    grad_k, conv_k_grads = _inputs(at_k, k, kept, shape, keys=True)
     conv_grads = [
-        grad.reshape(tensor.shape).to(tensor.dtype)
+        grad.reshape(tensor.shape).to(tensor.dtype, copy=True)
         for grad, tensor in zip(conv_q_grads + conv_k_grads, conv, strict=True)
     ]
     grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in (grad_q, grad_k, grad_v))
@@ -62,39 +64,21 @@ def backward(
 
 
 def _updated_weights(
-    grad_out: Tensor,
-    q: Tensor,
-    updated: Sequence[Tensor],
-    conv: Sequence[Tensor],
-    shape: Site,
+    grad_out: Tensor, q: Tensor, saved: Saved, bias: Tensor, shape: Site
 ) -> tuple[list[Tensor], Tensor]:
     """dL/dW' ``[B, H, ...]`` float32 and dL/dq' ``[B, N, H, D]``, q' the convolved queries."""
-    blocks = shape.hidden_blocks("inner_gradient")
-    chunk, splits = shape.chunks(shape.config("inner_gradient"), blocks)
+    chunk, splits = shape.chunks(shape.config("inner_gradient"))
     partial = _float32(q, splits, shape.groups, shape.matrices)
     at_q = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.dim)
-    inputs = q, grad_out, *updated, *conv
-    strides = *q.stride(), *grad_out.stride()
     launch(
         inner_gradient,
-        shape.groups * splits * blocks,
-        *(*inputs, partial, partial, partial, partial, at_q, *strides),
-        *(shape.groups, shape.heads, shape.tokens, chunk, splits, chunk, splits),
-        *(*shape.convolved, 0.0),
-        NORM=False,
-        BATCHED=True,
-        STORE_DX=blocks == 1,
+        shape.groups * splits,
+        *(q, grad_out, saved.w1, saved.w2, saved.w3, saved.codes, saved.taps[0], bias),
+        *(saved.offsets, saved.mean, saved.rstd, partial, at_q, *q.stride(), *grad_out.stride()),
+        *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved),
+        KEYS=False,
         **shape.shape("inner_gradient"),
     )
-    if blocks > 1:
-        chunk, splits = shape.chunks(shape.config("query_gradient"))
-        launch(
-            query_gradient,
-            shape.groups * splits,
-            *(*inputs, at_q, *strides, shape.heads, shape.tokens, chunk, splits),
-            *shape.convolved,
-            **shape.shape("query_gradient"),
-        )
     grads = new_matrices(q, torch.float32, shape, shape.batch, shape.heads)
     sum_partials(partial, grads, shape, owners=shape.groups)
     return grads, at_q
@@ -105,39 +89,24 @@ def _inner_gradient(
     v: Tensor,
     weights: Sequence[Tensor],
     grad_updated: Sequence[Tensor],
-    conv: Sequence[Tensor],
-    statistics: tuple[Tensor, Tensor],
+    saved: Saved,
+    bias: Tensor,
     rate: float,
     shape: Site,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """dL/dW, dL/dk' ``[B, N, H, D]``, k' the convolved keys, and dL/dv ``[B, N, H, Dv]``."""
     at_k = k.new_empty(shape.batch, shape.tokens, shape.heads, shape.dim)
     grad_v = v.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
-    inputs = k, v, *weights, *grad_updated, *conv, *statistics
-    strides = *k.stride(), *v.stride()
-    blocks = shape.hidden_blocks("second_order_weights")
-    chunk, splits = shape.chunks(shape.config("second_order_weights"), blocks)
+    chunk, splits = shape.chunks(shape.config("second_order_gradient"))
     partial = _float32(k, splits, shape.groups, shape.matrices)
     launch(
         second_order_gradient,
-        shape.groups * splits * blocks,
-        *(*inputs, partial, at_k, grad_v, *strides),
+        shape.groups * splits,
+        *(k, v, *weights, *grad_updated, saved.codes, saved.taps[1], bias, saved.offsets),
+        *(saved.mean, saved.rstd, partial, at_k, grad_v, *k.stride(), *v.stride()),
         *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved, rate),
-        WEIGHTS=True,
-        TOKENS=blocks == 1,
-        **shape.shape("second_order_weights"),
+        **shape.shape("second_order_gradient"),
     )
-    if blocks > 1:
-        chunk, splits = shape.chunks(shape.config("second_order_tokens"))
-        launch(
-            second_order_gradient,
-            shape.groups * splits,
-            *(*inputs, partial, at_k, grad_v, *strides),
-            *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved, rate),
-            WEIGHTS=False,
-            TOKENS=True,
-            **shape.shape("second_order_tokens"),
-        )
     grads = [torch.empty_like(w) for w in weights]
     # Beside what went through G stands what W' = W + r G hands on.
     sum_partials(partial, grads, shape, owners=shape.heads, base=grad_updated)
@@ -145,53 +114,53 @@ def _inner_gradient(
 
 
 def _inputs(
-    at_x: Tensor,
-    x: Tensor,
-    conv: Sequence[Tensor],
-    statistics: tuple[Tensor, Tensor] | None,
-    shape: Site,
+    at_x: Tensor, x: Tensor, saved: Saved, shape: Site, *, keys: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """dL/dx ``[B, N, H, D]`` from that at the convolved x, and those of weight and bias, float32.
 
-    ``statistics``: mean and 1/std of x where it was normalised, as k was.
+    ``keys``: x was normalised before it was convolved.
     """
-    if statistics is None and not shape.conv_ndim:
+    convolved = bool(shape.conv_ndim)
+    if not (keys or convolved):
         return at_x, []
-    norm = statistics is not None
-    mean, rstd = statistics or (x, x)
-    rows = shape.convolved[0]
-    sizes = {"D": shape.dim, "NDIM": shape.conv_ndim, "NORM": norm, "BLOCK_D": padded(shape.dim)}
-
-    settings = shape.config("convolution_sums")
-    chunk, splits = shape.chunks(settings, rows)
-    partial = _float32(x, splits, shape.batch, shape.heads, rows, SUMS, shape.dim)
-    launch(
-        convolution_sums,
-        shape.groups * splits * rows,
-        *(x, at_x, conv[0], mean, rstd, partial, *x.stride()),
-        *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved),
-        **sizes,
-        **settings.launched(),
-    )
-    # [B, H, 2, D]
-    sums = partial[:, :, :, :, 4:].sum((0, 3)) if norm else partial
-
-    grad = torch.empty_like(at_x)
-    settings = shape.config("input_gradient")
+    own = 2 if keys else 0
+    count = own + shape.taps + convolved
+    settings = shape.config("convolution_gradient")
+    if shape.conv_ndim == 3:  # a sum for each of 27 taps: fewer tokens have to do
+        settings = settings._replace(block_n=max(1, settings.block_n // 2))
     chunk, splits = shape.chunks(settings)
+    partial = _float32(x, splits, shape.batch, shape.heads, count, shape.dim)
+    grad = torch.empty_like(at_x) if convolved else at_x
     launch(
-        input_gradient,
+        convolution_gradient,
         shape.groups * splits,
-        *(x, at_x, conv[0], mean, rstd, sums, grad, *x.stride()),
-        *(shape.heads, shape.tokens, chunk, splits, *shape.convolved),
-        **sizes,
+        *(x, at_x, saved.codes, saved.taps[int(keys)], saved.mean, saved.rstd, partial, grad),
+        *(*x.stride(), shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.grid[1:]),
+        D=shape.dim,
+        NDIM=shape.conv_ndim,
+        KEYS=keys,
+        BLOCK_D=padded(shape.dim),
         **settings.launched(),
     )
-    if not shape.conv_ndim:
+    sums = partial.sum(0)
+    if keys:
+        settings = shape.config("key_norm_gradient")
+        chunk, splits = shape.chunks(settings)
+        launch(
+            key_norm_gradient,
+            shape.groups * splits,
+            *(x, grad, sums, saved.mean, saved.rstd, *x.stride()),
+            *(shape.heads, shape.tokens, chunk, splits),
+            D=shape.dim,
+            COUNT=count,
+            BLOCK_D=padded(shape.dim),
+            **settings.launched(),
+        )
+    if not convolved:
         return grad, []
-    taps, bias = partial[..., :3, :].sum((0, 1)), partial[:, :, :, rows // 2, 3].sum((0, 1))
-    # [H, rows, 3, D] to [H, D, rows, 3]
-    return grad, [taps.movedim(-1, 1), bias]
+    sums = sums.sum(0)
+    # [H, taps, D] to [H, D, taps]
+    return grad, [sums[:, own + 1 :].transpose(1, 2), sums[:, own]]
 
 
 def _float32(like: Tensor, *sizes: int) -> Tensor:

@@ -28,59 +28,44 @@ class Config(NamedTuple):
 WIDTHS = (16, 32, 64, 128, 256)
 
 #: By kernel, then by the width that a head is padded to, for products of float16 and bfloat16.
-#: The two jobs of ``second_order_gradient`` have a row each.
 HALF = {
-    "key_statistics": {
+    "prepare": {
         16: Config(256, 0, 4, 1, 4),
-        32: Config(256, 0, 4, 1, 4),
-        64: Config(128, 0, 4, 1, 4),
-        128: Config(64, 0, 4, 1, 4),
-        256: Config(32, 0, 4, 1, 4),
+        32: Config(128, 0, 4, 1, 4),
+        64: Config(64, 0, 4, 1, 4),
+        128: Config(32, 0, 4, 1, 4),
+        256: Config(16, 0, 4, 1, 4),
     },
     "inner_gradient": {
         16: Config(64, 16, 4, 1, 2),
         32: Config(64, 32, 4, 1, 2),
-        64: Config(128, 64, 8, 1, 1),
-        128: Config(64, 32, 8, 1, 1),
-        256: Config(32, 32, 8, 1, 1),
+        64: Config(64, 64, 4, 1, 2),
+        128: Config(128, 64, 8, 1, 1),
+        256: Config(64, 32, 8, 1, 1),
     },
     "query_output": {
         16: Config(64, 16, 4, 1, 4),
         32: Config(64, 32, 4, 1, 4),
-        64: Config(128, 64, 8, 1, 2),
-        128: Config(128, 128, 8, 1, 1),
-        256: Config(32, 32, 8, 1, 1),
+        64: Config(64, 64, 4, 1, 4),
+        128: Config(64, 128, 4, 1, 2),
+        256: Config(64, 32, 4, 1, 2),
     },
-    "query_gradient": {
-        16: Config(64, 16, 4, 1, 4),
-        32: Config(64, 32, 4, 1, 4),
+    "second_order_gradient": {
+        16: Config(64, 16, 4, 1, 2),
+        32: Config(64, 32, 4, 1, 2),
         64: Config(64, 64, 4, 1, 2),
-        128: Config(64, 32, 8, 1, 1),
-        256: Config(32, 16, 8, 1, 1),
+        128: Config(128, 64, 8, 1, 1),
+        256: Config(64, 32, 8, 1, 1),
     },
-    "second_order_weights": {
-        16: Config(64, 16, 4, 1, 2),
-        32: Config(64, 32, 4, 1, 2),
-        64: Config(64, 32, 4, 1, 2),
-        128: Config(32, 32, 8, 1, 1),
-        256: Config(32, 32, 8, 1, 1),
+    "convolution_gradient": {
+        16: Config(64, 0, 4, 1, 2),
+        32: Config(32, 0, 4, 1, 2),
+        64: Config(16, 0, 4, 1, 2),
+        128: Config(8, 0, 4, 1, 2),
+        256: Config(4, 0, 4, 1, 2),
     },
-    "second_order_tokens": {
-        16: Config(64, 16, 4, 1, 2),
-        32: Config(64, 32, 4, 1, 2),
-        64: Config(64, 32, 4, 1, 2),
-        128: Config(32, 16, 8, 1, 1),
-        256: Config(16, 16, 8, 1, 1),
-    },
-    "convolution_sums": {
-        16: Config(64, 0, 4, 1, 4),
-        32: Config(64, 0, 4, 1, 4),
-        64: Config(32, 0, 4, 1, 4),
-        128: Config(16, 0, 4, 1, 4),
-        256: Config(16, 0, 8, 1, 4),
-    },
-    "input_gradient": {
-        16: Config(128, 0, 4, 1, 4),
+    "key_norm_gradient": {
+        16: Config(256, 0, 4, 1, 4),
         32: Config(128, 0, 4, 1, 4),
         64: Config(64, 0, 4, 1, 4),
         128: Config(32, 0, 4, 1, 4),
@@ -105,21 +90,7 @@ WIDE = HALF | {
         128: Config(32, 32, 8, 1, 2),
         256: Config(16, 16, 8, 1, 2),
     },
-    "query_gradient": {
-        16: Config(32, 16, 4, 1, 4),
-        32: Config(32, 32, 4, 1, 4),
-        64: Config(32, 32, 4, 1, 2),
-        128: Config(32, 32, 8, 1, 2),
-        256: Config(16, 16, 8, 1, 2),
-    },
-    "second_order_weights": {
-        16: Config(32, 16, 4, 1, 2),
-        32: Config(32, 32, 4, 1, 2),
-        64: Config(32, 32, 8, 1, 1),
-        128: Config(16, 16, 8, 1, 1),
-        256: Config(16, 16, 8, 1, 1),
-    },
-    "second_order_tokens": {
+    "second_order_gradient": {
         16: Config(32, 16, 4, 1, 2),
         32: Config(32, 32, 4, 1, 2),
         64: Config(32, 32, 8, 1, 1),

@@ -1,14 +1,47 @@
-"""The forward: four launches, nothing of N x D written but the output."""
+"""The forward: five launches, nothing of N x D written but the output."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .first_order import inner_gradient
-from .launch import convolutions, launch, near, new_matrices, padded, site, sum_partials
+from .launch import code_count, is_wide, launch, near, padded, site, sum_partials
+from .prepare import key_norm, prepare
 from .query import query_output
-from .statistics import key_statistics
+
+
+class Saved(NamedTuple):
+    """What ``backward`` wants to have saved."""
+
+    mean: Tensor  # of the keys, [B, H, D] float32
+    rstd: Tensor  # the same: 1 / sqrt(var + eps)
+    offsets: Tensor  # [B, H, codes, D] float32: see ``key_norm``; empty for products of float32
+    taps: Tensor  # [2, H, 3**ndim, D] float32: the kernels of q's and k's convolution
+    codes: Tensor  # [N] uint8: where each token lies on the grid; empty without a convolution
+    w1: Tensor  # W', [B, H, D, D] in the dtype of the products
+    w2: Tensor
+    w3: Tensor  # [B, H, D, Dv]
+
+
+def empty_saved(q: Tensor, k: Tensor, v: Tensor, conv: Sequence[Tensor]) -> Saved:
+    """Room for it."""
+    batch, heads, tokens, dim = q.shape
+    ndim = conv[0].dim() - 2 if conv else 0
+    wide = is_wide(q, k, v)
+    taps = 3**ndim if ndim else 0
+    dtype = torch.float32 if wide else q.dtype
+    return Saved(
+        q.new_empty(batch, heads, dim, dtype=torch.float32),
+        q.new_empty(batch, heads, dim, dtype=torch.float32),
+        q.new_empty(batch, heads, 0 if wide else code_count(ndim), dim, dtype=torch.float32),
+        q.new_empty(2, heads, taps, dim, dtype=torch.float32),
+        q.new_empty(tokens if ndim else 0, dtype=torch.uint8),
+        q.new_empty(batch, heads, dim, dim, dtype=dtype),
+        q.new_empty(batch, heads, dim, dim, dtype=dtype),
+        q.new_empty(batch, heads, dim, v.shape[3], dtype=dtype),
+    )
 
 
 def forward(
@@ -23,7 +56,7 @@ def forward(
     prefix: int,
     key_norm_eps: float,
     locality: str,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Saved]:
     """The node with inner model "swiglu", inner loss "dot" and key norm "instance".
 
     Args: as ``t5fx.kernels.ttt`` takes them; float32, float16 or bfloat16, any strides, D and Dv
@@ -31,8 +64,7 @@ def forward(
 
     Returns:
         The output ``[B, H, N, Dv]`` in q's dtype, a view of contiguous ``[B, N, H, Dv]``, and what
-        ``backward`` wants to have saved, all float32: mean and 1/std of the keys ``[B, H, D]``, and
-        the updated weights ``[B, H, D, D], [B, H, D, D], [B, H, D, Dv]``.
+        ``backward`` wants to have saved.
 
     Raises:
         NodeArgumentError: what the kernels cannot take.
@@ -40,37 +72,47 @@ def forward(
     shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality)
     q, k, v = near(q), near(k), near(v)
     weights = [w.contiguous() for w in weights]
-    conv_q, conv_k = convolutions(conv, shape, unread=q)
+    weight_q, bias_q, weight_k, bias_k = [c.contiguous() for c in conv] or [q] * 4
+    saved = empty_saved(q, k, v, conv)
+    mean, rstd, offsets, taps, codes, *updated = saved
 
-    mean, rstd = (_float32(q, shape.batch, shape.heads, shape.dim) for _ in range(2))
-    settings = shape.config("key_statistics")
+    settings = shape.config("prepare")
     key_chunk, key_splits = shape.chunks(settings)
-    key_partial = _float32(k, shape.groups, key_splits, 2, shape.dim)
+    statistics = k.new_empty(shape.groups, key_splits, 2, shape.dim, dtype=torch.float32)
     launch(
-        key_statistics,
+        prepare,
         shape.groups * key_splits,
-        *(k, key_partial, *k.stride(), shape.heads, shape.tokens, key_chunk, key_splits),
+        *(k, weight_q, weight_k, statistics, codes, taps, *k.stride()),
+        *(shape.heads, shape.tokens, key_chunk, key_splits, shape.prefix, *shape.grid),
         D=shape.dim,
+        NDIM=shape.conv_ndim,
         BLOCK_D=padded(shape.dim),
         **settings.launched(),
+    )
+    launch(
+        key_norm,
+        shape.groups * (1 if shape.wide else shape.codes),
+        *(statistics, taps[1], bias_k, mean, rstd, offsets),
+        *(shape.heads, shape.tokens, key_chunk, key_splits, key_norm_eps),
+        D=shape.dim,
+        NDIM=shape.conv_ndim,
+        CENTRED=shape.wide,
+        BLOCK_D=padded(shape.dim),
+        num_warps=1,
     )
 
     blocks = shape.hidden_blocks("inner_gradient")
     chunk, splits = shape.chunks(shape.config("inner_gradient"), blocks)
-    partial = _float32(k, splits, shape.groups, shape.matrices)
+    partial = k.new_empty(splits, shape.groups, shape.matrices, dtype=torch.float32)
     launch(
         inner_gradient,
         shape.groups * splits * blocks,
-        *(k, v, *weights, *conv_k, key_partial, mean, rstd, partial, partial),
+        *(k, v, *weights, codes, taps[1], bias_k, offsets, mean, rstd, partial, partial),
         *(*k.stride(), *v.stride(), shape.groups, shape.heads, shape.tokens, chunk, splits),
-        *(key_chunk, key_splits, *shape.convolved, key_norm_eps),
-        NORM=True,
-        BATCHED=False,
-        STORE_DX=False,
+        *shape.convolved,
+        KEYS=True,
         **shape.shape("inner_gradient"),
     )
-
-    updated = new_matrices(q, torch.float32, shape, shape.batch, shape.heads)
     rate = scale / shape.tokens
     sum_partials(partial, updated, shape, owners=shape.groups, rate=rate, base=weights)
 
@@ -79,12 +121,8 @@ def forward(
     launch(
         query_output,
         shape.groups * splits,
-        *(q, *updated, *conv_q, out),
+        *(q, *updated, codes, taps[0], bias_q, out),
         *(*q.stride(), shape.heads, shape.tokens, chunk, splits, *shape.convolved),
         **shape.shape("query_output"),
     )
-    return out.transpose(1, 2), (mean, rstd, *updated)
-
-
-def _float32(like: Tensor, *sizes: int) -> Tensor:
-    return like.new_empty(sizes, dtype=torch.float32)
+    return out.transpose(1, 2), saved

@@ -49,8 +49,18 @@ class Site:
 
     @property
     def convolved(self) -> tuple[int, ...]:
-        """Rows of three taps, tokens before the grid, and the grid's sizes."""
-        return (3 ** max(0, self.conv_ndim - 1), self.prefix, *self.grid)
+        """Rows of three taps in a convolution's kernel, and the sizes of the last two axes."""
+        return (3 ** max(0, self.conv_ndim - 1), *self.grid[1:])
+
+    @property
+    def taps(self) -> int:
+        """In a convolution's kernel; 0 without one."""
+        return 3**self.conv_ndim if self.conv_ndim else 0
+
+    @property
+    def codes(self) -> int:
+        """Different codes that a token can have: see ``tiles``."""
+        return code_count(self.conv_ndim)
 
     def config(self, kernel: str) -> Config:
         width = padded(max(self.dim, self.value_dim))
@@ -118,8 +128,18 @@ def site(
         conv_ndim=len(axes),
         prefix=prefix if convolved else 0,
         grid=((1,) * (3 - len(axes)) + axes),
-        wide=q.dtype == torch.float32 or not q.dtype == k.dtype == v.dtype,
+        wide=is_wide(q, k, v),
     )
+
+
+def is_wide(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether products are of float32: unless q, k and v share a 16-bit dtype."""
+    return q.dtype == torch.float32 or not q.dtype == k.dtype == v.dtype
+
+
+def code_count(conv_ndim: int) -> int:
+    """Different codes that a token can have: see ``tiles``."""
+    return 4**conv_ndim + 1 if conv_ndim else 1
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
@@ -138,22 +158,6 @@ def check_device(device: torch.device) -> None:
             f'q: expected a GPU (device "cuda") with impl="triton"; got {device}; use '
             'impl="auto" or move model and inputs'
         )
-
-
-def convolutions(conv: Sequence[Tensor], shape: Site, unread: Tensor) -> list[tuple[Tensor, ...]]:
-    """(taps ``[H, 3**ndim, D]``, bias ``[H, D]``) of q's and k's convolution, float32.
-
-    Channels come last, where a tile of tokens has them. ``unread`` stands for what does not exist.
-    """
-    if not shape.conv_ndim:
-        return [(unread, unread)] * 2
-    return [
-        (
-            weight.float().reshape(shape.heads, shape.dim, -1).transpose(1, 2).contiguous(),
-            bias.float().contiguous(),
-        )
-        for weight, bias in (conv[:2], conv[2:])
-    ]
 
 
 def near(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import pair
 from ..explicit import token_major_empty
 from .backward import backward
-from .forward import forward
+from .forward import empty_saved, forward
 from .launch import check_dtype
 
 
@@ -28,22 +28,18 @@ def ttt_triton_forward(
     grid: Sequence[int],
     prefix: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output ``[B, H, N, Dv]`` and what the backward needs: see `forward`."""
     for tensor in (*weights, *conv):
         check_dtype("parameters", tensor)
     out, saved = forward(q, k, v, weights, conv, **_named(conv, scale, grid, prefix, eps))
-    mean, rstd, w1, w2, w3 = saved
-    return out, mean, rstd, w1, w2, w3
+    return out, *saved
 
 
 # Shapes alone: torch would run the body itself, launches and all.
 @ttt_triton_forward.register_fake
-def _forward_fake(q, k, v, weights, *_):  # type: ignore[no-untyped-def]
-    batch, heads, _, dim = q.shape
-    statistics = (q.new_empty(batch, heads, dim, dtype=torch.float32) for _ in range(2))
-    updated = (w.new_empty(batch, *w.shape, dtype=torch.float32) for w in weights)
-    return token_major_empty(q, v.shape[3]), *statistics, *updated
+def _forward_fake(q, k, v, weights, conv, *_):  # type: ignore[no-untyped-def]
+    return token_major_empty(q, v.shape[3]), *empty_saved(q, k, v, conv)
 
 
 @torch.library.triton_op("t5fx::ttt_triton_backward", mutates_args=())

@@ -3,26 +3,26 @@
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, convolved_tile, head_base, load_weights, silu_and_slope, store_tile
+from .tiles import SIZES, convolved_tile, head_base, load_weights, sigmoid, store_tile
 
 
 @triton.jit
 def gated(x, w1, w2, PRECISION: tl.constexpr):
     """silu(x W1) * (x W2), float32."""
-    silu, _ = silu_and_slope(tl.dot(x, w1, input_precision=PRECISION))
-    return silu * tl.dot(x, w2, input_precision=PRECISION)
+    a = tl.dot(x, w1, input_precision=PRECISION)
+    b = tl.dot(x, w2, input_precision=PRECISION)
+    return a * sigmoid(a) * b
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_output(
-    q, w1, w2, w3, taps, bias, out,
-    stride_b, stride_h, stride_n, stride_d, heads, num_tokens, chunk, splits,
-    conv_rows, prefix, g0, g1, g2,
+    q, w1, w2, w3, codes, taps, bias, out,
+    stride_b, stride_h, stride_n, stride_d, heads, num_tokens, chunk, splits, conv_rows, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out ``[B, N, H, Dv]``, contiguous; the weights are ``[B*H, ...]`` float32.
+    """out ``[B, N, H, Dv]``, contiguous; the weights are ``[B*H, ...]``.
 
     One program for each (batch item, head) and chunk of tokens. Weights that fit in one block of
     hidden units stay on the chip over all tiles of the chunk.
@@ -35,7 +35,6 @@ def query_output(
     lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
-    unused = tl.zeros([BLOCK_D], tl.float32)
     q_base = head_base(q, group, heads, stride_b, stride_h)
     out_base = out + ((group // heads).to(tl.int64) * num_tokens * heads + head) * DV
     w1_base = w1 + group.to(tl.int64) * (D * D)
@@ -50,9 +49,10 @@ def query_output(
     begin = split * chunk
     for start in range(begin, tl.minimum(begin + chunk, num_tokens), BLOCK_N):
         x = convolved_tile(
-            q_base, start, lanes, channels, num_tokens, D, stride_n, stride_d,
-            taps + head * (3**NDIM * D), bias + head * D, unused, unused,
-            conv_rows, prefix, g0, g1, g2, NDIM, False, 1,
+            q_base, start, lanes, channels, num_tokens, stride_n, stride_d,
+            codes, taps + head * (3**NDIM * D), bias + head * D, None, None, None,
+            conv_rows, g1, g2,
+            D, NDIM, False, False,
         ).to(dtype)  # fmt: skip
         if BLOCKS_M == 1:
             z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
@@ -65,4 +65,4 @@ def query_output(
                 )
                 z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
                 o = tl.dot(z, w3_block, o, input_precision=PRECISION)
-        store_tile(out_base, o, start, lanes, values, num_tokens, DV, heads * DV)
+        store_tile(out_base, o, start, lanes, values, start + lanes < num_tokens, DV, heads * DV)

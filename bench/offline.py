@@ -1,9 +1,15 @@
-"""Compiles, on a machine without a GPU, the Triton kernels that a call would launch on one."""
+"""Compiles, on a machine without a GPU, the Triton kernels that a call would launch on one, and
+counts what their machine code does.
+"""
 
+from __future__ import annotations
+
+import collections
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,23 +33,39 @@ SHARED_MEMORY = {
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
 }
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
 
 
-def launches(architecture, dtype, dim, *, grid=(64, 64), heads=6, batch=2, locality="dwc_qk"):
+#: A kernel and the arguments of its launch, by name.
+Launch = tuple[Any, dict[str, Any]]
+
+
+def launches(
+    architecture: str,
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    grid: tuple[int, ...] = (64, 64),
+    heads: int = 6,
+    batch: int = 2,
+    locality: str = "dwc_qk",
+) -> dict[str, Launch]:
     """Every launch of a forward and a backward on a packed projection: {name: (kernel, arguments)}.
 
     Nothing is launched: the tensors are on the device "meta".
     """
-    found = {}
+    found: dict[str, Launch] = {}
 
-    def record(kernel, *args, grid, warmup, **settings):
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | settings
         name = kernel.__name__
-        if "WEIGHTS" in settings:
-            name += "_weights" if settings["WEIGHTS"] else "_tokens"
-        if "NORM" in settings:
-            name += "_keys" if settings["NORM"] else "_queries"
+        if "KEYS" in settings:
+            name += "_keys" if settings["KEYS"] else "_queries"
         found.setdefault(name, (kernel, arguments))
 
     tokens = torch.Size(grid).numel() + 1
@@ -67,7 +89,9 @@ def launches(architecture, dtype, dim, *, grid=(64, 64), heads=6, batch=2, local
     return found
 
 
-def compiled(kernel, arguments, architecture, *, floats="fp32"):
+def compiled(
+    kernel: Any, arguments: dict[str, Any], architecture: str, *, floats: str = "fp32"
+) -> Any:
     """The compiled kernel, specialised as at run time: sizes of 1, and multiples of 16."""
     arguments = dict(arguments)
     options = {
@@ -94,15 +118,60 @@ def compiled(kernel, arguments, architecture, *, floats="fp32"):
     return triton.compile(source, target=TARGETS[architecture], options=options)
 
 
-def spilled(kernel) -> int:
+def spilled(kernel: Any) -> int:
     """Bytes of local memory (the stack frame) that each thread of a compiled kernel has."""
     if "amdgcn" in kernel.asm:
         return int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", kernel.asm["amdgcn"])[1])
+    return int(re.search(r"STACK:(\d+)", _dumped(kernel, "-res-usage"))[1])
+
+
+def _dumped(kernel: Any, what: str) -> str:
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         run = subprocess.run(
-            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
+            [cuobjdump, what, file.name], capture_output=True, text=True, check=True
         )
-    return int(re.search(r"STACK:(\d+)", run.stdout)[1])
+    return run.stdout
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str  # "HGMMA.64x64x16.F32.BF16", ...
+    operands: str
+
+
+def instructions(kernel: Any) -> list[Instruction]:
+    """The machine code of a kernel for an NVIDIA GPU."""
+    line = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9_.]+)\s*(.*?);")
+    found = map(line.match, _dumped(kernel, "-sass").splitlines())
+    return [Instruction(int(m[1], 16), m[2], m[3]) for m in found if m]
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The bodies of all loops, shortest first: what lies between a branch back and its target."""
+    bodies = []
+    for at, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < at:
+            bodies.append([i for i in code if int(target[1], 16) <= i.address <= at])
+    return sorted(bodies, key=len)
+
+
+def token_loop(code: list[Instruction], conv_rows: int = 3) -> collections.Counter[str]:
+    """Instructions of a thread in one tile of tokens, by name without its suffixes.
+
+    The tile's loop is the shortest that multiplies matrices or, without products, the longest of
+    all; a loop in it that loads is the one over the rows of a convolution's kernel.
+    """
+    bodies = loops(code)
+    matrix = [body for body in bodies if any("MMA" in i.name and "HFMA" not in i.name for i in body)]
+    tile = matrix[0] if matrix else bodies[-1]
+    counts = collections.Counter(i.name.partition(".")[0] for i in tile)
+    for body in bodies:
+        inside = tile[0].address <= body[0].address and body[-1].address <= tile[-1].address
+        if matrix and inside and body is not tile and any(i.name[:3] == "LDG" for i in body):
+            for i in body:
+                counts[i.name.partition(".")[0]] += conv_rows - 1
+    return counts
