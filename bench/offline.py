@@ -21,6 +21,7 @@ from t5fx.kernels.triton_kernels import backward, forward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -29,6 +30,7 @@ TARGETS = {
 #: specifications per compute capability; AMD: CDNA3's local data share.
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
@@ -97,6 +99,7 @@ def compiled(
     options = {
         name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments
     }
+    options["enable_fp_fusion"] = True  # a default that changes with Triton's version
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -166,7 +169,9 @@ def token_loop(code: list[Instruction], conv_rows: int = 3) -> collections.Count
     all; a loop in it that loads is the one over the rows of a convolution's kernel.
     """
     bodies = loops(code)
-    matrix = [body for body in bodies if any("MMA" in i.name and "HFMA" not in i.name for i in body)]
+    matrix = [
+        body for body in bodies if any("MMA" in i.name and "HFMA" not in i.name for i in body)
+    ]
     tile = matrix[0] if matrix else bodies[-1]
     counts = collections.Counter(i.name.partition(".")[0] for i in tile)
     for body in bodies:

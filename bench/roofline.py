@@ -41,9 +41,8 @@ class Gpu(NamedTuple):
 #: NVIDIA's datasheet of the H200 SXM; the clock is that at which its 132 multiprocessors, of 4,096
 #: FLOP a clock, have the rate of the datasheet.
 H200 = Gpu("H200", 4.8e12, 989.4e12, 132, 1.83e9)
-#: FlashAttention-3's fastest forward and backward with heads of 128 in bfloat16, on an H100, as
-#: its paper has them (arXiv 2407.08608: 740 FLOP/s forward with float16, up to 85 % of it in bf16
-#: is rounded up here): the rival at its best.
+#: FlashAttention-3's fastest forward and backward in 16 bits on an H100, FLOP/s, as its paper has
+#: them (arXiv 2407.08608): the rival at its best.
 FLASH = {"forward": 740e12, "backward": 560e12}
 
 #: By kernel: tensors of N x D read and written, products of N x D x D, and its part.
@@ -57,9 +56,9 @@ WORK = {
     "convolution_gradient_keys": (3, 0, "backward"),
     "key_norm_gradient": (3, 0, "backward"),
 }
-#: The fewest: each tensor read or written once (q, k, v, o; then these, dO, dq, dk and dv), and the
-#: products of the equations: nothing is computed twice.
-LEAST = {"forward": (4, 9), "backward": (7, 18)}
+#: The fewest: each tensor read or written once (q, k, v, o; then q, k, v, dO, dq, dk and dv), and
+#: the products of the equations, 5 of them computed again for what nothing of size N may keep.
+LEAST = {"forward": (4, 9), "backward": (7, 23)}
 
 
 @dataclass(frozen=True)
@@ -145,16 +144,16 @@ def page(gpu: Gpu = H200) -> str:
         "Counted, not measured: nothing here has run on a GPU. `python -m t5fx.bench.roofline`",
         f"writes this page, on any machine; this one with Triton {triton.__version__}.",
         "",
-        "Each kernel of [kernels/triton](../kernels/triton) is compiled for sm_90 and its loop over",
-        "tiles of tokens is read instruction by instruction. Figures are for one element of N x D",
-        "of one head, bfloat16, a grid of two axes. *Tensors* are those of N x D that are read and",
-        "written; *products* those of N x D x D; *instructions* those of a thread, in brackets the",
-        "share that stores and loads spilled registers. The three times, in femtoseconds, are",
-        "those of the bytes, the products and the instructions at the rates of the datasheet:",
-        f"{gpu.bandwidth / 1e12:.1f} TB/s, {gpu.products / 1e12:.0f} TFLOP/s, and one instruction",
-        f"of a warp a clock on each of the four schedulers of {gpu.multiprocessors} multiprocessors",
-        f"at {gpu.clock / 1e9:.2f} GHz. The largest, bold, is the kernel's floor; waiting for memory",
-        "and for one another comes on top.",
+        "Each kernel of [kernels/triton](../kernels/triton) is compiled for sm_90 and its loop",
+        "over tiles of tokens is read instruction by instruction. Figures are for one element of",
+        "N x D of one head, bfloat16, a grid of two axes. *Tensors* are those of N x D that are",
+        "read and written; *products* those of N x D x D; *instructions* those of a thread, in",
+        "brackets the share that stores and loads spilled registers. The three times, in",
+        "femtoseconds, are those of the bytes, the products and the instructions at the rates of",
+        f"the datasheet: {gpu.bandwidth / 1e12:.1f} TB/s, {gpu.products / 1e12:.0f} TFLOP/s, and",
+        "one instruction of a warp a clock on each of the four schedulers of",
+        f"{gpu.multiprocessors} multiprocessors at {gpu.clock / 1e9:.2f} GHz. The largest, bold,",
+        "is the kernel's floor; waiting for memory and for one another comes on top.",
     ]
     table = {dim: kernels(dim) for dim in DIMS}
     for dim, rows in table.items():
@@ -167,7 +166,7 @@ def page(gpu: Gpu = H200) -> str:
         ]
         for row in rows:
             times = row.seconds(dim, gpu)
-            cells = [f"{1e15 * t:.2f}" for t in times.values()]
+            cells = [f"{1e15 * t:.0f}" for t in times.values()]
             most = list(times.values()).index(max(times.values()))
             cells[most] = f"**{cells[most]}**"
             share = f" ({100 * row.spills / row.instructions:.0f} %)" if row.spills else ""
@@ -177,8 +176,8 @@ def page(gpu: Gpu = H200) -> str:
             )
     lines += ["", "## Together", ""]
     lines += [
-        "The roofline is the larger of the fewest bytes and the fewest products; the share of it is",
-        "what is left if every kernel met its own floor.",
+        "The roofline is the larger of the fewest bytes and the fewest products; the share of it",
+        "is what is left if every kernel met its own floor.",
         "",
         "| | share of the roofline at most | of it lost to | bytes over the fewest, by tokens |",
         "| :-- | --: | :-- | :-- |",
@@ -201,7 +200,7 @@ def page(gpu: Gpu = H200) -> str:
     lines += [
         "",
         f"The bytes are of {HEADS} heads, with the partial sums of the gradients written and read",
-        "once; these stay in the L2 cache of 50 MB where they can.",
+        "once; these stay in the L2 cache where they fit.",
         "",
         "Over FlashAttention-3 at its fastest (740 TFLOP/s forward, 560 backward: "
         "[arXiv 2407.08608](https://arxiv.org/abs/2407.08608)), heads of 128, at most:",

@@ -110,10 +110,26 @@ def test_rows_of_the_kernels(monkeypatch, both):
         assert found[name, "speed-up"].value == pytest.approx(3 / second)
         share = found[name, "share of roofline"]
         moved = 12 * 256 * 64 * 2 * (11 if both else 4)
-        arithmetic = 12 * 18 * 256 * 64**2 * (3.5 if both else 1)
+        arithmetic = 12 * 18 * 256 * 64**2 * (1 + 23 / 9 if both else 1)
         floor = max(moved / 1e9, arithmetic / 1e12)
         assert share.value == pytest.approx(floor / (2 * second))
         assert share.low < share.value < share.high
+
+
+@pytest.mark.parametrize("name", list(kernels.OTHERS))
+@pytest.mark.filterwarnings("ignore")  # of softmax's backends that a CPU has not
+def test_rivals_of_other_packages(name):
+    """Absent without their package; refused where they do not compute their equations."""
+    tensors, settings = kernels.arguments(1, 2, 64, 16, device="cpu")
+    module, _, call, exact = kernels.OTHERS[name]
+    found = dict(kernels.contenders(tensors, settings, False))
+    assert f"PYTHONPATH needs {module}" in found[name]
+
+    leaves = tensors[:3] if call is kernels.fla else tensors[:6]
+    want = exact(*(t.float() for t in leaves))
+    kernels.check_other(name, lambda *_: want, exact, leaves)
+    with pytest.raises(T5Error, match=rf"{name}: expected errors up to 0\.03; got"):
+        kernels.check_other(name, lambda *_: 1.1 * want, exact, leaves)
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch):

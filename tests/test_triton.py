@@ -1,6 +1,7 @@
 """The Triton kernels: in Triton's interpreter anywhere, compiled where there is a GPU."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,20 @@ def test_opcheck(locality):
         torch.ops.t5fx.ttt_triton_backward.default, (grad, *plain, saved, *rest)
     )
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool):
+    """CUDA's own checker over every kernel, in a process of its own."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable]
+    small = Path(__file__).with_name("triton_sanitized.py")
+    child = subprocess.run([*command, str(small)], capture_output=True, text=True, timeout=300)
+    output = child.stdout[-5_000:] + child.stderr[-2_000:]
+    if "Device not supported" in output:
+        pytest.skip("compute-sanitizer does not reach the GPU of this machine")
+    assert child.returncode == 0, output
+    assert "ERROR SUMMARY: 0 errors" in output or "0 hazards displayed" in output, output

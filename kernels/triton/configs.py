@@ -1,10 +1,12 @@
 """Tile sizes and launch settings of each kernel, by architecture, as data.
 
-No row below has been measured yet. They were chosen with the offline compiler alone: for 16-bit
-products and widths of 64 and 128, tiles that spill next to nothing on sm_90; the others are guesses
-that fit. tests/test_triton_compile.py builds each of them for sm_80, sm_90, sm_100 and gfx942 and
-holds it to the architecture's shared memory. ``python -m t5fx.bench.kernels`` measures; a row found
-so goes to ``MEASURED`` with the GPU and the versions it was found on.
+No row below has been measured yet. They were chosen by what the offline compiler makes of them for
+sm_90, 16-bit products and widths of 64 and 128: the fewest instructions (docs/roofline.md), then
+the most warps on a multiprocessor. Where a tile has fewer than 16 tokens for each warp, products in
+a row are computed twice. The other rows are guesses that fit:
+tests/test_triton_compile.py builds each of them for five architectures and holds it to
+the architecture's shared memory. ``python -m t5fx.bench.tune`` measures on a GPU; the rows it finds
+go to ``MEASURED`` with the GPU and the versions they were found on.
 """
 
 from typing import NamedTuple
@@ -73,6 +75,29 @@ HALF = {
     },
 }
 
+#: The same for GPUs with less shared memory than Hopper's 227 KiB a program, and for unknown ones:
+#: what fits in 99 KiB.
+SMALL = HALF | {
+    "inner_gradient": HALF["inner_gradient"]
+    | {
+        128: Config(64, 32, 4, 1, 2),
+        256: Config(32, 16, 4, 1, 2),
+    },
+    "query_output": HALF["query_output"]
+    | {
+        128: Config(64, 32, 4, 1, 2),
+        256: Config(32, 32, 4, 1, 2),
+    },
+    "second_order_gradient": HALF["second_order_gradient"]
+    | {
+        64: Config(64, 32, 4, 1, 2),
+        128: Config(32, 32, 4, 1, 2),
+        256: Config(16, 16, 4, 1, 1),
+    },
+}
+#: Architectures that have it all.
+LARGE = ("sm_90", "sm_100", "sm_103")
+
 #: The same for products of float32, which have no tensor cores: every multiply-add is unrolled, so
 #: that tiles must stay small.
 WIDE = HALF | {
@@ -106,5 +131,6 @@ MEASURED: dict[tuple[str, str, int, bool], Config] = {}
 
 def config(kernel: str, architecture: str, width: int, wide: bool) -> Config:
     """The settings of a kernel on an architecture ("sm_90", "gfx942", ...)."""
-    default = (WIDE if wide else HALF)[kernel][width]
+    half = HALF if architecture in LARGE else SMALL
+    default = (WIDE if wide else half)[kernel][width]
     return MEASURED.get((architecture, kernel, width, wide), default)

@@ -39,7 +39,7 @@ def tile_pointers(base, start, lanes, channels, stride_n, stride_d):
 def tile_mask(valid, channels, D: tl.constexpr):
     """Which elements of a tile exist, given which tokens do."""
     mask = valid[:, None]
-    if D != channels.shape[0]:
+    if channels.shape[0] != D:
         mask = mask & (channels < D)[None, :]
     return mask
 
@@ -87,6 +87,14 @@ def load_weights(
 
 
 @triton.jit
+def row_offset(row, NDIM: tl.constexpr):
+    """Where a row of three taps lies on the first two of three axes; missing axes come first."""
+    o0 = row // 3 - 1 if NDIM == 3 else 0
+    o1 = row % 3 - 1 if NDIM > 1 else 0
+    return o0, o1
+
+
+@triton.jit
 def tap_offset(tap, NDIM: tl.constexpr):
     """The place (o0, o1, o2) of one of the 3**NDIM taps; missing axes come first."""
     o0 = tap // 9 - 1 if NDIM == 3 else 0
@@ -130,19 +138,25 @@ def convolved_tile(
     code = tl.zeros_like(lanes)
     if NDIM > 0:
         code = tl.load(codes + tokens, mask=inside, other=4**NDIM).to(tl.int32)
+        within = lanes[:, None] * stride_n + channels[None, :] * stride_d
+        tap_row = taps + channels
         # A loop that stays one: unrolled, its loads would fill the registers.
         for row in range(conv_rows):
-            for column in tl.static_range(3):
-                tap = row * 3 + column
-                o0, o1, o2 = tap_offset(tap, NDIM)
-                valid = has_neighbour(code, o0, o1, column - 1, NDIM)
-                near = load_tile(
-                    base, start + (o0 * g1 + o1) * g2 + column - 1, lanes, channels, valid, D,
-                    stride_n, stride_d,
-                ).to(tl.float32)  # fmt: skip
+            o0, o1 = row_offset(row, NDIM)
+            first = tl.cast(start, tl.int64) + (o0 * g1 + o1) * g2
+            row_base = base + first * stride_n
+            for column in tl.static_range(-1, 2):
+                valid = has_neighbour(code, o0, o1, column, NDIM)
+                near = tl.load(
+                    row_base + column * stride_n + within,
+                    mask=tile_mask(valid, channels, D),
+                    other=0.0,
+                ).to(tl.float32)
                 if SUBTRACT:  # the padding of the convolution comes after the norm
                     near = tl.where(valid[:, None], near - mean[None, :], 0.0)
-                out += load_row(taps + tap * D, channels, D)[None, :] * near
+                w = tl.load(tap_row + (column + 1) * D, mask=channels < D, other=0.0)
+                out += w[None, :] * near
+            tap_row += 3 * D
     if NORM:
         out *= rstd[None, :]
     if NORM and not CENTRED:

@@ -1,0 +1,112 @@
+"""Finds faster settings for the Triton kernels on the GPU at hand: python -m t5fx.bench.tune
+
+For each kernel, from the settings in use, one of them is doubled or halved at a time and kept where
+the whole forward and backward are faster and right. It prints rows for `MEASURED` in
+kernels/triton/configs.py, and writes them to docs/bench/configs.json with what they were found on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from t5fx.errors import T5Error
+from t5fx.kernels.triton_kernels import configs
+from t5fx.kernels.triton_kernels.configs import Config
+from t5fx.kernels.triton_kernels.launch import architecture
+from t5fx.measure import device_name
+
+from . import kernels
+
+FILE = Path("docs/bench/configs.json")
+#: (batch, heads, tokens, dim) that are tuned for.
+SHAPES = ((1, 12, 16384, 64), (1, 12, 16384, 128))
+#: A change must gain this share of the time, or it is noise.
+GAIN = 0.02
+
+
+def neighbours(config: Config) -> Iterator[Config]:
+    """Settings with one of them twice or half as large, within what kernels take."""
+    limits = {"block_n": (4, 256), "block_m": (16, 256), "warps": (4, 16), "stages": (1, 4),
+              "programs": (1, 8)}  # fmt: skip
+    for field, (least, most) in limits.items():
+        value = getattr(config, field)
+        for other in (2 * value, value // 2):
+            if value and least <= other <= most:
+                yield config._replace(**{field: other})
+
+
+def descend(start: Config, seconds: Callable[[Config], float | None]) -> tuple[Config, float]:
+    """(the best settings found, its time over that of the start) going from best to best.
+
+    ``seconds`` gives None where settings do not work.
+    """
+    first = seconds(start)
+    if first is None:
+        raise T5Error(f"{start}: expected the settings in use to work")
+    best, fastest, tried = start, first, {start}
+    moved = True
+    while moved:
+        moved = False
+        for other in neighbours(best):
+            if other in tried:
+                continue
+            tried.add(other)
+            time = seconds(other)
+            if time is not None and time < (1 - GAIN) * fastest:
+                best, fastest, moved = other, time, True
+                break
+    return best, fastest / first
+
+
+def tune(shape: tuple[int, int, int, int]) -> Iterator[dict[str, object]]:
+    """A row for each kernel whose settings can be bettered; they are in force from then on."""
+    tensors, settings = kernels.arguments(*shape)
+    wanted = kernels.kernels(tensors, settings, torch.ones_like(tensors[2]))
+    gpu = architecture(tensors[0].device)
+    for kernel in configs.HALF:
+        key = gpu, kernel, shape[3], False
+
+        def seconds(config: Config, key: tuple[str, str, int, bool] = key) -> float | None:
+            configs.MEASURED[key] = config
+            call = partial(kernels.kernels, tensors, settings, torch.ones_like(tensors[2]))
+            try:
+                found = call()
+                torch.cuda.synchronize()
+            except Exception as error:  # Triton has no common class for what does not fit
+                print(f"  {key[1]} {tuple(config)}: {type(error).__name__}")
+                return None
+            for got, want in zip(found, wanted, strict=True):
+                if not (got.float() - want.float()).norm() <= 0.02 * want.float().norm():
+                    raise T5Error(f"{key[1]} {config}: expected the results of other settings")
+            return kernels.replayed(call).median
+
+        start = configs.config(kernel, gpu, shape[3], False)
+        best, share = descend(start, seconds)
+        configs.MEASURED[key] = best
+        print(f"{key}: {best},  # {1 / share:.2f}x of {shape}", flush=True)
+        if best != start:
+            yield {"key": key, "config": best, "speed-up of all": 1 / share, "shape": shape}
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise T5Error("expected a CUDA GPU, got none; the settings are of GPUs")
+    import triton
+
+    found = [row for shape in SHAPES for row in tune(shape)]
+    machine = {
+        "gpu": device_name(torch.device("cuda")),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    FILE.write_text(json.dumps({**machine, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What is counted of the Triton kernels without a GPU."""
+
+import pytest
+import torch
+
+from t5fx.bench import offline, roofline
+
+ALL = ("forward", "backward")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return roofline.kernels(64)
+
+
+def test_each_launch_is_counted(rows):
+    """All but those whose work does not grow with the tokens of a head."""
+    found = offline.launches("sm_90", torch.bfloat16, 64)
+    assert set(found) - {row.name for row in rows} == {"key_norm", "sum_matrices"}
+    assert [row.name for row in rows] == list(roofline.WORK)
+
+
+def test_what_an_element_costs_at_least(rows):
+    """A tap of a convolution: a conversion and a multiply-add. A hidden unit: two slow ones."""
+    of = {row.name: row for row in rows}
+    for name in ("inner_gradient_keys", "query_output", "inner_gradient_queries"):
+        assert of[name].instructions > 2 * 9
+        assert of[name].special == pytest.approx(2)
+    assert of["convolution_gradient_keys"].instructions > 3 * 9
+    assert of["key_norm_gradient"].instructions < 12
+    assert of["prepare"].instructions < 8
+
+
+def test_a_bound_is_the_sum_of_the_highest_floors():
+    gpu = roofline.Gpu("round", bandwidth=2.0, products=64.0, multiprocessors=1, clock=1.0)
+    config = {"instructions": 128.0, "spills": 0.0, "special": 0.0, "config": ""}
+    one = roofline.Kernel("prepare", 3, 0, registers_spilled=0, **config)
+    two = roofline.Kernel("query_output", 1, 9, registers_spilled=0, **config)
+    assert one.seconds(64, gpu) == {"memory": 3.0, "products": 0.0, "issue": 1.0}
+    seconds, share = roofline.bound([one, two], ("forward",), 64, gpu)
+    assert seconds == 3 + 18
+    assert share == pytest.approx(max(4, 18) / 21)
+
+
+def test_bytes_through_memory(rows):
+    """On many tokens the partial sums are nothing: q, v and o once, k twice."""
+    assert roofline.bytes_over_least(rows, ("forward",), 64, 2**30) == pytest.approx(5 / 4, 1e-3)
+    assert roofline.bytes_over_least(rows, ALL, 64, 2**30) == pytest.approx(21 / 11, 1e-3)
+
+
+def test_loops():
+    """An outer loop over tiles with products, an inner one that loads."""
+    code = [
+        offline.Instruction(0x00, "MOV", "R1"),
+        offline.Instruction(0x10, "IADD3", "R1"),
+        offline.Instruction(0x20, "LDG.E.128", "R4"),
+        offline.Instruction(0x30, "BRA", "0x20"),
+        offline.Instruction(0x40, "HGMMA.64x64x16.F32", "R8"),
+        offline.Instruction(0x50, "BRA", "0x10"),
+        offline.Instruction(0x60, "EXIT", ""),
+    ]
+    assert [len(body) for body in offline.loops(code)] == [2, 5]
+    assert offline.token_loop(code) == {"IADD3": 1, "LDG": 3, "BRA": 4, "HGMMA": 1}
