@@ -12,7 +12,7 @@ from t5fx.kernels.triton_kernels import configs
 SPILLS = 0.1
 #: The rest is compiled by `make nightly`: 2 seconds each.
 FREQUENT = (64, torch.bfloat16)
-#: The backward's six matrices of 256 x 16 float32, the narrowest that Triton multiplies, are 96 KiB.
+#: The backward's six matrices of 256 x 16 float32, the narrowest blocks that there are: 96 KiB.
 TOO_LARGE = ("sm_89", 256, torch.float32)
 
 
