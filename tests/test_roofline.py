@@ -6,6 +6,8 @@ import torch
 from t5fx.bench import offline, roofline
 
 ALL = ("forward", "backward")
+#: Compiles 8 kernels; once is enough, on the newest torch.
+counted = pytest.mark.extras
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +15,7 @@ def rows():
     return roofline.kernels(64)
 
 
+@counted
 def test_each_launch_is_counted(rows):
     """All but those whose work does not grow with the tokens of a head."""
     found = offline.launches("sm_90", torch.bfloat16, 64)
@@ -20,6 +23,7 @@ def test_each_launch_is_counted(rows):
     assert [row.name for row in rows] == list(roofline.WORK)
 
 
+@counted
 def test_what_an_element_costs_at_least(rows):
     """A tap of a convolution: a conversion and a multiply-add. A hidden unit: two slow ones."""
     of = {row.name: row for row in rows}
@@ -42,6 +46,7 @@ def test_a_bound_is_the_sum_of_the_highest_floors():
     assert share == pytest.approx(max(4, 18) / 21)
 
 
+@counted
 def test_bytes_through_memory(rows):
     """On many tokens the partial sums are nothing: q, v and o once, k twice."""
     assert roofline.bytes_over_least(rows, ("forward",), 64, 2**30) == pytest.approx(5 / 4, 1e-3)
