@@ -81,8 +81,33 @@ def test_one_graph_of_launches_for_all_resolutions(pretended, caplog):
     assert forward["triton_kernel_wrapper_functional"] == 5
     assert backward["triton_kernel_wrapper_functional"] == 7
     assert not [name for name in (*forward, *backward) if "t5fx" in name]
+    # Inductor takes a quotient of sizes for an integer.
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            if "triton_kernel_wrapper" in str(node.target):
+                values = [getattr(a, "meta", {}).get("val") for a in node.kwargs["kwargs"].values()]
+                assert not [v for v in values if isinstance(v, torch.SymFloat)]
     # Otherwise torch takes every argument of a kernel for one that is written to.
     assert "assuming every input is mutated" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_widths_may_be_symbols(pretended):
+    """Where parameters are arguments of what is compiled, dynamic=True makes all sizes symbols."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return lambda *_: [torch.zeros(1, 2, 12, 16).transpose(1, 2)]
+
+    def call(q, weights, grid):
+        return ttt(q, q, q, weights, scale=0.1, grid=grid, locality="none", impl="triton")
+
+    compiled = torch.compile(call, backend=aot_autograd(fw_compiler=keep), dynamic=True)
+    for tokens in (12, 15):
+        with torch.no_grad():
+            compiled(torch.randn(1, 2, tokens, 16), [torch.randn(2, 16, 16)] * 3, (tokens,))
+    assert len(graphs) == 1
 
 
 def test_refused_on_a_cpu():

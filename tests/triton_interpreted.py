@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpretedFunction
-from triton_cases import arguments, assert_close, check, poisoned, run, run_op, split
+from triton_cases import arguments, assert_close, check, poisoned, run, run_op, run_reference, split
 
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
@@ -99,6 +99,25 @@ def test_keys_far_from_zero():
     )  # fmt: skip
 
 
+def test_a_constant_channel_and_a_small_epsilon():
+    """Nothing divides its large mean but eps: the mean must go before the convolution."""
+    tensors, keywords, grad_out = arguments(
+        batch=1, heads=1, head_dim=16, value_dim=16, grid=(3, 5), dtype=torch.float16
+    )
+    tensors[1][..., 3] = 1000.0
+    keywords["key_norm_eps"] = 1e-4
+    out, _ = forward(*split(tensors), **keywords)
+    wanted, *_ = run_reference(tensors, keywords, grad_out)
+    assert (out.double() - wanted).norm() <= 4e-3 * wanted.norm()
+
+
+def test_no_batch_items():
+    tensors, keywords, _ = arguments(batch=1, heads=1, head_dim=16, value_dim=16, grid=(2,))
+    nothing = [t[:0] for t in tensors[:3]]
+    with pytest.raises(NodeArgumentError, match="expected at least one batch item"):
+        forward(*nothing, tensors[3:6], tensors[6:], **keywords)
+
+
 def test_expanded_gradient_of_the_output():
     tensors, keywords, grad_out = arguments(batch=1, heads=1, head_dim=16, value_dim=16, grid=(5,))
     ones = torch.ones((), dtype=grad_out.dtype).expand_as(grad_out)
@@ -161,11 +180,11 @@ def test_what_is_saved_for_the_backward_pass(dtype):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("locality", ["dwc_qk", "none"])
-def test_opcheck(locality):
+@pytest.mark.parametrize(("locality", "heads"), [("dwc_qk", 2), ("dwc_qk", 1), ("none", 2)])
+def test_opcheck(locality, heads):
     """All but tracing into the launches, which the interpreter's kernels are not made for."""
     tensors, keywords, grad = arguments(
-        batch=1, heads=2, head_dim=16, value_dim=20, grid=(2, 2), locality=locality
+        batch=1, heads=heads, head_dim=16, value_dim=20, grid=(2, 2), locality=locality
     )
     rest = (0.7, list(keywords["grid"]), keywords["prefix"], 1.0)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")

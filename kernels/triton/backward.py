@@ -42,21 +42,23 @@ def backward(
     Raises:
         NodeArgumentError: what the kernels cannot take.
     """
-    shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality)
+    named = {"grid": grid, "prefix": prefix, "locality": locality}
+    shape = site(q, k, v, **named, key_norm_eps=key_norm_eps)
     q, k, v, grad_out = near(q), near(k), near(v), near(grad_out)
     weights = [w.contiguous() for w in weights]
     biases = [c.contiguous() for c in conv[1::2]] or [q, k]
     kept = Saved(*saved)
 
     grad_updated, at_q = _updated_weights(grad_out, q, kept, biases[0], shape)
-    rate = scale / shape.tokens
     grad_weights, at_k, grad_v = _inner_gradient(
-        k, v, weights, grad_updated, kept, biases[1], rate, shape
+        k, v, weights, grad_updated, kept, biases[1], scale, shape
     )
     grad_q, conv_q_grads = _inputs(at_q, q, kept, shape, keys=False)
     grad_k, conv_k_grads = _inputs(at_k, k, kept, shape, keys=True)
     conv_grads = [
-        grad.reshape(tensor.shape).to(tensor.dtype, copy=True)
+        grad.reshape(tensor.shape).to(
+            tensor.dtype, copy=True, memory_format=torch.contiguous_format
+        )
         for grad, tensor in zip(conv_q_grads + conv_k_grads, conv, strict=True)
     ]
     grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in (grad_q, grad_k, grad_v))
@@ -77,6 +79,7 @@ def _updated_weights(
         *(saved.offsets, saved.mean, saved.rstd, partial, at_q, *q.stride(), *grad_out.stride()),
         *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved),
         KEYS=False,
+        CENTRED=False,
         **shape.shape("inner_gradient"),
     )
     grads = new_matrices(q, torch.float32, shape, shape.batch, shape.heads)
@@ -91,7 +94,7 @@ def _inner_gradient(
     grad_updated: Sequence[Tensor],
     saved: Saved,
     bias: Tensor,
-    rate: float,
+    scale: float,
     shape: Site,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """dL/dW, dL/dk' ``[B, N, H, D]``, k' the convolved keys, and dL/dv ``[B, N, H, Dv]``."""
@@ -104,7 +107,8 @@ def _inner_gradient(
         shape.groups * splits,
         *(k, v, *weights, *grad_updated, saved.codes, saved.taps[1], bias, saved.offsets),
         *(saved.mean, saved.rstd, partial, at_k, grad_v, *k.stride(), *v.stride()),
-        *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved, rate),
+        *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved, scale),
+        CENTRED=shape.centred,
         **shape.shape("second_order_gradient"),
     )
     grads = [torch.empty_like(w) for w in weights]

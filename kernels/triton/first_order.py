@@ -69,7 +69,7 @@ def inner_gradient(
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     groups, heads, num_tokens, chunk, splits, conv_rows, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, KEYS: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """partial ``[splits, B*H, 2*D*D + D*Dv]`` float32: G1, G2, G3 of the tokens of a chunk.
@@ -118,7 +118,7 @@ def inner_gradient(
             x_tile = convolved_tile(
                 x_base, start, lanes, channels, num_tokens, x_stride_n, x_stride_d,
                 codes, taps + head * (3**NDIM * D), bias + head * D, offsets, mean_row, rstd_row,
-                conv_rows, g1, g2, D, NDIM, KEYS, WIDE,
+                conv_rows, g1, g2, D, NDIM, KEYS, CENTRED,
             ).to(dtype)  # fmt: skip
             g_tile = load_tile(g_base, start, lanes, values, inside, DV, g_stride_n, g_stride_d)
             g_tile = g_tile.to(dtype)

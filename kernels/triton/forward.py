@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .first_order import inner_gradient
-from .launch import code_count, is_wide, launch, near, padded, site, sum_partials
+from .launch import code_count, is_centred, is_wide, launch, near, padded, site, sum_partials
 from .prepare import key_norm, prepare
 from .query import query_output
 
@@ -17,7 +17,7 @@ class Saved(NamedTuple):
 
     mean: Tensor  # of the keys, [B, H, D] float32
     rstd: Tensor  # the same: 1 / sqrt(var + eps)
-    offsets: Tensor  # [B, H, codes, D] float32: see ``key_norm``; empty for products of float32
+    offsets: Tensor  # [B, H, codes, D] float32: see ``key_norm``; empty if centred
     taps: Tensor  # [2, H, 3**ndim, D] float32: the kernels of q's and k's convolution
     codes: Tensor  # [N] uint8: where each token lies on the grid; empty without a convolution
     w1: Tensor  # W', [B, H, D, D] in the dtype of the products
@@ -25,17 +25,19 @@ class Saved(NamedTuple):
     w3: Tensor  # [B, H, D, Dv]
 
 
-def empty_saved(q: Tensor, k: Tensor, v: Tensor, conv: Sequence[Tensor]) -> Saved:
+def empty_saved(
+    q: Tensor, k: Tensor, v: Tensor, conv: Sequence[Tensor], key_norm_eps: float
+) -> Saved:
     """Room for it."""
     batch, heads, tokens, dim = q.shape
     ndim = conv[0].dim() - 2 if conv else 0
-    wide = is_wide(q, k, v)
+    codes = 0 if is_centred(q, k, v, key_norm_eps) else code_count(ndim)
     taps = 3**ndim if ndim else 0
-    dtype = torch.float32 if wide else q.dtype
+    dtype = torch.float32 if is_wide(q, k, v) else q.dtype
     return Saved(
         q.new_empty(batch, heads, dim, dtype=torch.float32),
         q.new_empty(batch, heads, dim, dtype=torch.float32),
-        q.new_empty(batch, heads, 0 if wide else code_count(ndim), dim, dtype=torch.float32),
+        q.new_empty(batch, heads, codes, dim, dtype=torch.float32),
         q.new_empty(2, heads, taps, dim, dtype=torch.float32),
         q.new_empty(tokens if ndim else 0, dtype=torch.uint8),
         q.new_empty(batch, heads, dim, dim, dtype=dtype),
@@ -69,11 +71,12 @@ def forward(
     Raises:
         NodeArgumentError: what the kernels cannot take.
     """
-    shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality)
+    named = {"grid": grid, "prefix": prefix, "locality": locality}
+    shape = site(q, k, v, **named, key_norm_eps=key_norm_eps)
     q, k, v = near(q), near(k), near(v)
     weights = [w.contiguous() for w in weights]
     weight_q, bias_q, weight_k, bias_k = [c.contiguous() for c in conv] or [q] * 4
-    saved = empty_saved(q, k, v, conv)
+    saved = empty_saved(q, k, v, conv, key_norm_eps)
     mean, rstd, offsets, taps, codes, *updated = saved
 
     settings = shape.config("prepare")
@@ -91,12 +94,12 @@ def forward(
     )
     launch(
         key_norm,
-        shape.groups * (1 if shape.wide else shape.codes),
+        shape.groups * (1 if shape.centred else shape.codes),
         *(statistics, taps[1], bias_k, mean, rstd, offsets),
         *(shape.heads, shape.tokens, key_chunk, key_splits, key_norm_eps),
         D=shape.dim,
         NDIM=shape.conv_ndim,
-        CENTRED=shape.wide,
+        CENTRED=shape.centred,
         BLOCK_D=padded(shape.dim),
         num_warps=1,
     )
@@ -111,10 +114,11 @@ def forward(
         *(*k.stride(), *v.stride(), shape.groups, shape.heads, shape.tokens, chunk, splits),
         *shape.convolved,
         KEYS=True,
+        CENTRED=shape.centred,
         **shape.shape("inner_gradient"),
     )
-    rate = scale / shape.tokens
-    sum_partials(partial, updated, shape, owners=shape.groups, rate=rate, base=weights)
+    sums = {"owners": shape.groups, "scale": scale, "tokens": shape.tokens, "base": weights}
+    sum_partials(partial, updated, shape, **sums)
 
     out = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
     chunk, splits = shape.chunks(shape.config("query_output"))

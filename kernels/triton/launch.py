@@ -15,6 +15,8 @@ from .reduction import sum_matrices
 
 #: The widest head that the kernels take, in channels.
 MAX_WIDTH = 256
+#: Key norms with less than this beside the variance are computed with the mean subtracted first.
+SMALL_EPS = 0.05
 #: Elements that one program of the reduction sums up.
 SUM_BLOCK = 256
 #: Triton's interpreter takes any device; it is chosen before the kernels are imported.
@@ -36,6 +38,7 @@ class Site:
     prefix: int
     grid: tuple[int, ...]  # of three axes, missing ones first, of size 1
     wide: bool  # products of float32
+    centred: bool  # the mean of the keys is subtracted before all else: see ``convolved_tile``
 
     @property
     def groups(self) -> int:
@@ -94,7 +97,14 @@ class Site:
 
 
 def site(
-    q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], prefix: int, locality: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    prefix: int,
+    locality: str,
+    key_norm_eps: float,
 ) -> Site:
     """The sizes of a call.
 
@@ -115,26 +125,40 @@ def site(
             f'locality: expected "dwc_qk" or "none" with impl="triton"; got {locality!r}; use '
             'impl="reference"'
         )
+    if q.shape[0] == 0:
+        raise NodeArgumentError(
+            'q: expected at least one batch item with impl="triton"; got none; use impl="reference"'
+        )
     convolved = locality == "dwc_qk"
     axes = tuple(grid) if convolved else ()
     batch, heads, tokens, dim = q.shape
     return Site(
         device=q.device,
         batch=batch,
-        heads=heads,
+        heads=int(heads),
         tokens=tokens,
-        dim=dim,
-        value_dim=v.shape[3],
+        dim=int(dim),
+        value_dim=int(v.shape[3]),
         conv_ndim=len(axes),
         prefix=prefix if convolved else 0,
         grid=((1,) * (3 - len(axes)) + axes),
         wide=is_wide(q, k, v),
+        centred=is_centred(q, k, v, key_norm_eps),
     )
 
 
 def is_wide(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether products are of float32: unless q, k and v share a 16-bit dtype."""
     return q.dtype == torch.float32 or not q.dtype == k.dtype == v.dtype
+
+
+def is_centred(q: Tensor, k: Tensor, v: Tensor, key_norm_eps: float) -> bool:
+    """Whether the mean of the keys is subtracted before the convolution.
+
+    After it costs |mean| / sqrt(var + eps) ulps of float32: too much for products of float32, and
+    for 16 bits where eps lets that quotient grow.
+    """
+    return is_wide(q, k, v) or key_norm_eps < SMALL_EPS
 
 
 def code_count(conv_ndim: int) -> int:
@@ -217,10 +241,11 @@ def sum_partials(
     shape: Site,
     *,
     owners: int,
-    rate: float = 1.0,
+    scale: float = 1.0,
+    tokens: int = 1,
     base: Sequence[Tensor] = (),
 ) -> None:
-    """out = base + rate * the sum of the rows of ``partial``, for three matrices of each owner.
+    """out = base + scale / tokens * the sum of the rows of ``partial``, for each of three matrices.
 
     ``partial``: ``[splits, B*H, matrices]``; owners are the B*H groups or, for sums over the batch
     too, the H heads. ``base``: ``[H, ...]``, or ``[B, H, ...]`` to be summed over the batch.
@@ -230,7 +255,7 @@ def sum_partials(
         sum_matrices,
         owners * triton.cdiv(shape.matrices, SUM_BLOCK),
         *(partial, *(base or out), *out, owners, shape.heads),
-        *(partial.shape[0] * (shape.groups // owners), base_rows, rate),
+        *(partial.shape[0] * (shape.groups // owners), base_rows, scale, tokens),
         D=shape.dim,
         DV=shape.value_dim,
         BLOCK=SUM_BLOCK,

@@ -23,10 +23,12 @@ def _load(w1, w2, w3, owner, at, D: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def sum_matrices(
-    partial, base1, base2, base3, out1, out2, out3, owners, base_owners, rows, base_rows, rate,
+    partial, base1, base2, base3, out1, out2, out3,
+    owners, base_owners, rows, base_rows, scale, num_tokens,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = sum over base_rows of base + rate * sum over rows of partial, for three matrices.
+    """out = sum over base_rows of base + scale / num_tokens * sum over rows of partial, for three
+    matrices.
 
     partial: ``[rows, owners, 2*D*D + D*Dv]`` float32; out: ``[owners, ...]`` contiguous, each in a
     dtype of its own; base: ``[base_rows, base_owners, ...]``, read at owner modulo base_owners.
@@ -39,7 +41,7 @@ def sum_matrices(
     total = tl.zeros([BLOCK], tl.float32)
     for row in range(rows):
         total += tl.load(partial + (row * owners + owner) * SIZE + at, mask=inside, other=0.0)
-    total *= tl.cast(rate, tl.float32)
+    total *= tl.cast(scale, tl.float32) / num_tokens
     for row in range(base_rows):
         base_owner = row * base_owners + owner % base_owners
         total += _load(base1, base2, base3, base_owner, at, D, DV)

@@ -53,12 +53,13 @@ def second_order_terms(x, g, w1, w2, w3, u1, u2, u3, PRECISION: tl.constexpr):
 def second_order_gradient(
     x, g, w1, w2, w3, u1, u2, u3, codes, taps, bias, offsets, mean, rstd, partial, dx, dg,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
-    groups, heads, num_tokens, chunk, splits, conv_rows, g1, g2, rate,
-    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr,
+    groups, heads, num_tokens, chunk, splits, conv_rows, g1, g2, scale,
+    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, CENTRED: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """What comes back through the inner gradient; u is dL/dW', ``[B*H, ...]``, U / r.
+    """What comes back through the inner gradient; u is dL/dW', ``[B*H, ...]``, U / r, and r is
+    scale / num_tokens.
 
     partial ``[splits, B*H, 2*D*D + D*Dv]`` float32 of the tokens of a chunk, dx ``[B, N, H, D]``
     and dg ``[B, N, H, Dv]``. One program for each (batch item, head) and chunk of tokens.
@@ -85,6 +86,7 @@ def second_order_gradient(
     begin = split * chunk
     end = tl.minimum(begin + chunk, num_tokens)
 
+    rate = tl.cast(scale, tl.float32) / num_tokens
     for block in range(BLOCKS_M):
         w1_block, w2_block, w3_block = load_weights(
             w1 + head * (D * D), w2 + head * (D * D), w3 + head * (D * DV),
@@ -102,7 +104,7 @@ def second_order_gradient(
             x_tile = convolved_tile(
                 x_base, start, lanes, channels, num_tokens, x_stride_n, x_stride_d,
                 codes, taps + head * (3**NDIM * D), bias + head * D, offsets, mean_row, rstd_row,
-                conv_rows, g1, g2, D, NDIM, True, WIDE,
+                conv_rows, g1, g2, D, NDIM, True, CENTRED,
             ).to(dtype)  # fmt: skip
             g_tile = load_tile(g_base, start, lanes, values, inside, DV, g_stride_n, g_stride_d)
             g_tile = g_tile.to(dtype)

@@ -74,7 +74,6 @@ def load_weights(
 
     Columns of W1 and W2 ``[D, D]`` and rows of W3 ``[D, Dv]``, all contiguous.
     """
-    rate = tl.cast(rate, tl.float32)
     inside = first + units < D
     columns = (channels < D)[:, None] & inside[None, :]
     rows = inside[:, None] & (values < DV)[None, :]
@@ -125,8 +124,7 @@ def convolved_tile(
     no convolution.
     ``CENTRED``: the mean is subtracted before anything else. Otherwise, the convolution being
     linear, after it: ``offsets``, ``[4**NDIM + 1, D]`` by code, has what that comes to, with the
-    bias. It saves a third of the arithmetic, and costs |mean| rstd ulps of float32: nothing
-    beside the rounding of 16-bit keys.
+    bias. It saves a third of the arithmetic, and costs |mean| rstd ulps of float32.
     """
     SUBTRACT: tl.constexpr = NORM and CENTRED
     tokens = start + lanes
