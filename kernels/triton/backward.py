@@ -42,8 +42,7 @@ def backward(
     Raises:
         NodeArgumentError: what the kernels cannot take.
     """
-    named = {"grid": grid, "prefix": prefix, "locality": locality}
-    shape = site(q, k, v, **named, key_norm_eps=key_norm_eps)
+    shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality, key_norm_eps=key_norm_eps)
     q, k, v, grad_out = near(q), near(k), near(v), near(grad_out)
     weights = [w.contiguous() for w in weights]
     biases = [c.contiguous() for c in conv[1::2]] or [q, k]

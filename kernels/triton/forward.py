@@ -71,8 +71,7 @@ def forward(
     Raises:
         NodeArgumentError: what the kernels cannot take.
     """
-    named = {"grid": grid, "prefix": prefix, "locality": locality}
-    shape = site(q, k, v, **named, key_norm_eps=key_norm_eps)
+    shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality, key_norm_eps=key_norm_eps)
     q, k, v = near(q), near(k), near(v)
     weights = [w.contiguous() for w in weights]
     weight_q, bias_q, weight_k, bias_k = [c.contiguous() for c in conv] or [q] * 4
@@ -117,8 +116,15 @@ def forward(
         CENTRED=shape.centred,
         **shape.shape("inner_gradient"),
     )
-    sums = {"owners": shape.groups, "scale": scale, "tokens": shape.tokens, "base": weights}
-    sum_partials(partial, updated, shape, **sums)
+    sum_partials(
+        partial,
+        updated,
+        shape,
+        owners=shape.groups,
+        scale=scale,
+        tokens=shape.tokens,
+        base=weights,
+    )
 
     out = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
     chunk, splits = shape.chunks(shape.config("query_output"))
