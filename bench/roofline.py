@@ -76,7 +76,6 @@ class Kernel:
     spills: float  # instructions that load and store spilled registers
     special: float  # exponentials and roots
     config: str
-    registers_spilled: int  # bytes of a thread
 
     def seconds(self, dim: int, gpu: Gpu) -> dict[str, float]:
         """Of an element, under each ceiling."""
@@ -111,7 +110,7 @@ def _kernel(name: str, function: object, arguments: dict, dim: int, architecture
     return Kernel(
         name, first + later * (passes - 1), products,
         each * sum(counts.values()), of("LDL", "STL"), of("MUFU"),
-        f"{block_n} x {block_m or dim}, {warps} warps, {stages} stage", offline.spilled(compiled),
+        f"{block_n} x {block_m or dim}, {warps} warps, {stages} stage",
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def neighbours(config: Config) -> Iterator[Config]:
               "programs": (1, 8)}  # fmt: skip
     for field, (least, most) in limits.items():
         value = getattr(config, field)
-        for other in (2 * value, value // 2):  # a block of more than all units is all of them
+        for other in (2 * value, value // 2):
             if value and least <= other <= most:
                 yield config._replace(**{field: other})
 
@@ -68,14 +68,16 @@ def descend(start: Config, seconds: Callable[[Config], float | None]) -> tuple[C
 def tune(shape: tuple[int, int, int, int]) -> Iterator[dict[str, object]]:
     """A row for each kernel whose settings can be bettered; they are in force from then on."""
     tensors, settings = kernels.arguments(*shape)
-    wanted = kernels.kernels(tensors, settings, torch.ones_like(tensors[2]))
+    call = partial(kernels.kernels, tensors, settings, torch.ones_like(tensors[2]))
+    wanted = call()
     gpu = architecture(tensors[0].device)
     for kernel in configs.HALF:
         key = gpu, kernel, shape[3], False
 
         def seconds(config: Config, key: tuple[str, str, int, bool] = key) -> float | None:
+            if config.block_m > key[2]:
+                return None  # the same kernel as with one block of all hidden units
             configs.MEASURED[key] = config
-            call = partial(kernels.kernels, tensors, settings, torch.ones_like(tensors[2]))
             try:
                 found = call()
                 time = kernels.replayed(call).median

@@ -192,6 +192,14 @@ def test_what_is_not_finite_stays_visible_and_in_its_place():
     assert out[1, 0].isnan().all() and not out[1, 1].isnan().any()
 
 
+def run_alone(code, **environment):
+    """Runs code, which gets this folder as its argument, in a process of its own."""
+    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
+    environment = {**os.environ, **environment}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
 def test_nothing_is_read_before_it_is_written():
     """In a process whose allocations are full of huge numbers."""
     code = (
@@ -202,13 +210,7 @@ def test_nothing_is_read_before_it_is_written():
         "    args, settings = test_cpp.arguments(**names, grid=(11, 13))\n"
         "    test_cpp.check(args, settings)\n"
     )
-    run_ = subprocess.run(
-        [sys.executable, "-c", code, os.path.dirname(__file__)],
-        env={**os.environ, "MALLOC_PERTURB_": "128"},
-        capture_output=True,
-        text=True,
-    )
-    assert run_.returncode == 0, run_.stderr
+    run_alone(code, MALLOC_PERTURB_="128")
 
 
 def _supported(flag):
@@ -402,13 +404,7 @@ def test_a_process_forked_while_its_parent_compiles_compiles_for_itself(tmp_path
         "    os._exit(0)\n"
         "sys.exit(os.waitpid(child, 0)[1])\n"
     )
-    run_ = subprocess.run(
-        [sys.executable, "-c", code, os.path.dirname(__file__)],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run_.returncode == 0, run_.stderr
+    run_alone(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
 
 
 def test_a_cache_folder_that_cannot_be_made_and_a_damaged_library(monkeypatch, tmp_path):

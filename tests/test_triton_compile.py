@@ -10,6 +10,8 @@ from t5fx.kernels.triton_kernels import configs
 #: the inner gradient, 3 x D x BLOCK_M float32, stay in registers over all tiles and leave little
 #: for the rest; smaller blocks spill less but convolve each tile again, for twice the instructions.
 SPILLS = 0.1
+#: Bytes of spilled registers that are let pass elsewhere, of the 1,020 that a thread can have.
+FEW_REGISTERS = 192
 #: The rest is compiled by `make nightly`: 2 seconds each.
 FREQUENT = (64, torch.bfloat16)
 #: The backward's six matrices of 256 x 16 float32, the narrowest blocks that there are: 96 KiB.
@@ -37,6 +39,8 @@ def test_resources(architecture, dim, dtype):
             assert counts["LDL"] + counts["STL"] <= SPILLS * counts.total(), name
             if not name.startswith(("inner", "second")):
                 assert offline.spilled(compiled) == 0, name
+            elif dim == 64 and name.startswith("inner"):
+                assert offline.spilled(compiled) <= FEW_REGISTERS, name
 
 
 @pytest.mark.parametrize("grid", [(4096,), (16, 16, 16)])

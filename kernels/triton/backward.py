@@ -11,7 +11,7 @@ from torch import Tensor
 from .convolution import convolution_gradient, key_norm_gradient
 from .first_order import inner_gradient
 from .forward import Saved
-from .launch import Site, launch, near, new_matrices, padded, site, sum_partials
+from .launch import Site, launch, near, padded, site, sum_partials
 from .second_order import second_order_gradient
 
 
@@ -81,7 +81,7 @@ def _updated_weights(
         CENTRED=False,
         **shape.shape("inner_gradient"),
     )
-    grads = new_matrices(q, torch.float32, shape, shape.batch, shape.heads)
+    grads = [torch.empty_like(w, dtype=torch.float32) for w in (saved.w1, saved.w2, saved.w3)]
     sum_partials(partial, grads, shape, owners=shape.groups)
     return grads, at_q
 

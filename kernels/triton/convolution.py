@@ -13,7 +13,16 @@ second pass has no neighbours.
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, has_neighbour, head_base, load_row, load_tile, store_tile, tap_offset
+from .tiles import (
+    SIZES,
+    has_neighbour,
+    head_base,
+    load_row,
+    load_statistics,
+    load_tile,
+    store_tile,
+    tap_offset,
+)
 
 
 @triton.jit
@@ -54,11 +63,9 @@ def convolution_gradient(
     head = group % heads
     lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
-    at_group = group.to(tl.int64)
     mean_row, rstd_row = None, None
     if KEYS:
-        mean_row = load_row(mean + at_group * D, channels, D)
-        rstd_row = load_row(rstd + at_group * D, channels, D)
+        mean_row, rstd_row = load_statistics(mean, rstd, group, channels, D)
     x_base = head_base(x, group, heads, stride_b, stride_h)
     first_token = (group // heads).to(tl.int64) * num_tokens * heads + head
     g_base = g + first_token * D
@@ -114,11 +121,10 @@ def key_norm_gradient(
     split = tl.program_id(0) % splits
     lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
-    at_group = group.to(tl.int64)
-    mean_row = load_row(mean + at_group * D, channels, D)
-    rstd_row = load_row(rstd + at_group * D, channels, D)
-    first = load_row(sums + at_group * (COUNT * D), channels, D) / num_tokens
-    second = load_row(sums + at_group * (COUNT * D) + D, channels, D) / num_tokens
+    mean_row, rstd_row = load_statistics(mean, rstd, group, channels, D)
+    sums += group.to(tl.int64) * (COUNT * D)
+    first = load_row(sums, channels, D) / num_tokens
+    second = load_row(sums + D, channels, D) / num_tokens
     k_base = head_base(k, group, heads, stride_b, stride_h)
     dx += ((group // heads).to(tl.int64) * num_tokens * heads + group % heads) * D
 

@@ -16,11 +16,12 @@ import triton.language as tl
 from .tiles import (
     SIZES,
     convolved_tile,
+    group_offsets,
     head_base,
-    load_row,
+    load_statistics,
     load_tile,
     load_weights,
-    silu_and_slope,
+    silu_terms,
     store_tile,
 )
 
@@ -31,7 +32,7 @@ def hidden_gradients(x, g, w1, w2, w3, PRECISION: tl.constexpr):
     a = tl.dot(x, w1, input_precision=PRECISION)
     b = tl.dot(x, w2, input_precision=PRECISION)
     dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
-    silu, slope = silu_and_slope(a)
+    silu, slope, _ = silu_terms(a)
     dtype: tl.constexpr = x.dtype
     return (silu * b).to(dtype), (dz * b * slope).to(dtype), (dz * silu).to(dtype)
 
@@ -90,13 +91,11 @@ def inner_gradient(
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     units = tl.arange(0, BLOCK_M)
-    at_group = group.to(tl.int64)
-    owner = head if KEYS else at_group
+    owner = head if KEYS else group.to(tl.int64)
     mean_row, rstd_row = None, None
     if KEYS:
-        mean_row = load_row(mean + at_group * D, channels, D)
-        rstd_row = load_row(rstd + at_group * D, channels, D)
-        offsets += at_group * ((4**NDIM + (1 if NDIM > 0 else 0)) * D)
+        mean_row, rstd_row = load_statistics(mean, rstd, group, channels, D)
+        offsets = group_offsets(offsets, group, D, NDIM)
     x_base = head_base(x, group, heads, x_stride_b, x_stride_h)
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h)
     dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D

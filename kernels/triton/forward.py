@@ -93,7 +93,7 @@ def forward(
     )
     launch(
         key_norm,
-        shape.groups * (1 if shape.centred else shape.codes),
+        shape.groups * max(1, offsets.shape[2]),
         *(statistics, taps[1], bias_k, mean, rstd, offsets),
         *(shape.heads, shape.tokens, key_chunk, key_splits, key_norm_eps),
         D=shape.dim,

@@ -60,11 +60,6 @@ class Site:
         """In a convolution's kernel; 0 without one."""
         return 3**self.conv_ndim if self.conv_ndim else 0
 
-    @property
-    def codes(self) -> int:
-        """Different codes that a token can have: see ``tiles``."""
-        return code_count(self.conv_ndim)
-
     def config(self, kernel: str) -> Config:
         width = padded(max(self.dim, self.value_dim))
         return config(kernel, architecture(self.device), width, self.wide)
@@ -227,12 +222,6 @@ def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
         kernel = torch.library.wrap_triton(kernel)
     with torch.cuda.device_of(args[0]):
         kernel[(programs,)](*args, **settings)
-
-
-def new_matrices(like: Tensor, dtype: torch.dtype, shape: Site, *owners: int) -> list[Tensor]:
-    """Empty tensors in the shapes of the three weights of each owner."""
-    widths = (shape.dim, shape.dim), (shape.dim, shape.dim), (shape.dim, shape.value_dim)
-    return [like.new_empty(*owners, *width, dtype=dtype) for width in widths]
 
 
 def sum_partials(

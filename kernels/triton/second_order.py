@@ -21,8 +21,9 @@ from .first_order import add_tile, store_gradients
 from .tiles import (
     SIZES,
     convolved_tile,
+    group_offsets,
     head_base,
-    load_row,
+    load_statistics,
     load_tile,
     load_weights,
     silu_terms,
@@ -74,9 +75,8 @@ def second_order_gradient(
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     units = tl.arange(0, BLOCK_M)
-    mean_row = load_row(mean + at_group * D, channels, D)
-    rstd_row = load_row(rstd + at_group * D, channels, D)
-    offsets += at_group * ((4**NDIM + (1 if NDIM > 0 else 0)) * D)
+    mean_row, rstd_row = load_statistics(mean, rstd, group, channels, D)
+    offsets = group_offsets(offsets, group, D, NDIM)
     x_base = head_base(x, group, heads, x_stride_b, x_stride_h)
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h)
     first_token = (group // heads).to(tl.int64) * num_tokens * heads + head

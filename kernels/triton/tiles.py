@@ -66,6 +66,19 @@ def load_row(ptr, channels, D: tl.constexpr):
 
 
 @triton.jit
+def load_statistics(mean, rstd, group, channels, D: tl.constexpr):
+    """Mean and 1/std of the keys of a (batch item, head), ``[BLOCK_D]`` each."""
+    at = group.to(tl.int64) * D
+    return load_row(mean + at, channels, D), load_row(rstd + at, channels, D)
+
+
+@triton.jit
+def group_offsets(offsets, group, D: tl.constexpr, NDIM: tl.constexpr):
+    """The table of a (batch item, head), with a row for each code that a token can have."""
+    return offsets + group.to(tl.int64) * ((4**NDIM + (1 if NDIM > 0 else 0)) * D)
+
+
+@triton.jit
 def load_weights(
     w1, w2, w3, first, units, channels, values, D: tl.constexpr, DV: tl.constexpr, rate,
     dtype: tl.constexpr,
@@ -96,8 +109,7 @@ def row_offset(row, NDIM: tl.constexpr):
 @triton.jit
 def tap_offset(tap, NDIM: tl.constexpr):
     """The place (o0, o1, o2) of one of the 3**NDIM taps; missing axes come first."""
-    o0 = tap // 9 - 1 if NDIM == 3 else 0
-    o1 = tap // 3 % 3 - 1 if NDIM > 1 else 0
+    o0, o1 = row_offset(tap // 3, NDIM)
     return o0, o1, tap % 3 - 1
 
 
@@ -136,7 +148,6 @@ def convolved_tile(
     code = tl.zeros_like(lanes)
     if NDIM > 0:
         code = tl.load(codes + tokens, mask=inside, other=4**NDIM).to(tl.int32)
-        within = lanes[:, None] * stride_n + channels[None, :] * stride_d
         tap_row = taps + channels
         # A loop that stays one: unrolled, its loads would fill the registers.
         for row in range(conv_rows):
@@ -145,10 +156,8 @@ def convolved_tile(
             row_base = base + first * stride_n
             for column in tl.static_range(-1, 2):
                 valid = has_neighbour(code, o0, o1, column, NDIM)
-                near = tl.load(
-                    row_base + column * stride_n + within,
-                    mask=tile_mask(valid, channels, D),
-                    other=0.0,
+                near = load_tile(
+                    row_base + column * stride_n, 0, lanes, channels, valid, D, stride_n, stride_d
                 ).to(tl.float32)
                 if SUBTRACT:  # the padding of the convolution comes after the norm
                     near = tl.where(valid[:, None], near - mean[None, :], 0.0)
@@ -177,14 +186,6 @@ def sigmoid(a):
     """
     root = tl.math.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * a))
     return root * root
-
-
-@triton.jit
-def silu_and_slope(a):
-    """silu(a) and its derivative."""
-    sigma = sigmoid(a)
-    silu = a * sigma
-    return silu, sigma + silu * (1 - sigma)
 
 
 @triton.jit
