@@ -98,7 +98,7 @@ def test_widths_may_be_symbols(pretended):
 
     def keep(graph, inputs):
         graphs.append(graph)
-        return lambda *_: [torch.zeros(1, 2, 12, 16).transpose(1, 2)]
+        return lambda *_: [torch.zeros(1, 2, 12, 32).transpose(1, 2)]
 
     def call(q, weights, grid):
         return ttt(q, q, q, weights, scale=0.1, grid=grid, locality="none", impl="triton")
@@ -106,7 +106,7 @@ def test_widths_may_be_symbols(pretended):
     compiled = torch.compile(call, backend=aot_autograd(fw_compiler=keep), dynamic=True)
     for tokens in (12, 15):
         with torch.no_grad():
-            compiled(torch.randn(1, 2, tokens, 16), [torch.randn(2, 16, 16)] * 3, (tokens,))
+            compiled(torch.randn(1, 2, tokens, 32), [torch.randn(2, 32, 32)] * 3, (tokens,))
     assert len(graphs) == 1
 
 
