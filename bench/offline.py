@@ -39,7 +39,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 
 
@@ -143,40 +143,72 @@ class Instruction(NamedTuple):
     address: int
     name: str  # "HGMMA.64x64x16.F32.BF16", ...
     operands: str
+    predicated: bool = False
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch leads."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.name.startswith("BRA") else None
+        return int(found[1], 16) if found else None
 
 
 def instructions(kernel: Any) -> list[Instruction]:
     """The machine code of a kernel for an NVIDIA GPU."""
-    line = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9_.]+)\s*(.*?);")
+    line = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z0-9_.]+)\s*(.*?);")
     found = map(line.match, _dumped(kernel, "-sass").splitlines())
-    return [Instruction(int(m[1], 16), m[2], m[3]) for m in found if m]
+    return [Instruction(int(m[1], 16), m[3], m[4], bool(m[2])) for m in found if m]
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
     """The bodies of all loops, shortest first: what lies between a branch back and its target."""
-    bodies = []
-    for at, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
-        if target and int(target[1], 16) < at:
-            bodies.append([i for i in code if int(target[1], 16) <= i.address <= at])
+    bodies = [
+        [i for i in code if last.target <= i.address <= last.address]
+        for last in code
+        if last.target is not None and last.target < last.address
+    ]
     return sorted(bodies, key=len)
 
 
-def token_loop(code: list[Instruction], conv_rows: int = 3) -> collections.Counter[str]:
-    """Instructions of a thread in one tile of tokens, by name without its suffixes.
+def token_loop(code: list[Instruction], columns: int = 4) -> collections.Counter[str]:
+    """Instructions of a thread in one tile of tokens on the grid, by name without its suffixes.
 
     The tile's loop is the shortest that multiplies matrices or, without products, the longest of
-    all; a loop in it that loads is the one over the rows of a convolution's kernel.
+    all. Of its branches the longest path counts: tiles off the grid have less to do. A loop in it
+    is the one over the columns around quads; each of its branches is passed by in one of them.
     """
     bodies = loops(code)
     matrix = [
         body for body in bodies if any("MMA" in i.name and "HFMA" not in i.name for i in body)
     ]
     tile = matrix[0] if matrix else bodies[-1]
-    counts = collections.Counter(i.name.partition(".")[0] for i in tile)
+    turns = dict.fromkeys((i.address for i in tile), 1)
     for body in bodies:
-        inside = tile[0].address <= body[0].address and body[-1].address <= tile[-1].address
-        if matrix and inside and body is not tile and any(i.name[:3] == "LDG" for i in body):
+        if body is not tile and body[0].address in turns and body[-1].address in turns:
+            skipped = [(i.address, i.target) for i in body if i.predicated and i.target in turns]
             for i in body:
-                counts[i.name.partition(".")[0]] += conv_rows - 1
+                passed_by = any(branch < i.address < target for branch, target in skipped)
+                turns[i.address] = columns - 1 if passed_by else columns
+    counts = collections.Counter[str]()
+    for i in _longest_path(tile):
+        counts[i.name.partition(".")[0]] += turns[i.address]
     return counts
+
+
+def _longest_path(body: list[Instruction]) -> list[Instruction]:
+    """Through one turn of a loop, without branches back."""
+    at = {i.address: place for place, i in enumerate(body)}
+    end = len(body)
+    length, following = [0] * (end + 1), [end] * end
+    for place in reversed(range(end)):
+        instruction = body[place]
+        target = instruction.target
+        ahead = [place + 1] if instruction.predicated or target is None else [end]
+        if target in at and at[target] > place:
+            ahead = ahead[: instruction.predicated] + [at[target]]
+        following[place] = max(ahead, key=length.__getitem__)
+        length[place] = 1 + length[following[place]]
+    path, place = [], 0
+    while place < end:
+        path.append(body[place])
+        place = following[place]
+    return path

@@ -49,10 +49,11 @@ FLASH = {"forward": 740e12, "backward": 560e12}
 
 #: By kernel: tensors of N x D read and written in the first pass over the tokens, and in each after
 #: it (one for each block of hidden units; what is written is read and added to), products of
-#: N x D x D, and its part.
+#: N x D x D, and its part. The blocks of the keys are those of neighbouring programs, which go
+#: through the same tokens at the same time: all but the first find them in the L2 cache.
 WORK = {
     "prepare": (1, 0, 0, "forward"),
-    "inner_gradient_keys": (2, 2, 6, "forward"),
+    "inner_gradient_keys": (2, 0, 6, "forward"),
     "query_output": (2, 0, 3, "forward"),
     "inner_gradient_queries": (3, 4, 8, "backward"),
     "second_order_gradient": (4, 6, 15, "backward"),
@@ -206,8 +207,9 @@ def page(gpu: Gpu = H200) -> str:
     lines += [
         "",
         f"The bytes are of {HEADS} heads, with the partial sums of the gradients written and read",
-        "once by as many programs as fill the chip, and every pass over the tokens counted: what",
-        "the L2 cache keeps of it is not subtracted.",
+        "once by as many programs as fill the chip, whatever the L2 cache keeps of them. The",
+        "second pass of inner_gradient_keys over heads of 128 is not counted: another program makes",
+        "it at the same time as the first, and finds what that one read in the L2 cache.",
         "",
         "Over FlashAttention-3 at its fastest (740 TFLOP/s forward, 560 backward: "
         "[arXiv 2407.08608](https://arxiv.org/abs/2407.08608)), heads of 128, at most:",

@@ -11,7 +11,7 @@ from torch import Tensor
 from .convolution import convolution_gradient, key_norm_gradient
 from .first_order import inner_gradient
 from .forward import Saved
-from .launch import Site, launch, near, padded, site, sum_partials
+from .launch import Site, launch, near, padded, site, strides, sum_partials, unit
 from .second_order import second_order_gradient
 
 
@@ -43,15 +43,12 @@ def backward(
         NodeArgumentError: what the kernels cannot take.
     """
     shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality, key_norm_eps=key_norm_eps)
-    q, k, v, grad_out = near(q), near(k), near(v), near(grad_out)
+    q, k, v, grad_out = (near(t, shape) for t in (q, k, v, grad_out))
     weights = [w.contiguous() for w in weights]
-    biases = [c.contiguous() for c in conv[1::2]] or [q, k]
     kept = Saved(*saved)
 
-    grad_updated, at_q = _updated_weights(grad_out, q, kept, biases[0], shape)
-    grad_weights, at_k, grad_v = _inner_gradient(
-        k, v, weights, grad_updated, kept, biases[1], scale, shape
-    )
+    grad_updated, at_q = _updated_weights(grad_out, q, kept, shape)
+    grad_weights, at_k, grad_v = _inner_gradient(k, v, weights, grad_updated, kept, scale, shape)
     grad_q, conv_q_grads = _inputs(at_q, q, kept, shape, keys=False)
     grad_k, conv_k_grads = _inputs(at_k, k, kept, shape, keys=True)
     conv_grads = [
@@ -65,18 +62,19 @@ def backward(
 
 
 def _updated_weights(
-    grad_out: Tensor, q: Tensor, saved: Saved, bias: Tensor, shape: Site
+    grad_out: Tensor, q: Tensor, saved: Saved, shape: Site
 ) -> tuple[list[Tensor], Tensor]:
     """dL/dW' ``[B, H, ...]`` float32 and dL/dq' ``[B, N, H, D]``, q' the convolved queries."""
-    chunk, splits = shape.chunks(shape.config("inner_gradient"))
-    partial = _float32(q, splits, shape.groups, shape.matrices)
+    parts = shape.tile_chunks(shape.config("inner_gradient"))
+    partial = _float32(q, parts.splits, shape.groups, shape.matrices)
     at_q = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.dim)
     launch(
         inner_gradient,
-        shape.groups * splits,
-        *(q, grad_out, saved.w1, saved.w2, saved.w3, saved.codes, saved.taps[0], bias),
-        *(saved.offsets, saved.mean, saved.rstd, partial, at_q, *q.stride(), *grad_out.stride()),
-        *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved),
+        shape.groups * parts.splits,
+        *(q, grad_out, saved.w1, saved.w2, saved.w3, saved.taps[0]),
+        *(saved.offsets, saved.mean, saved.rstd, partial, at_q, *strides(q, grad_out)),
+        *(shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
+        UNIT=unit(q, grad_out),
         KEYS=False,
         CENTRED=False,
         **shape.shape("inner_gradient"),
@@ -92,21 +90,21 @@ def _inner_gradient(
     weights: Sequence[Tensor],
     grad_updated: Sequence[Tensor],
     saved: Saved,
-    bias: Tensor,
     scale: float,
     shape: Site,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """dL/dW, dL/dk' ``[B, N, H, D]``, k' the convolved keys, and dL/dv ``[B, N, H, Dv]``."""
     at_k = k.new_empty(shape.batch, shape.tokens, shape.heads, shape.dim)
     grad_v = v.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
-    chunk, splits = shape.chunks(shape.config("second_order_gradient"))
-    partial = _float32(k, splits, shape.groups, shape.matrices)
+    parts = shape.tile_chunks(shape.config("second_order_gradient"))
+    partial = _float32(k, parts.splits, shape.groups, shape.matrices)
     launch(
         second_order_gradient,
-        shape.groups * splits,
-        *(k, v, *weights, *grad_updated, saved.codes, saved.taps[1], bias, saved.offsets),
-        *(saved.mean, saved.rstd, partial, at_k, grad_v, *k.stride(), *v.stride()),
-        *(shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.convolved, scale),
+        shape.groups * parts.splits,
+        *(k, v, *weights, *grad_updated, saved.taps[1], saved.offsets),
+        *(saved.mean, saved.rstd, partial, at_k, grad_v, *strides(k, v)),
+        *(shape.groups, shape.heads, *parts, scale, *shape.places(saved.quads)),
+        UNIT=unit(k, v),
         CENTRED=shape.centred,
         **shape.shape("second_order_gradient"),
     )
@@ -130,17 +128,18 @@ def _inputs(
     count = own + shape.taps + convolved
     settings = shape.config("convolution_gradient")
     if shape.conv_ndim == 3:  # a sum for each of 27 taps: fewer tokens have to do
-        settings = settings._replace(block_n=max(1, settings.block_n // 2))
-    chunk, splits = shape.chunks(settings)
-    partial = _float32(x, splits, shape.batch, shape.heads, count, shape.dim)
+        settings = settings._replace(block_n=max(4, settings.block_n // 2))
+    parts = shape.tile_chunks(settings)
+    partial = _float32(x, parts.splits, shape.batch, shape.heads, count, shape.dim)
     grad = torch.empty_like(at_x) if convolved else at_x
     launch(
         convolution_gradient,
-        shape.groups * splits,
-        *(x, at_x, saved.codes, saved.taps[int(keys)], saved.mean, saved.rstd, partial, grad),
-        *(*x.stride(), shape.groups, shape.heads, shape.tokens, chunk, splits, *shape.grid[1:]),
+        shape.groups * parts.splits,
+        *(x, at_x, saved.taps[int(keys)], saved.mean, saved.rstd, partial, grad),
+        *(*strides(x), shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
         D=shape.dim,
         NDIM=shape.conv_ndim,
+        UNIT=unit(x),
         KEYS=keys,
         BLOCK_D=padded(shape.dim),
         **settings.launched(),
@@ -152,10 +151,11 @@ def _inputs(
         launch(
             key_norm_gradient,
             shape.groups * splits,
-            *(x, grad, sums, saved.mean, saved.rstd, *x.stride()),
+            *(x, grad, sums, saved.mean, saved.rstd, *strides(x)),
             *(shape.heads, shape.tokens, chunk, splits),
             D=shape.dim,
             COUNT=count,
+            UNIT=unit(x),
             BLOCK_D=padded(shape.dim),
             **settings.launched(),
         )

@@ -20,6 +20,7 @@ class Config(NamedTuple):
     warps: int
     stages: int  # depth of the software pipeline
     programs: int  # wanted on each multiprocessor, where there are tokens enough
+    unroll: bool = True  # the convolution's loop over columns: see ``tiles.add_frame``
 
     def launched(self) -> dict[str, int]:
         """The arguments of a kernel that multiplies no matrices."""
@@ -42,7 +43,7 @@ HALF = {
         16: Config(64, 16, 4, 1, 2),
         32: Config(64, 32, 4, 1, 2),
         64: Config(64, 64, 4, 1, 2),
-        128: Config(128, 64, 8, 1, 1),
+        128: Config(128, 64, 8, 1, 1, unroll=False),
         256: Config(64, 32, 8, 1, 1),
     },
     "query_output": {
@@ -55,16 +56,16 @@ HALF = {
     "second_order_gradient": {
         16: Config(64, 16, 4, 1, 2),
         32: Config(64, 32, 4, 1, 2),
-        64: Config(64, 64, 4, 1, 2),
-        128: Config(128, 64, 8, 1, 1),
+        64: Config(128, 64, 8, 1, 1),
+        128: Config(128, 64, 8, 1, 1, unroll=False),
         256: Config(64, 32, 8, 1, 1),
     },
     "convolution_gradient": {
-        16: Config(64, 0, 4, 1, 2),
-        32: Config(32, 0, 4, 1, 2),
-        64: Config(16, 0, 4, 1, 2),
-        128: Config(8, 0, 4, 1, 2),
-        256: Config(4, 0, 4, 1, 2),
+        16: Config(128, 0, 4, 1, 2),
+        32: Config(64, 0, 4, 1, 2),
+        64: Config(32, 0, 4, 1, 2),
+        128: Config(16, 0, 4, 1, 2),
+        256: Config(8, 0, 4, 1, 2),
     },
     "key_norm_gradient": {
         16: Config(256, 0, 4, 1, 4),

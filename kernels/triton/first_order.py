@@ -18,11 +18,14 @@ from .tiles import (
     convolved_tile,
     group_offsets,
     head_base,
+    head_taps,
     load_statistics,
     load_tile,
     load_weights,
     silu_terms,
     store_tile,
+    tile_start,
+    tile_tokens,
 )
 
 
@@ -54,30 +57,31 @@ def store_gradients(base, g1, g2, g3, channels, hidden, values, D: tl.constexpr,
 
 @triton.jit
 def add_tile(
-    base, tile, start, lanes, channels, valid, D: tl.constexpr, stride_n, block,
-    BLOCKS_M: tl.constexpr,
-):  # fmt: skip
-    """Writes a tile; after the first block of hidden units, adds it to what is there."""
+    start, tile, tokens, channels, valid, D: tl.constexpr, heads, block, BLOCKS_M: tl.constexpr
+):
+    """Writes a tile of ``[B, N, H, D]``; after the first block of hidden units, adds to it."""
     if BLOCKS_M > 1:
         if block > 0:
-            tile += load_tile(base, start, lanes, channels, valid, D, stride_n, 1)
-    store_tile(base, tile, start, lanes, channels, valid, D, stride_n)
+            tile += load_tile(start, tokens, channels, valid, D, heads, 1, D)
+    store_tile(start, tile, tokens, channels, valid, D, heads)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def inner_gradient(
-    x, g, w1, w2, w3, codes, taps, bias, offsets, mean, rstd, partial, dx,
+    x, g, w1, w2, w3, taps, offsets, mean, rstd, partial, dx,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
-    groups, heads, num_tokens, chunk, splits, conv_rows, g1, g2,
-    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, KEYS: tl.constexpr,
-    CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    groups, heads, chunk, splits, tiles,
+    quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
+    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
+    KEYS: tl.constexpr, CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """partial ``[splits, B*H, 2*D*D + D*Dv]`` float32: G1, G2, G3 of the tokens of a chunk.
+    """partial ``[splits, B*H, 2*D*D + D*Dv]`` float32: G1, G2, G3 of a chunk of tiles.
 
     KEYS: x is normalised with mean and rstd, and the weights are ``[H, ...]``; one program for each
-    (batch item, head), chunk of tokens and block of hidden units. Otherwise x are the queries, the
-    weights are ``[B*H, ...]``, dx ``[B, N, H, D]`` is written too, and one program does all blocks.
+    (batch item, head), chunk and block of hidden units. Otherwise x are the queries, the weights
+    are ``[B*H, ...]``, dx ``[B, N, H, D]`` is written too, and one program does all blocks.
     WIDE: products of float32, not of the dtype of x.
     """
     BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
@@ -87,21 +91,21 @@ def inner_gradient(
     group = program // splits
     split = program % splits
     head = group % heads
-    lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     units = tl.arange(0, BLOCK_M)
     owner = head if KEYS else group.to(tl.int64)
-    mean_row, rstd_row = None, None
+    statistics = (None, None, None, None)
     if KEYS:
-        mean_row, rstd_row = load_statistics(mean, rstd, group, channels, D)
-        offsets = group_offsets(offsets, group, D, NDIM)
-    x_base = head_base(x, group, heads, x_stride_b, x_stride_h)
-    g_base = head_base(g, group, heads, g_stride_b, g_stride_h)
+        statistics = load_statistics(mean, rstd, group, tl.arange(0, BLOCK_D // 2))
+        offsets = group_offsets(offsets, group, NDIM, BLOCK_D)
+    taps = head_taps(taps, head, NDIM, BLOCK_D)
+    x_base = head_base(x, group, heads, x_stride_b, x_stride_h, UNIT)
+    g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
     dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
     begin = split * chunk
-    end = tl.minimum(begin + chunk, num_tokens)
+    end = tl.minimum(begin + chunk, tiles)
 
     for turn in range(BLOCKS_M // SHARED_AMONG):
         block = turn + tl.program_id(0) % SHARED_AMONG
@@ -112,15 +116,22 @@ def inner_gradient(
         sum1 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum2 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
-        for start in range(begin, end, BLOCK_N):
-            inside = start + lanes < num_tokens
+        for tile in range(begin, end):
+            on_grid, first, count = tile_start(
+                tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
+            )
             x_tile = convolved_tile(
-                x_base, start, lanes, channels, num_tokens, x_stride_n, x_stride_d,
-                codes, taps + head * (3**NDIM * D), bias + head * D, offsets, mean_row, rstd_row,
-                conv_rows, g1, g2, D, NDIM, KEYS, CENTRED,
+                x_base, tile, on_grid, first, count, x_stride_n, x_stride_d, quads, num_quads,
+                taps, offsets, statistics, g1, g2,
+                D, NDIM, KEYS, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
             ).to(dtype)  # fmt: skip
-            g_tile = load_tile(g_base, start, lanes, values, inside, DV, g_stride_n, g_stride_d)
-            g_tile = g_tile.to(dtype)
+            tokens, exist = tile_tokens(
+                tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
+            )
+            g_tile = load_tile(
+                g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
+                g_stride_d, UNIT,
+            ).to(dtype)  # fmt: skip
             z, da, db = hidden_gradients(x_tile, g_tile, w1_block, w2_block, w3_block, PRECISION)
             x_transposed = tl.trans(x_tile)
             sum1 = tl.dot(x_transposed, da, sum1, input_precision=PRECISION)
@@ -130,8 +141,9 @@ def inner_gradient(
                 back = tl.dot(da, tl.trans(w1_block), input_precision=PRECISION)
                 back = tl.dot(db, tl.trans(w2_block), back, input_precision=PRECISION)
                 add_tile(
-                    dx_base, back, start, lanes, channels, inside, D, heads * D, block, BLOCKS_M
-                )
+                    dx_base + first * heads * D, back, tokens, channels, exist, D, heads, block,
+                    BLOCKS_M,
+                )  # fmt: skip
         store_gradients(at, sum1, sum2, sum3, channels, block * BLOCK_M + units, values, D, DV)
         if not KEYS:  # the next block reads dx
             tl.debug_barrier()

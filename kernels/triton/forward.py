@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 
 from .first_order import inner_gradient
-from .launch import code_count, is_centred, is_wide, launch, near, padded, site, sum_partials
+from .launch import (
+    code_count,
+    is_centred,
+    is_wide,
+    launch,
+    near,
+    padded,
+    quad_count,
+    site,
+    strides,
+    sum_partials,
+    unit,
+)
 from .prepare import key_norm, prepare
 from .query import query_output
 
@@ -15,31 +27,38 @@ from .query import query_output
 class Saved(NamedTuple):
     """What ``backward`` wants to have saved."""
 
+    # Rows of D channels are padded and split: see ``tiles``.
     mean: Tensor  # of the keys, [B, H, D] float32
     rstd: Tensor  # the same: 1 / sqrt(var + eps)
     offsets: Tensor  # [B, H, codes, D] float32: see ``key_norm``; empty if centred
-    taps: Tensor  # [2, H, 3**ndim, D] float32: the kernels of q's and k's convolution
-    codes: Tensor  # [N] uint8: where each token lies on the grid; empty without a convolution
+    taps: Tensor  # [2, H, 3**ndim + 1, D] float32: of q's and k's convolution, and the biases
+    quads: Tensor  # [N / 4] int64: tokens of the grid four by four (see ``tiles``)
     w1: Tensor  # W', [B, H, D, D] in the dtype of the products
     w2: Tensor
     w3: Tensor  # [B, H, D, Dv]
 
 
 def empty_saved(
-    q: Tensor, k: Tensor, v: Tensor, conv: Sequence[Tensor], key_norm_eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    conv: Sequence[Tensor],
+    grid: Sequence[int],
+    key_norm_eps: float,
 ) -> Saved:
     """Room for it."""
-    batch, heads, tokens, dim = q.shape
+    batch, heads, _, dim = q.shape
     ndim = conv[0].dim() - 2 if conv else 0
     codes = 0 if is_centred(q, k, v, key_norm_eps) else code_count(ndim)
-    taps = 3**ndim if ndim else 0
+    taps = 3**ndim + 1 if ndim else 0
+    row = padded(dim)
     dtype = torch.float32 if is_wide(q, k, v) else q.dtype
     return Saved(
-        q.new_empty(batch, heads, dim, dtype=torch.float32),
-        q.new_empty(batch, heads, dim, dtype=torch.float32),
-        q.new_empty(batch, heads, codes, dim, dtype=torch.float32),
-        q.new_empty(2, heads, taps, dim, dtype=torch.float32),
-        q.new_empty(tokens if ndim else 0, dtype=torch.uint8),
+        q.new_empty(batch, heads, row, dtype=torch.float32),
+        q.new_empty(batch, heads, row, dtype=torch.float32),
+        q.new_empty(batch, heads, codes, row, dtype=torch.float32),
+        q.new_empty(2, heads, taps, row, dtype=torch.float32),
+        q.new_empty(quad_count(grid) if ndim else 0, dtype=torch.int64),
         q.new_empty(batch, heads, dim, dim, dtype=dtype),
         q.new_empty(batch, heads, dim, dim, dtype=dtype),
         q.new_empty(batch, heads, dim, v.shape[3], dtype=dtype),
@@ -72,11 +91,12 @@ def forward(
         NodeArgumentError: what the kernels cannot take.
     """
     shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality, key_norm_eps=key_norm_eps)
-    q, k, v = near(q), near(k), near(v)
+    q, k, v = (near(t, shape) for t in (q, k, v))
     weights = [w.contiguous() for w in weights]
+    # What is not there is not read.
     weight_q, bias_q, weight_k, bias_k = [c.contiguous() for c in conv] or [q] * 4
-    saved = empty_saved(q, k, v, conv, key_norm_eps)
-    mean, rstd, offsets, taps, codes, *updated = saved
+    saved = empty_saved(q, k, v, conv, grid, key_norm_eps)
+    mean, rstd, offsets, taps, quads, *updated = saved
 
     settings = shape.config("prepare")
     key_chunk, key_splits = shape.chunks(settings)
@@ -84,17 +104,19 @@ def forward(
     launch(
         prepare,
         shape.groups * key_splits,
-        *(k, weight_q, weight_k, statistics, codes, taps, *k.stride()),
-        *(shape.heads, shape.tokens, key_chunk, key_splits, shape.prefix, *shape.grid),
+        *(k, weight_q, bias_q, weight_k, bias_k, statistics, quads, taps, *strides(k)),
+        *(shape.heads, shape.tokens, key_chunk, key_splits),
+        *(shape.num_quads, shape.prefix, *shape.grid),
         D=shape.dim,
         NDIM=shape.conv_ndim,
+        UNIT=unit(k),
         BLOCK_D=padded(shape.dim),
         **settings.launched(),
     )
     launch(
         key_norm,
         shape.groups * max(1, offsets.shape[2]),
-        *(statistics, taps[1], bias_k, mean, rstd, offsets),
+        *(statistics, taps[1], mean, rstd, offsets),
         *(shape.heads, shape.tokens, key_chunk, key_splits, key_norm_eps),
         D=shape.dim,
         NDIM=shape.conv_ndim,
@@ -104,14 +126,15 @@ def forward(
     )
 
     blocks = shape.hidden_blocks("inner_gradient")
-    chunk, splits = shape.chunks(shape.config("inner_gradient"), blocks)
-    partial = k.new_empty(splits, shape.groups, shape.matrices, dtype=torch.float32)
+    parts = shape.tile_chunks(shape.config("inner_gradient"), blocks)
+    partial = k.new_empty(parts.splits, shape.groups, shape.matrices, dtype=torch.float32)
     launch(
         inner_gradient,
-        shape.groups * splits * blocks,
-        *(k, v, *weights, codes, taps[1], bias_k, offsets, mean, rstd, partial, partial),
-        *(*k.stride(), *v.stride(), shape.groups, shape.heads, shape.tokens, chunk, splits),
-        *shape.convolved,
+        shape.groups * parts.splits * blocks,
+        *(k, v, *weights, taps[1], offsets, mean, rstd, partial, partial),
+        *(*strides(k, v), shape.groups, shape.heads, *parts),
+        *shape.places(quads),
+        UNIT=unit(k, v),
         KEYS=True,
         CENTRED=shape.centred,
         **shape.shape("inner_gradient"),
@@ -127,12 +150,14 @@ def forward(
     )
 
     out = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
-    chunk, splits = shape.chunks(shape.config("query_output"))
+    parts = shape.tile_chunks(shape.config("query_output"))
     launch(
         query_output,
-        shape.groups * splits,
-        *(q, *updated, codes, taps[0], bias_q, out),
-        *(*q.stride(), shape.heads, shape.tokens, chunk, splits, *shape.convolved),
+        shape.groups * parts.splits,
+        *(q, *updated, taps[0], out),
+        *(*strides(q), shape.heads, *parts),
+        *shape.places(quads),
+        UNIT=unit(q),
         **shape.shape("query_output"),
     )
     return out.transpose(1, 2), saved

@@ -1,9 +1,10 @@
 """What the launchers of the kernels share: sizes, settings and the launch itself."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,14 @@ INTERPRETED = not isinstance(sum_matrices, triton.JITFunction)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class Parts(NamedTuple):
+    """How the tiles of a (batch item, head) are shared out."""
+
+    chunk: int  # tiles of one program
+    splits: int  # programs
+    tiles: int
+
+
 @dataclass(frozen=True)
 class Site:
     """Sizes of one call; those of tokens and batch may be symbolic."""
@@ -35,7 +44,7 @@ class Site:
     dim: int
     value_dim: int
     conv_ndim: int  # 0: no convolution
-    prefix: int
+    prefix: int  # without a convolution all tokens
     grid: tuple[int, ...]  # of three axes, missing ones first, of size 1
     wide: bool  # products of float32
     centred: bool  # the mean of the keys is subtracted before all else: see ``convolved_tile``
@@ -51,9 +60,14 @@ class Site:
         return self.dim * (2 * self.dim + self.value_dim)
 
     @property
-    def convolved(self) -> tuple[int, ...]:
-        """Rows of three taps in a convolution's kernel, and the sizes of the last two axes."""
-        return (3 ** max(0, self.conv_ndim - 1), *self.grid[1:])
+    def num_quads(self) -> int:
+        """Quads of tokens (see ``tiles``); 0 without a convolution."""
+        return quad_count(self.grid[-self.conv_ndim :]) if self.conv_ndim else 0
+
+    def places(self, quads: Tensor) -> tuple[Any, ...]:
+        """What kernels that convolve are told of the tokens."""
+        grid_tokens = math.prod(self.grid) if self.conv_ndim else 0
+        return quads, self.num_quads, self.prefix, grid_tokens, self.tokens, *self.grid[1:]
 
     @property
     def taps(self) -> int:
@@ -67,9 +81,22 @@ class Site:
     def chunks(self, settings: Config, blocks: int = 1) -> tuple[int, int]:
         """(tokens in a chunk, number of chunks) that let ``blocks`` programs each fill the chip."""
         tiles = triton.cdiv(self.tokens, settings.block_n)
-        wanted = triton.cdiv(settings.programs * multiprocessors(self.device), self.groups * blocks)
-        chunk = triton.cdiv(tiles, torch.sym_min(tiles, wanted)) * settings.block_n
+        chunk = self._chunk(tiles, settings, blocks) * settings.block_n
         return chunk, triton.cdiv(self.tokens, chunk)
+
+    def tile_chunks(self, settings: Config, blocks: int = 1) -> Parts:
+        """The same for kernels that convolve, which count in tiles."""
+        tokens = settings.block_n
+        tiles = triton.cdiv(self.prefix, tokens)
+        if self.conv_ndim:
+            behind = self.tokens - self.prefix - math.prod(self.grid)
+            tiles += triton.cdiv(self.num_quads, tokens // 4) + triton.cdiv(behind, tokens)
+        chunk = self._chunk(tiles, settings, blocks)
+        return Parts(chunk, triton.cdiv(tiles, chunk), tiles)
+
+    def _chunk(self, tiles: int, settings: Config, blocks: int) -> int:
+        wanted = triton.cdiv(settings.programs * multiprocessors(self.device), self.groups * blocks)
+        return triton.cdiv(tiles, torch.sym_min(tiles, wanted))
 
     def shape(self, kernel: str) -> dict[str, Any]:
         """The compile-time arguments of a kernel that multiplies matrices."""
@@ -80,6 +107,7 @@ class Site:
             "NDIM": self.conv_ndim,
             "WIDE": self.wide,
             "PRECISION": precision(),
+            "UNROLL": settings.unroll,
             "BLOCK_M": min(settings.block_m, padded(self.dim)),
             "BLOCK_D": padded(self.dim),
             "BLOCK_V": padded(self.value_dim),
@@ -135,7 +163,7 @@ def site(
         dim=int(dim),
         value_dim=int(v.shape[3]),
         conv_ndim=len(axes),
-        prefix=prefix if convolved else 0,
+        prefix=prefix if convolved else tokens,
         grid=((1,) * (3 - len(axes)) + axes),
         wide=is_wide(q, k, v),
         centred=is_centred(q, k, v, key_norm_eps),
@@ -179,11 +207,52 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def near(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where offsets within one tile could exceed 32 bits."""
-    if max(tensor.stride(2), tensor.stride(3)) < 2**22:
+def quad_count(grid: Sequence[int]) -> int:
+    """Quads of tokens: 2 x 2 along the last two axes, 4 in a row of a grid of one."""
+    if len(grid) == 1:
+        return triton.cdiv(grid[-1], 4)
+    return math.prod(grid[:-2]) * triton.cdiv(grid[-2], 2) * triton.cdiv(grid[-1], 2)
+
+
+def near(tensor: Tensor, shape: Site) -> Tensor:
+    """The tensor itself, or a copy where offsets within one tile could exceed 32 bits.
+
+    The tokens of a tile, 256 at most, and their neighbours in a frame lie in rows of the grid that
+    follow each other.
+    """
+    reach = 1024 + 8 * shape.grid[2]
+    if reach * max(tensor.stride(2), tensor.stride(3)) < 2**31:
         return tensor
     return tensor.contiguous()
+
+
+def unit(*tensors: Tensor) -> int:
+    """Elements of which all strides between tokens, heads and batch items, and where the tensors
+    begin, are multiples: 8, 2 or 1.
+
+    8 lets kernels load 16 bytes at once (of 16 bits), 2 two channels as one word. 1 where channels
+    are not adjacent, or odd in number.
+    """
+    if any(t.stride(3) != 1 or t.shape[3] % 2 for t in tensors):
+        return 1
+    steps = [step for t in tensors for step in (t.storage_offset(), *_outer_strides(t))]
+    return next(u for u in (8, 2, 1) if all(step % u == 0 for step in steps))
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of each tensor: those of batch items, heads and tokens in units, then that of channels."""
+    size = unit(*tensors)
+    return [
+        step for t in tensors for step in (*(s // size for s in _outer_strides(t)), t.stride(3))
+    ]
+
+
+def _outer_strides(tensor: Tensor) -> list[int]:
+    """Strides that matter: an axis of one has none."""
+    return [
+        stride if size != 1 else 0
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
 
 
 def padded(channels: int) -> int:

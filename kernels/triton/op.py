@@ -39,7 +39,7 @@ def ttt_triton_forward(
 # Shapes alone: torch would run the body itself, launches and all.
 @ttt_triton_forward.register_fake
 def _forward_fake(q, k, v, weights, conv, scale, grid, prefix, eps):  # type: ignore[no-untyped-def]
-    return token_major_empty(q, v.shape[3]), *empty_saved(q, k, v, conv, eps)
+    return token_major_empty(q, v.shape[3]), *empty_saved(q, k, v, conv, grid, eps)
 
 
 @torch.library.triton_op("t5fx::ttt_triton_backward", mutates_args=())

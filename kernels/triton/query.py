@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, convolved_tile, head_base, load_weights, sigmoid, store_tile
+from .tiles import (
+    SIZES,
+    convolved_tile,
+    head_base,
+    head_taps,
+    load_weights,
+    sigmoid,
+    store_tile,
+    tile_start,
+    tile_tokens,
+)
 
 
 @triton.jit
@@ -16,15 +26,16 @@ def gated(x, w1, w2, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def query_output(
-    q, w1, w2, w3, codes, taps, bias, out,
-    stride_b, stride_h, stride_n, stride_d, heads, num_tokens, chunk, splits, conv_rows, g1, g2,
-    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr,
+    q, w1, w2, w3, taps, out, stride_b, stride_h, stride_n, stride_d, heads, chunk, splits, tiles,
+    quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
+    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """out ``[B, N, H, Dv]``, contiguous; the weights are ``[B*H, ...]``.
 
-    One program for each (batch item, head) and chunk of tokens. Weights that fit in one block of
+    One program for each (batch item, head) and chunk of tiles. Weights that fit in one block of
     hidden units stay on the chip over all tiles of the chunk.
     """
     BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
@@ -32,10 +43,9 @@ def query_output(
     group = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     head = group % heads
-    lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
-    q_base = head_base(q, group, heads, stride_b, stride_h)
+    q_base = head_base(q, group, heads, stride_b, stride_h, UNIT)
     out_base = out + ((group // heads).to(tl.int64) * num_tokens * heads + head) * DV
     w1_base = w1 + group.to(tl.int64) * (D * D)
     w2_base = w2 + group.to(tl.int64) * (D * D)
@@ -47,22 +57,27 @@ def query_output(
         )
 
     begin = split * chunk
-    for start in range(begin, tl.minimum(begin + chunk, num_tokens), BLOCK_N):
+    for tile in range(begin, tl.minimum(begin + chunk, tiles)):
+        on_grid, first, count = tile_start(
+            tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
+        )
         x = convolved_tile(
-            q_base, start, lanes, channels, num_tokens, stride_n, stride_d,
-            codes, taps + head * (3**NDIM * D), bias + head * D, None, None, None,
-            conv_rows, g1, g2,
-            D, NDIM, False, False,
+            q_base, tile, on_grid, first, count, stride_n, stride_d, quads, num_quads,
+            head_taps(taps, head, NDIM, BLOCK_D), None, (None, None, None, None), g1, g2,
+            D, NDIM, False, False, UNIT, UNROLL, BLOCK_N, BLOCK_D,
         ).to(dtype)  # fmt: skip
         if BLOCKS_M == 1:
             z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
             o = tl.dot(z, w3_block, input_precision=PRECISION)
         else:
             o = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            for first in range(0, D, BLOCK_M):
+            for unit in range(0, D, BLOCK_M):
                 w1_block, w2_block, w3_block = load_weights(
-                    w1_base, w2_base, w3_base, first, units, channels, values, D, DV, 1.0, dtype
+                    w1_base, w2_base, w3_base, unit, units, channels, values, D, DV, 1.0, dtype
                 )
                 z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
                 o = tl.dot(z, w3_block, o, input_precision=PRECISION)
-        store_tile(out_base, o, start, lanes, values, start + lanes < num_tokens, DV, heads * DV)
+        tokens, exist = tile_tokens(
+            tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
+        )
+        store_tile(out_base + first * heads * DV, o, tokens, values, exist, DV, heads)

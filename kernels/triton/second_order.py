@@ -23,10 +23,13 @@ from .tiles import (
     convolved_tile,
     group_offsets,
     head_base,
+    head_taps,
     load_statistics,
     load_tile,
     load_weights,
     silu_terms,
+    tile_start,
+    tile_tokens,
 )
 
 
@@ -52,18 +55,20 @@ def second_order_terms(x, g, w1, w2, w3, u1, u2, u3, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def second_order_gradient(
-    x, g, w1, w2, w3, u1, u2, u3, codes, taps, bias, offsets, mean, rstd, partial, dx, dg,
+    x, g, w1, w2, w3, u1, u2, u3, taps, offsets, mean, rstd, partial, dx, dg,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
-    groups, heads, num_tokens, chunk, splits, conv_rows, g1, g2, scale,
-    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, CENTRED: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    groups, heads, chunk, splits, tiles, scale,
+    quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
+    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
+    CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What comes back through the inner gradient; u is dL/dW', ``[B*H, ...]``, U / r, and r is
     scale / num_tokens.
 
-    partial ``[splits, B*H, 2*D*D + D*Dv]`` float32 of the tokens of a chunk, dx ``[B, N, H, D]``
-    and dg ``[B, N, H, Dv]``. One program for each (batch item, head) and chunk of tokens.
+    partial ``[splits, B*H, 2*D*D + D*Dv]`` float32 of the tokens of a chunk of tiles, dx
+    ``[B, N, H, D]`` and dg ``[B, N, H, Dv]``. One program for each (batch item, head) and chunk.
     """
     BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
     dtype: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
@@ -71,20 +76,20 @@ def second_order_gradient(
     split = tl.program_id(0) % splits
     head = group % heads
     at_group = group.to(tl.int64)
-    lanes = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     units = tl.arange(0, BLOCK_M)
-    mean_row, rstd_row = load_statistics(mean, rstd, group, channels, D)
-    offsets = group_offsets(offsets, group, D, NDIM)
-    x_base = head_base(x, group, heads, x_stride_b, x_stride_h)
-    g_base = head_base(g, group, heads, g_stride_b, g_stride_h)
+    statistics = load_statistics(mean, rstd, group, tl.arange(0, BLOCK_D // 2))
+    taps = head_taps(taps, head, NDIM, BLOCK_D)
+    offsets = group_offsets(offsets, group, NDIM, BLOCK_D)
+    x_base = head_base(x, group, heads, x_stride_b, x_stride_h, UNIT)
+    g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
     first_token = (group // heads).to(tl.int64) * num_tokens * heads + head
     dx_base = dx + first_token * D
     dg_base = dg + first_token * DV
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
     begin = split * chunk
-    end = tl.minimum(begin + chunk, num_tokens)
+    end = tl.minimum(begin + chunk, tiles)
 
     rate = tl.cast(scale, tl.float32) / num_tokens
     for block in range(BLOCKS_M):
@@ -99,15 +104,22 @@ def second_order_gradient(
         sum1 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum2 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
-        for start in range(begin, end, BLOCK_N):
-            inside = start + lanes < num_tokens
+        for tile in range(begin, end):
+            on_grid, first, count = tile_start(
+                tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
+            )
             x_tile = convolved_tile(
-                x_base, start, lanes, channels, num_tokens, x_stride_n, x_stride_d,
-                codes, taps + head * (3**NDIM * D), bias + head * D, offsets, mean_row, rstd_row,
-                conv_rows, g1, g2, D, NDIM, True, CENTRED,
+                x_base, tile, on_grid, first, count, x_stride_n, x_stride_d, quads, num_quads,
+                taps, offsets, statistics, g1, g2,
+                D, NDIM, True, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
             ).to(dtype)  # fmt: skip
-            g_tile = load_tile(g_base, start, lanes, values, inside, DV, g_stride_n, g_stride_d)
-            g_tile = g_tile.to(dtype)
+            tokens, exist = tile_tokens(
+                tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
+            )
+            g_tile = load_tile(
+                g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
+                g_stride_d, UNIT,
+            ).to(dtype)  # fmt: skip
             z, da, db, at_dz, at_a, at_b = second_order_terms(
                 x_tile, g_tile, w1_block, w2_block, w3_block, u1_block, u2_block, u3_block,
                 PRECISION,
@@ -120,9 +132,29 @@ def second_order_gradient(
             back = tl.dot(db, tl.trans(u2_block), back, input_precision=PRECISION)
             back = tl.dot(at_a, tl.trans(w1_block), back, input_precision=PRECISION)
             back = tl.dot(at_b, tl.trans(w2_block), back, input_precision=PRECISION)
-            add_tile(dx_base, back, start, lanes, channels, inside, D, heads * D, block, BLOCKS_M)
+            add_tile(
+                dx_base + first * heads * D,
+                back,
+                tokens,
+                channels,
+                exist,
+                D,
+                heads,
+                block,
+                BLOCKS_M,
+            )
             back = tl.dot(z, u3_block, input_precision=PRECISION)
             back = tl.dot(at_dz, w3_block, back, input_precision=PRECISION)
-            add_tile(dg_base, back, start, lanes, values, inside, DV, heads * DV, block, BLOCKS_M)
+            add_tile(
+                dg_base + first * heads * DV,
+                back,
+                tokens,
+                values,
+                exist,
+                DV,
+                heads,
+                block,
+                BLOCKS_M,
+            )
         store_gradients(at, sum1, sum2, sum3, channels, block * BLOCK_M + units, values, D, DV)
         tl.debug_barrier()  # the next block reads dx and dg
