@@ -92,7 +92,12 @@ def launches(
 
 
 def compiled(
-    kernel: Any, arguments: dict[str, Any], architecture: str, *, floats: str = "fp32"
+    kernel: Any,
+    arguments: dict[str, Any],
+    architecture: str,
+    *,
+    floats: str = "fp32",
+    sizes: str = "i32",
 ) -> Any:
     """The compiled kernel, specialised as at run time: sizes of 1, and multiples of 16."""
     arguments = dict(arguments)
@@ -114,7 +119,8 @@ def compiled(
         elif isinstance(value, float):
             signature[parameter.name] = floats
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            small = sizes if parameter.do_not_specialize else "i32"
+            signature[parameter.name] = small if value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

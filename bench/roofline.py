@@ -207,9 +207,9 @@ def page(gpu: Gpu = H200) -> str:
     lines += [
         "",
         f"The bytes are of {HEADS} heads, with the partial sums of the gradients written and read",
-        "once by as many programs as fill the chip, whatever the L2 cache keeps of them. The",
-        "second pass of inner_gradient_keys over heads of 128 is not counted: another program makes",
-        "it at the same time as the first, and finds what that one read in the L2 cache.",
+        "once by as many programs as fill the chip, whatever the L2 cache keeps of them. Of heads",
+        "of 128 the second pass of inner_gradient_keys is not counted: another program makes it at",
+        "the same time as the first, and finds what that one read in the L2 cache.",
         "",
         "Over FlashAttention-3 at its fastest (740 TFLOP/s forward, 560 backward: "
         "[arXiv 2407.08608](https://arxiv.org/abs/2407.08608)), heads of 128, at most:",

@@ -6,12 +6,11 @@ import torch
 from t5fx.bench import offline
 from t5fx.kernels.triton_kernels import configs
 
-#: Share of the instructions in a tile's loop that may store and load spilled registers. The sums of
-#: the inner gradient, 3 x D x BLOCK_M float32, stay in registers over all tiles and leave little
-#: for the rest; smaller blocks spill less but convolve each tile again, for twice the instructions.
-SPILLS = 0.1
-#: Bytes of spilled registers that are let pass elsewhere, of the 1,020 that a thread can have.
-FEW_REGISTERS = 192
+#: Share of the instructions in a tile's loop that may store and load spilled registers, by how the
+#: name of the kernel begins. The sums of a gradient of the weights, 3 x D x BLOCK_M float32, stay
+#: in registers over all tiles and leave little for the rest; smaller blocks spill less but convolve
+#: each tile again, for twice the instructions. A forward with heads of 64 spills nothing.
+SPILLS = {"inner": 0.03, "second": 0.1}
 #: The rest is compiled by `make nightly`: 2 seconds each.
 FREQUENT = (64, torch.bfloat16)
 #: The backward's six matrices of 256 x 16 float32, the narrowest blocks that there are: 96 KiB.
@@ -36,11 +35,10 @@ def test_resources(architecture, dim, dtype):
         assert compiled.metadata.shared <= offline.SHARED_MEMORY[architecture], name
         if (architecture, dtype) == ("sm_90", torch.bfloat16) and dim in (64, 128):
             counts = offline.token_loop(offline.instructions(compiled))
-            assert counts["LDL"] + counts["STL"] <= SPILLS * counts.total(), name
-            if not name.startswith(("inner", "second")):
-                assert offline.spilled(compiled) == 0, name
-            elif dim == 64 and name.startswith("inner"):
-                assert offline.spilled(compiled) <= FEW_REGISTERS, name
+            spills = SPILLS.get(name.partition("_")[0], 0)
+            if (name, dim) == ("inner_gradient_keys", 64):
+                spills = 0
+            assert counts["LDL"] + counts["STL"] <= spills * counts.total(), name
 
 
 @pytest.mark.parametrize("grid", [(4096,), (16, 16, 16)])
@@ -58,6 +56,12 @@ def test_floats_may_be_64_bits_wide():
             lines = [line for line in compiled.asm["ttgir"].splitlines() if "f64" in line]
             assert lines
             assert all("tt.func" in line or "arith.truncf" in line for line in lines)
+
+
+def test_sizes_may_be_64_bits_wide():
+    """So Inductor passes those of which it knows no bound."""
+    for kernel, arguments in offline.launches("sm_90", torch.bfloat16, 32).values():
+        offline.compiled(kernel, arguments, "sm_90", sizes="i64")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

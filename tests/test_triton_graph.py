@@ -110,6 +110,47 @@ def test_widths_may_be_symbols(pretended):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize(
+    ("dim", "begin", "unit"),
+    [(72, 0, 8), (20, 0, 2), (17, 0, 1), (64, 8, 8), (64, 1, 1), (64, 2, 1)],
+)
+def test_what_may_be_loaded_at_once(dim, begin, unit):
+    """8 elements only from multiples of 16 bytes, in the memory too."""
+    memory = torch.empty(begin + 3 * 5 * 3 * dim, dtype=torch.bfloat16)
+    packed = memory[begin:].view(1, 5, 3, 3, dim)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    assert launch.unit(q) == unit
+    for tensor in (q, k, v):
+        size = launch.unit(tensor)
+        *outer, inner = launch.strides(tensor)
+        assert [size * step for step in outer] == [0, dim, 9 * dim]
+        assert inner == 1
+        assert tensor.data_ptr() % (2 * size) == 0
+    shared = torch.from_dlpack(memory[begin:]).view(1, 5, 3, 3, dim)
+    assert launch.unit(shared.permute(2, 0, 3, 1, 4)[0]) == unit
+    assert launch.unit(q[..., ::2]) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "copied"),
+    [
+        ((1, 16, 2**17, 64), (2**17,), False),
+        ((1, 16, 2**20, 64), (2**10, 2**10), False),
+        ((1, 16, 2**16, 64), (2, 2**15), True),
+    ],
+)
+def test_offsets_within_a_tile_fit_in_32_bits(shape, grid, copied):
+    """A tile lies in two rows of the grid; a tensor whose rows are too far apart is copied."""
+    heads, dim = shape[1], shape[3]
+    apart = 2**14 if copied else 3 * heads * dim
+    q = torch.empty_strided(shape, (0, dim, apart, 1), device="meta")
+    sizes = {"prefix": 0, "locality": "dwc_qk", "key_norm_eps": 1.0}
+    site = launch.site(q, q, q, grid=grid, **sizes)
+    assert (launch.near(q, site) is not q) == copied
+    with pytest.raises(NodeArgumentError, match=r"expected at most \d+ columns with 16 heads"):
+        launch.site(q, q, q, grid=(2, 2**21), **sizes)
+
+
 def test_refused_on_a_cpu():
     q = torch.randn(1, 2, 9, 16)
     weights = [torch.randn(2, 16, 16) for _ in range(3)]

@@ -26,6 +26,7 @@ from .tiles import (
     load_split,
     load_statistics,
     load_tile,
+    own_tiles,
     quads_with,
     scaled,
     step,
@@ -132,9 +133,8 @@ def convolution_gradient(
 
     # Sums of each lane; lanes are added up at the end.
     sums = (tl.zeros([L, HALF_D], tl.float32),) * (2 * COUNT)
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, tiles)
-    grid_tiles = tl.cdiv(num_quads, L)
+    begin, end = own_tiles(split, chunk, tiles)
+    grid_tiles = tl.cast(tl.cdiv(num_quads, L), tl.int32)
     if NDIM > 0:
         for tile in range(begin, tl.minimum(end, grid_tiles)):
             on_grid, first, count = tile_start(

@@ -22,6 +22,7 @@ from .tiles import (
     load_statistics,
     load_tile,
     load_weights,
+    own_tiles,
     silu_terms,
     store_tile,
     tile_start,
@@ -104,8 +105,7 @@ def inner_gradient(
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
     dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, tiles)
+    begin, end = own_tiles(split, chunk, tiles)
 
     for turn in range(BLOCKS_M // SHARED_AMONG):
         block = turn + tl.program_id(0) % SHARED_AMONG

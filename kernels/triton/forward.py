@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .first_order import inner_gradient
 from .launch import (
+    Site,
     code_count,
     is_centred,
     is_wide,
@@ -32,7 +33,7 @@ class Saved(NamedTuple):
     rstd: Tensor  # the same: 1 / sqrt(var + eps)
     offsets: Tensor  # [B, H, codes, D] float32: see ``key_norm``; empty if centred
     taps: Tensor  # [2, H, 3**ndim + 1, D] float32: of q's and k's convolution, and the biases
-    quads: Tensor  # [N / 4] int64: tokens of the grid four by four (see ``tiles``)
+    quads: Tensor  # [quads] int64: tokens of the grid four by four (see ``tiles``)
     w1: Tensor  # W', [B, H, D, D] in the dtype of the products
     w2: Tensor
     w3: Tensor  # [B, H, D, Dv]
@@ -93,37 +94,9 @@ def forward(
     shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality, key_norm_eps=key_norm_eps)
     q, k, v = (near(t, shape) for t in (q, k, v))
     weights = [w.contiguous() for w in weights]
-    # What is not there is not read.
-    weight_q, bias_q, weight_k, bias_k = [c.contiguous() for c in conv] or [q] * 4
     saved = empty_saved(q, k, v, conv, grid, key_norm_eps)
+    fill_tables(saved, k, conv, shape, key_norm_eps)
     mean, rstd, offsets, taps, quads, *updated = saved
-
-    settings = shape.config("prepare")
-    key_chunk, key_splits = shape.chunks(settings)
-    statistics = k.new_empty(shape.groups, key_splits, 2, shape.dim, dtype=torch.float32)
-    launch(
-        prepare,
-        shape.groups * key_splits,
-        *(k, weight_q, bias_q, weight_k, bias_k, statistics, quads, taps, *strides(k)),
-        *(shape.heads, shape.tokens, key_chunk, key_splits),
-        *(shape.num_quads, shape.prefix, *shape.grid),
-        D=shape.dim,
-        NDIM=shape.conv_ndim,
-        UNIT=unit(k),
-        BLOCK_D=padded(shape.dim),
-        **settings.launched(),
-    )
-    launch(
-        key_norm,
-        shape.groups * max(1, offsets.shape[2]),
-        *(statistics, taps[1], mean, rstd, offsets),
-        *(shape.heads, shape.tokens, key_chunk, key_splits, key_norm_eps),
-        D=shape.dim,
-        NDIM=shape.conv_ndim,
-        CENTRED=shape.centred,
-        BLOCK_D=padded(shape.dim),
-        num_warps=1,
-    )
 
     blocks = shape.hidden_blocks("inner_gradient")
     parts = shape.tile_chunks(shape.config("inner_gradient"), blocks)
@@ -161,3 +134,36 @@ def forward(
         **shape.shape("query_output"),
     )
     return out.transpose(1, 2), saved
+
+
+def fill_tables(
+    saved: Saved, k: Tensor, conv: Sequence[Tensor], shape: Site, key_norm_eps: float
+) -> None:
+    """Writes all of ``saved`` but W'."""
+    # What is not there is not read.
+    weight_q, bias_q, weight_k, bias_k = [c.contiguous() for c in conv] or [k] * 4
+    settings = shape.config("prepare")
+    chunk, splits = shape.chunks(settings)
+    statistics = k.new_empty(shape.groups, splits, 2, shape.dim, dtype=torch.float32)
+    launch(
+        prepare,
+        shape.groups * splits,
+        *(k, weight_q, bias_q, weight_k, bias_k, statistics, saved.quads, saved.taps, *strides(k)),
+        *(shape.heads, shape.tokens, chunk, splits, shape.num_quads, shape.prefix, *shape.grid),
+        D=shape.dim,
+        NDIM=shape.conv_ndim,
+        UNIT=unit(k),
+        BLOCK_D=padded(shape.dim),
+        **settings.launched(),
+    )
+    launch(
+        key_norm,
+        shape.groups * max(1, saved.offsets.shape[2]),
+        *(statistics, saved.taps[1], saved.mean, saved.rstd, saved.offsets),
+        *(shape.heads, shape.tokens, chunk, splits, key_norm_eps),
+        D=shape.dim,
+        NDIM=shape.conv_ndim,
+        CENTRED=shape.centred,
+        BLOCK_D=padded(shape.dim),
+        num_warps=1,
+    )

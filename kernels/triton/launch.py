@@ -60,9 +60,14 @@ class Site:
         return self.dim * (2 * self.dim + self.value_dim)
 
     @property
+    def axes(self) -> tuple[int, ...]:
+        """The sizes of the grid; none without a convolution."""
+        return self.grid[3 - self.conv_ndim :]
+
+    @property
     def num_quads(self) -> int:
         """Quads of tokens (see ``tiles``); 0 without a convolution."""
-        return quad_count(self.grid[-self.conv_ndim :]) if self.conv_ndim else 0
+        return quad_count(self.axes) if self.conv_ndim else 0
 
     def places(self, quads: Tensor) -> tuple[Any, ...]:
         """What kernels that convolve are told of the tokens."""
@@ -155,6 +160,7 @@ def site(
     convolved = locality == "dwc_qk"
     axes = tuple(grid) if convolved else ()
     batch, heads, tokens, dim = q.shape
+    check_reach(axes, int(heads), int(max(dim, v.shape[3])))
     return Site(
         device=q.device,
         batch=batch,
@@ -214,29 +220,48 @@ def quad_count(grid: Sequence[int]) -> int:
     return math.prod(grid[:-2]) * triton.cdiv(grid[-2], 2) * triton.cdiv(grid[-1], 2)
 
 
-def near(tensor: Tensor, shape: Site) -> Tensor:
-    """The tensor itself, or a copy where offsets within one tile could exceed 32 bits.
-
-    The tokens of a tile, 256 at most, and their neighbours in a frame lie in rows of the grid that
-    follow each other.
+def reach(grid: Sequence[int]) -> int:
+    """Tokens between which the first tokens of a tile's quads and their neighbours in a frame lie,
+    at most, of tiles of up to 256 tokens.
     """
-    reach = 1024 + 8 * shape.grid[2]
-    if reach * max(tensor.stride(2), tensor.stride(3)) < 2**31:
-        return tensor
-    return tensor.contiguous()
+    return 1024 + (8 * grid[-1] if len(grid) > 1 else 0)
+
+
+def near(tensor: Tensor, shape: Site) -> Tensor:
+    """The tensor itself, or a copy where offsets within one tile could exceed 32 bits."""
+    apart = reach(shape.axes) * tensor.stride(2) + tensor.shape[3] * tensor.stride(3)
+    return tensor if apart < 2**31 else tensor.contiguous()
+
+
+def check_reach(grid: Sequence[int], heads: int, width: int) -> None:
+    """Raise if offsets within one tile of what the kernels write could exceed 32 bits."""
+    most = 2**31 // (heads * width)
+    if reach(grid) >= most:
+        raise NodeArgumentError(
+            f"grid: expected at most {(most - 1024) // 8} columns with {heads} heads of {width}; "
+            f'got {grid[-1]}; use impl="reference"'
+        )
 
 
 def unit(*tensors: Tensor) -> int:
-    """Elements of which all strides between tokens, heads and batch items, and where the tensors
-    begin, are multiples: 8, 2 or 1.
+    """Elements of which all strides between tokens, heads and batch items are multiples: 8, 2 or 1.
 
     8 lets kernels load 16 bytes at once (of 16 bits), 2 two channels as one word. 1 where channels
-    are not adjacent, or odd in number.
+    are not adjacent, or odd in number, or do not begin at a multiple of 16 bytes.
     """
-    if any(t.stride(3) != 1 or t.shape[3] % 2 for t in tensors):
+    if any(t.stride(3) != 1 or t.shape[3] % 2 or not _is_aligned(t) for t in tensors):
         return 1
-    steps = [step for t in tensors for step in (t.storage_offset(), *_outer_strides(t))]
+    steps = [step for t in tensors for step in _outer_strides(t)]
     return next(u for u in (8, 2, 1) if all(step % u == 0 for step in steps))
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """To 16 bytes. While a compiler traces there is no memory yet: Inductor copies inputs that are
+    not aligned as those were that it traced with.
+    """
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor.data_ptr() % 16 == 0
+    return bool(tensor.storage_offset() * tensor.element_size() % 16 == 0)
 
 
 def strides(*tensors: Tensor) -> list[int]:

@@ -72,12 +72,12 @@ def prepare(
     if NDIM > 0:
         if group == 0:
             each = tl.cdiv(num_quads, splits)
-            end = tl.minimum(split * each + each, num_quads)
-            for start in range(split * each, end, BLOCK_N):
+            last = tl.minimum(split * each + each, num_quads)
+            for at in range(split * each, last, BLOCK_N):
                 tl.store(
-                    quads + start + lanes,
-                    quad_at(start + lanes, prefix, g0, g1, g2, NDIM),
-                    mask=start + lanes < end,
+                    quads + at + lanes,
+                    quad_at(at + lanes, prefix, g0, g1, g2, NDIM),
+                    mask=at + lanes < last,
                 )
         if (group < heads) & (split == 0):
             target = head_taps(taps, group, NDIM, BLOCK_D)

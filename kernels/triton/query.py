@@ -9,6 +9,7 @@ from .tiles import (
     head_base,
     head_taps,
     load_weights,
+    own_tiles,
     sigmoid,
     store_tile,
     tile_start,
@@ -56,8 +57,8 @@ def query_output(
             w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype
         )
 
-    begin = split * chunk
-    for tile in range(begin, tl.minimum(begin + chunk, tiles)):
+    begin, end = own_tiles(split, chunk, tiles)
+    for tile in range(begin, end):
         on_grid, first, count = tile_start(
             tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
         )

@@ -27,6 +27,7 @@ from .tiles import (
     load_statistics,
     load_tile,
     load_weights,
+    own_tiles,
     silu_terms,
     tile_start,
     tile_tokens,
@@ -88,8 +89,7 @@ def second_order_gradient(
     dx_base = dx + first_token * D
     dg_base = dg + first_token * DV
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, tiles)
+    begin, end = own_tiles(split, chunk, tiles)
 
     rate = tl.cast(scale, tl.float32) / num_tokens
     for block in range(BLOCKS_M):

@@ -58,17 +58,24 @@ def tile_start(
     grid_tiles = tl.cdiv(num_quads, BLOCK_N // 4)
     on_grid = tile < grid_tiles if NDIM > 0 else False
     first = tl.cast(0, tl.int64)
-    count = 0
+    count = tl.cast(0, tl.int32)
     if on_grid:
         first = tl.load(quads + tile * (BLOCK_N // 4)) // QUAD
     else:
-        before = (tile - grid_tiles) * BLOCK_N
-        count = prefix - before
-        if count <= 0:
-            before = (tile - grid_tiles - tl.cdiv(prefix, BLOCK_N)) * BLOCK_N + prefix + grid_tokens
-            count = num_tokens - before
-        first += before
+        first += (tile - grid_tiles) * BLOCK_N
+        limit = tl.cast(prefix, tl.int64)
+        if first >= limit:
+            first -= tl.cdiv(prefix, BLOCK_N) * BLOCK_N - prefix - grid_tokens
+            limit = tl.cast(num_tokens, tl.int64)
+        count = tl.cast(limit - first, tl.int32)
     return on_grid, first, count
+
+
+@triton.jit
+def own_tiles(split, chunk, tiles):
+    """The first of the tiles of a program, and the one behind its last."""
+    begin = split * tl.cast(chunk, tl.int32)
+    return begin, tl.minimum(begin + tl.cast(chunk, tl.int32), tl.cast(tiles, tl.int32))
 
 
 @triton.jit
@@ -96,7 +103,7 @@ def tile_tokens(
             further = member
         else:
             missing = tl.where(member >= 2, 8, 0) + tl.where(member % 2 > 0, 2, 0)
-            further = tl.where(member >= 2, g2, 0) + member % 2
+            further = tl.where(member >= 2, tl.cast(g2, tl.int32), 0) + member % 2
         tokens = (tokens - first).to(tl.int32) + further
         exist = (flags & (NONE + missing)) == 0
     else:
@@ -120,7 +127,7 @@ def load_tile(
 ):
     """The valid tokens, counted from where ``start`` points, in their own dtype; 0 elsewhere.
 
-    Offsets within a tile fit in 32 bits (``launch.near``).
+    Offsets within a tile fit in 32 bits (``launch.near``, ``launch.check_reach``).
     """
     if UNIT > 1:
         within = tokens[:, None] * (stride_n * UNIT) + channels[None, :]
@@ -476,12 +483,13 @@ def convolved_quads(
                 code = member_code(flags, member // WIDTH, member % WIDTH)
                 even, odd = load_splits(offsets, code, halves)
                 sums = add_at(sums, member, even, odd)
-                if start.dtype.element_ty == tl.float16:
-                    # What is no token is no more than its neighbours and the offset: in float16 too
-                    # much for the products, perhaps, and infinity times 0 is not 0.
-                    there = quads_with(flags, 0, member // WIDTH, member % WIDTH)
-                    exists = tl.where(there, 1.0, 0.0)[:, None]
-                    sums = scaled(sums, member, exists, exists)
+    if start.dtype.element_ty == tl.float16:
+        # A token that does not exist has what its neighbours give it: in float16 too much for the
+        # products, perhaps, and infinity times 0 is not 0.
+        for member in tl.static_range(4):
+            there = quads_with(flags, 0, member // WIDTH, member % WIDTH)
+            exists = tl.where(there, 1.0, 0.0)[:, None]
+            sums = scaled(sums, member, exists, exists)
     return sums
 
 
