@@ -31,7 +31,7 @@ GAIN = 0.02
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """Settings with one of them twice or half as large, within what kernels take."""
+    """Settings with one of them twice or half as large, within what kernels take, or turned."""
     limits = {"block_n": (4, 256), "block_m": (16, 256), "warps": (4, 16), "stages": (1, 4),
               "programs": (1, 8)}  # fmt: skip
     for field, (least, most) in limits.items():
@@ -39,6 +39,8 @@ def neighbours(config: Config) -> Iterator[Config]:
         for other in (2 * value, value // 2):
             if value and least <= other <= most:
                 yield config._replace(**{field: other})
+    if config.block_m:  # kernels that multiply convolve in a loop over columns, or without
+        yield config._replace(unroll=not config.unroll)
 
 
 def descend(start: Config, seconds: Callable[[Config], float | None]) -> tuple[Config, float]:
