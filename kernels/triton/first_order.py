@@ -23,26 +23,27 @@ from .tiles import (
     load_tile,
     load_weights,
     own_tiles,
+    pair,
     silu_terms,
     store_tile,
     tile_start,
     tile_tokens,
+    unpair,
 )
 
 
 @triton.jit
-def hidden_gradients(x, g, w1, w2, w3, PRECISION: tl.constexpr):
+def hidden_gradients(x, g, w12, w3, PRECISION: tl.constexpr):
     """Z, dA and dB of a block of hidden units, ``[BLOCK_N, BLOCK_M]`` in x's dtype."""
-    a = tl.dot(x, w1, input_precision=PRECISION)
-    b = tl.dot(x, w2, input_precision=PRECISION)
+    a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
     silu, slope, _ = silu_terms(a)
     dtype: tl.constexpr = x.dtype
-    return (silu * b).to(dtype), (dz * b * slope).to(dtype), (dz * silu).to(dtype)
+    return (silu * b).to(dtype), pair(dz * (b * slope), dz * silu).to(dtype)
 
 
 @triton.jit
-def store_gradients(base, g1, g2, g3, channels, hidden, values, D: tl.constexpr, DV: tl.constexpr):
+def store_gradients(base, g12, g3, channels, hidden, values, D: tl.constexpr, DV: tl.constexpr):
     """Writes a block of hidden units of G1, G2 and G3, which lie one behind the other.
 
     ``g3`` comes as its transpose, ``[BLOCK_V, BLOCK_M]``, like the others: with as many rows as a
@@ -50,6 +51,7 @@ def store_gradients(base, g1, g2, g3, channels, hidden, values, D: tl.constexpr,
     """
     columns = (channels < D)[:, None] & (hidden < D)[None, :]
     at = base + channels[:, None] * D + hidden[None, :]
+    g1, g2 = unpair(g12)
     tl.store(at, g1, mask=columns)
     tl.store(at + D * D, g2, mask=columns)
     rows = (values < DV)[:, None] & (hidden < D)[None, :]
@@ -109,12 +111,11 @@ def inner_gradient(
 
     for turn in range(BLOCKS_M // SHARED_AMONG):
         block = turn + tl.program_id(0) % SHARED_AMONG
-        w1_block, w2_block, w3_block = load_weights(
+        w12_block, w3_block = load_weights(
             w1 + owner * (D * D), w2 + owner * (D * D), w3 + owner * (D * DV),
             block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
         )  # fmt: skip
-        sum1 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-        sum2 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+        sum12 = tl.zeros([2 * BLOCK_M, BLOCK_D], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):
             on_grid, first, count = tile_start(
@@ -132,18 +133,15 @@ def inner_gradient(
                 g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
             ).to(dtype)  # fmt: skip
-            z, da, db = hidden_gradients(x_tile, g_tile, w1_block, w2_block, w3_block, PRECISION)
-            x_transposed = tl.trans(x_tile)
-            sum1 = tl.dot(x_transposed, da, sum1, input_precision=PRECISION)
-            sum2 = tl.dot(x_transposed, db, sum2, input_precision=PRECISION)
-            sum3 = tl.dot(tl.trans(g_tile), z, sum3, input_precision=PRECISION)
+            z, dab = hidden_gradients(x_tile, g_tile, w12_block, w3_block, PRECISION)
             if not KEYS:
-                back = tl.dot(da, tl.trans(w1_block), input_precision=PRECISION)
-                back = tl.dot(db, tl.trans(w2_block), back, input_precision=PRECISION)
+                back = tl.dot(dab, tl.trans(w12_block), input_precision=PRECISION)
                 add_tile(
                     dx_base + first * heads * D, back, tokens, channels, exist, D, heads, block,
                     BLOCKS_M,
                 )  # fmt: skip
-        store_gradients(at, sum1, sum2, sum3, channels, block * BLOCK_M + units, values, D, DV)
+            sum3 = tl.dot(tl.trans(g_tile), z, sum3, input_precision=PRECISION)
+            sum12 = tl.dot(tl.trans(dab), x_tile, sum12, input_precision=PRECISION)
+        store_gradients(at, tl.trans(sum12), sum3, channels, block * BLOCK_M + units, values, D, DV)
         if not KEYS:  # the next block reads dx
             tl.debug_barrier()

@@ -14,14 +14,14 @@ from .tiles import (
     store_tile,
     tile_start,
     tile_tokens,
+    unpair,
 )
 
 
 @triton.jit
-def gated(x, w1, w2, PRECISION: tl.constexpr):
+def gated(x, w12, PRECISION: tl.constexpr):
     """silu(x W1) * (x W2), float32."""
-    a = tl.dot(x, w1, input_precision=PRECISION)
-    b = tl.dot(x, w2, input_precision=PRECISION)
+    a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     return a * sigmoid(a) * b
 
 
@@ -53,7 +53,7 @@ def query_output(
     w3_base = w3 + group.to(tl.int64) * (D * DV)
     units = tl.arange(0, BLOCK_M)
     if BLOCKS_M == 1:
-        w1_block, w2_block, w3_block = load_weights(
+        w12_block, w3_block = load_weights(
             w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype
         )
 
@@ -68,15 +68,15 @@ def query_output(
             D, NDIM, False, False, UNIT, UNROLL, BLOCK_N, BLOCK_D,
         ).to(dtype)  # fmt: skip
         if BLOCKS_M == 1:
-            z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
+            z = gated(x, w12_block, PRECISION).to(dtype)
             o = tl.dot(z, w3_block, input_precision=PRECISION)
         else:
             o = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
             for unit in range(0, D, BLOCK_M):
-                w1_block, w2_block, w3_block = load_weights(
+                w12_block, w3_block = load_weights(
                     w1_base, w2_base, w3_base, unit, units, channels, values, D, DV, 1.0, dtype
                 )
-                z = gated(x, w1_block, w2_block, PRECISION).to(dtype)
+                z = gated(x, w12_block, PRECISION).to(dtype)
                 o = tl.dot(z, w3_block, o, input_precision=PRECISION)
         tokens, exist = tile_tokens(
             tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N

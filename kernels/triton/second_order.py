@@ -28,30 +28,32 @@ from .tiles import (
     load_tile,
     load_weights,
     own_tiles,
+    pair,
     silu_terms,
     tile_start,
     tile_tokens,
+    unpair,
 )
 
 
 @triton.jit
-def second_order_terms(x, g, w1, w2, w3, u1, u2, u3, PRECISION: tl.constexpr):
-    """Z, dA, dB and the gradients of L at dZ, A and B, ``[BLOCK_N, BLOCK_M]`` in x's dtype."""
-    a = tl.dot(x, w1, input_precision=PRECISION)
-    b = tl.dot(x, w2, input_precision=PRECISION)
-    dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
-    p = tl.dot(x, u1, input_precision=PRECISION)
-    r = tl.dot(x, u2, input_precision=PRECISION)
-    t = tl.dot(g, tl.trans(u3), input_precision=PRECISION)
+def second_order_terms(x, g, w12, u12, w3u3, PRECISION: tl.constexpr):
+    """The gradients of L at A and B in pairs, at dZ, dA and dB in pairs, and at dZ and Z in pairs,
+    in x's dtype: ``[BLOCK_N, BLOCK_M]``, pairs ``[BLOCK_N, 2 BLOCK_M]``.
+    """
+    a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
+    dz, t = unpair(tl.dot(g, w3u3, input_precision=PRECISION))
+    p, r = unpair(tl.dot(x, u12, input_precision=PRECISION))
     silu, slope, curvature = silu_terms(a)
-    at_dz = p * b * slope + r * silu
-    at_a = p * dz * b * curvature + (r * dz + t * b) * slope
-    at_b = p * dz * slope + t * silu
-    z, da, db = silu * b, dz * b * slope, dz * silu
+    b_slope, dz_slope = b * slope, dz * slope
+    at_dz = p * b_slope + r * silu
+    at_a = p * (dz * (b * curvature)) + r * dz_slope + t * b_slope
+    at_b = p * dz_slope + t * silu
     dtype: tl.constexpr = x.dtype
-    return (
-        z.to(dtype), da.to(dtype), db.to(dtype), at_dz.to(dtype), at_a.to(dtype), at_b.to(dtype)
-    )  # fmt: skip
+    at_ab = pair(at_a, at_b).to(dtype)
+    dab = pair(dz * b_slope, dz * silu).to(dtype)
+    at_dz = at_dz.to(dtype)
+    return at_ab, at_dz, dab, pair(at_dz, (silu * b).to(dtype))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -93,16 +95,16 @@ def second_order_gradient(
 
     rate = tl.cast(scale, tl.float32) / num_tokens
     for block in range(BLOCKS_M):
-        w1_block, w2_block, w3_block = load_weights(
+        w12_block, w3_block = load_weights(
             w1 + head * (D * D), w2 + head * (D * D), w3 + head * (D * DV),
             block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
         )  # fmt: skip
-        u1_block, u2_block, u3_block = load_weights(
+        u12_block, u3_block = load_weights(
             u1 + at_group * (D * D), u2 + at_group * (D * D), u3 + at_group * (D * DV),
             block * BLOCK_M, units, channels, values, D, DV, rate, dtype,
         )  # fmt: skip
-        sum1 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-        sum2 = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+        w3u3_block = pair(tl.trans(w3_block), tl.trans(u3_block))
+        sum12 = tl.zeros([BLOCK_D, 2 * BLOCK_M], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):
             on_grid, first, count = tile_start(
@@ -120,18 +122,13 @@ def second_order_gradient(
                 g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
             ).to(dtype)  # fmt: skip
-            z, da, db, at_dz, at_a, at_b = second_order_terms(
-                x_tile, g_tile, w1_block, w2_block, w3_block, u1_block, u2_block, u3_block,
-                PRECISION,
-            )  # fmt: skip
-            x_transposed = tl.trans(x_tile)
-            sum1 = tl.dot(x_transposed, at_a, sum1, input_precision=PRECISION)
-            sum2 = tl.dot(x_transposed, at_b, sum2, input_precision=PRECISION)
+            at_ab, at_dz, dab, at_dz_z = second_order_terms(
+                x_tile, g_tile, w12_block, u12_block, w3u3_block, PRECISION
+            )
             sum3 = tl.dot(tl.trans(g_tile), at_dz, sum3, input_precision=PRECISION)
-            back = tl.dot(da, tl.trans(u1_block), input_precision=PRECISION)
-            back = tl.dot(db, tl.trans(u2_block), back, input_precision=PRECISION)
-            back = tl.dot(at_a, tl.trans(w1_block), back, input_precision=PRECISION)
-            back = tl.dot(at_b, tl.trans(w2_block), back, input_precision=PRECISION)
+            sum12 = tl.dot(tl.trans(x_tile), at_ab, sum12, input_precision=PRECISION)
+            back = tl.dot(dab, tl.trans(u12_block), input_precision=PRECISION)
+            back = tl.dot(at_ab, tl.trans(w12_block), back, input_precision=PRECISION)
             add_tile(
                 dx_base + first * heads * D,
                 back,
@@ -143,8 +140,7 @@ def second_order_gradient(
                 block,
                 BLOCKS_M,
             )
-            back = tl.dot(z, u3_block, input_precision=PRECISION)
-            back = tl.dot(at_dz, w3_block, back, input_precision=PRECISION)
+            back = tl.dot(at_dz_z, tl.trans(w3u3_block), input_precision=PRECISION)
             add_tile(
                 dg_base + first * heads * DV,
                 back,
@@ -156,5 +152,5 @@ def second_order_gradient(
                 block,
                 BLOCKS_M,
             )
-        store_gradients(at, sum1, sum2, sum3, channels, block * BLOCK_M + units, values, D, DV)
+        store_gradients(at, sum12, sum3, channels, block * BLOCK_M + units, values, D, DV)
         tl.debug_barrier()  # the next block reads dx and dg

@@ -195,13 +195,25 @@ def head_taps(taps, head, NDIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def pair(a, b):
+    """``[a | b]``."""
+    return tl.join(a, b).permute(0, 2, 1).reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def unpair(ab):
+    """Both."""
+    return tl.split(ab.reshape(ab.shape[0], 2, ab.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
 def load_weights(
     w1, w2, w3, first, units, channels, values, D: tl.constexpr, DV: tl.constexpr, rate,
     dtype: tl.constexpr,
 ):  # fmt: skip
     """``rate`` times the weights of the hidden units ``first + units``, in a dtype.
 
-    Columns of W1 and W2 ``[D, D]`` and rows of W3 ``[D, Dv]``, all contiguous.
+    Columns of W1 and W2 ``[D, D]``, in pairs, and rows of W3 ``[D, Dv]``, all contiguous.
     """
     inside = first + units < D
     columns = (channels < D)[:, None] & inside[None, :]
@@ -211,7 +223,7 @@ def load_weights(
     w2_block = tl.load(w2 + first + at, mask=columns, other=0.0).to(tl.float32) * rate
     at = units[:, None] * DV + values[None, :]
     w3_block = tl.load(w3 + first * DV + at, mask=rows, other=0.0).to(tl.float32) * rate
-    return w1_block.to(dtype), w2_block.to(dtype), w3_block.to(dtype)
+    return pair(w1_block, w2_block).to(dtype), w3_block.to(dtype)
 
 
 @triton.jit
