@@ -9,8 +9,8 @@ from t5fx.kernels.triton_kernels import configs
 #: Share of the instructions in a tile's loop that may store and load spilled registers, by how the
 #: name of the kernel begins. The sums of a gradient of the weights, 3 x D x BLOCK_M float32, stay
 #: in registers over all tiles and leave little for the rest; smaller blocks spill less but convolve
-#: each tile again, for twice the instructions. A forward with heads of 64 spills nothing.
-SPILLS = {"inner": 0.03, "second": 0.1}
+#: each tile again, for twice the instructions.
+SPILLS = {"inner": 0.01, "second": 0.1}
 #: The rest is compiled by `make nightly`: 2 seconds each.
 FREQUENT = (64, torch.bfloat16)
 #: The backward's six matrices of 256 x 16 float32, the narrowest blocks that there are: 96 KiB.
@@ -34,11 +34,12 @@ def test_resources(architecture, dim, dtype):
         compiled = offline.compiled(kernel, arguments, architecture)
         assert compiled.metadata.shared <= offline.SHARED_MEMORY[architecture], name
         if (architecture, dtype) == ("sm_90", torch.bfloat16) and dim in (64, 128):
-            counts = offline.token_loop(offline.instructions(compiled))
+            code = offline.instructions(compiled)
+            counts = offline.token_loop(code)
             spills = SPILLS.get(name.partition("_")[0], 0)
-            if (name, dim) == ("inner_gradient_keys", 64):
-                spills = 0
             assert counts["LDL"] + counts["STL"] <= spills * counts.total(), name
+            # For want of registers ptxas lets every matrix instruction wait for the one before.
+            assert not offline.serialised(code) or name == "second_order_gradient", name
 
 
 @pytest.mark.parametrize("grid", [(4096,), (16, 16, 16)])

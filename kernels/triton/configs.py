@@ -44,14 +44,14 @@ HALF = {
         32: Config(64, 32, 4, 1, 2),
         64: Config(64, 64, 4, 1, 2),
         128: Config(128, 64, 8, 1, 1, unroll=False),
-        256: Config(64, 32, 8, 1, 1),
+        256: Config(64, 32, 8, 1, 1, unroll=False),
     },
     "query_output": {
         16: Config(64, 16, 4, 1, 4),
         32: Config(64, 32, 4, 1, 4),
         64: Config(64, 64, 4, 1, 4),
         128: Config(64, 128, 4, 1, 2),
-        256: Config(64, 32, 4, 1, 2),
+        256: Config(128, 32, 8, 1, 1, unroll=False),
     },
     "second_order_gradient": {
         16: Config(64, 16, 4, 1, 2),

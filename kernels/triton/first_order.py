@@ -13,20 +13,22 @@ each program goes through its tokens once for every block.
 import triton
 import triton.language as tl
 
-from .tiles import (
-    SIZES,
+from .convolution import (
     convolved_tile,
     group_offsets,
-    head_base,
     head_taps,
     load_statistics,
+)
+from .tiles import (
+    SIZES,
+    head_base,
     load_tile,
     load_weights,
     own_tiles,
     pair,
     silu_terms,
     store_tile,
-    tile_start,
+    tile_place,
     tile_tokens,
     unpair,
 )
@@ -40,6 +42,31 @@ def hidden_gradients(x, g, w12, w3, PRECISION: tl.constexpr):
     silu, slope, _ = silu_terms(a)
     dtype: tl.constexpr = x.dtype
     return (silu * b).to(dtype), pair(dz * (b * slope), dz * silu).to(dtype)
+
+
+@triton.jit
+def load_inputs(
+    tile, places, x_base, x_stride_n, x_stride_d, g_base, g_stride_n, g_stride_d, taps, offsets,
+    statistics, dtype: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, NORM: tl.constexpr,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A tile of the x that is multiplied (see ``convolved_tile``) and of g, the first token, where
+    the others are from there, and which exist.
+    """
+    place = tile_place(tile, places, NDIM, BLOCK_N)
+    x_tile = convolved_tile(
+        x_base, place, places, x_stride_n, x_stride_d, taps, offsets, statistics,
+        D, NDIM, NORM, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
+    ).to(dtype)  # fmt: skip
+    tokens, exist = tile_tokens(place, places, NDIM, BLOCK_N)
+    first = place[2]
+    g_tile = load_tile(
+        g_base + first * (g_stride_n * UNIT), tokens, tl.arange(0, BLOCK_V), exist, DV, g_stride_n,
+        g_stride_d, UNIT,
+    ).to(dtype)  # fmt: skip
+    return x_tile, g_tile, first, tokens, exist
 
 
 @triton.jit
@@ -107,6 +134,7 @@ def inner_gradient(
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
     dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
+    places = (quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
 
     for turn in range(BLOCKS_M // SHARED_AMONG):
@@ -118,21 +146,11 @@ def inner_gradient(
         sum12 = tl.zeros([2 * BLOCK_M, BLOCK_D], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):
-            on_grid, first, count = tile_start(
-                tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
-            )
-            x_tile = convolved_tile(
-                x_base, tile, on_grid, first, count, x_stride_n, x_stride_d, quads, num_quads,
-                taps, offsets, statistics, g1, g2,
-                D, NDIM, KEYS, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
-            ).to(dtype)  # fmt: skip
-            tokens, exist = tile_tokens(
-                tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
-            )
-            g_tile = load_tile(
-                g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
-                g_stride_d, UNIT,
-            ).to(dtype)  # fmt: skip
+            x_tile, g_tile, first, tokens, exist = load_inputs(
+                tile, places, x_base, x_stride_n, x_stride_d, g_base, g_stride_n, g_stride_d, taps,
+                offsets, statistics, dtype,
+                D, DV, NDIM, KEYS, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D, BLOCK_V,
+            )  # fmt: skip
             z, dab = hidden_gradients(x_tile, g_tile, w12_block, w3_block, PRECISION)
             if not KEYS:
                 back = tl.dot(dab, tl.trans(w12_block), input_precision=PRECISION)

@@ -17,21 +17,19 @@ dL/dW', and ::
 import triton
 import triton.language as tl
 
-from .first_order import add_tile, store_gradients
-from .tiles import (
-    SIZES,
-    convolved_tile,
+from .convolution import (
     group_offsets,
-    head_base,
     head_taps,
     load_statistics,
-    load_tile,
+)
+from .first_order import add_tile, load_inputs, store_gradients
+from .tiles import (
+    SIZES,
+    head_base,
     load_weights,
     own_tiles,
     pair,
     silu_terms,
-    tile_start,
-    tile_tokens,
     unpair,
 )
 
@@ -91,6 +89,7 @@ def second_order_gradient(
     dx_base = dx + first_token * D
     dg_base = dg + first_token * DV
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
+    places = (quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
 
     rate = tl.cast(scale, tl.float32) / num_tokens
@@ -107,21 +106,11 @@ def second_order_gradient(
         sum12 = tl.zeros([BLOCK_D, 2 * BLOCK_M], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):
-            on_grid, first, count = tile_start(
-                tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
-            )
-            x_tile = convolved_tile(
-                x_base, tile, on_grid, first, count, x_stride_n, x_stride_d, quads, num_quads,
-                taps, offsets, statistics, g1, g2,
-                D, NDIM, True, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
-            ).to(dtype)  # fmt: skip
-            tokens, exist = tile_tokens(
-                tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
-            )
-            g_tile = load_tile(
-                g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
-                g_stride_d, UNIT,
-            ).to(dtype)  # fmt: skip
+            x_tile, g_tile, first, tokens, exist = load_inputs(
+                tile, places, x_base, x_stride_n, x_stride_d, g_base, g_stride_n, g_stride_d, taps,
+                offsets, statistics, dtype,
+                D, DV, NDIM, True, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D, BLOCK_V,
+            )  # fmt: skip
             at_ab, at_dz, dab, at_dz_z = second_order_terms(
                 x_tile, g_tile, w12_block, u12_block, w3u3_block, PRECISION
             )
