@@ -50,7 +50,7 @@ types: .venv/.test-installed
 	.venv/bin/mypy
 
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
-	.venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
 gpu: .venv/.test-installed  ## the tests that need a GPU, then kernels, models and peers on it
 	.venv/bin/python -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu $(PYTEST_ARGS)
