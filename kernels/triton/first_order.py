@@ -13,12 +13,7 @@ each program goes through its tokens once for every block.
 import triton
 import triton.language as tl
 
-from .convolution import (
-    convolved_tile,
-    group_offsets,
-    head_taps,
-    load_statistics,
-)
+from .convolution import convolved_tile, group_offsets, head_taps, load_statistics
 from .tiles import (
     SIZES,
     head_base,
@@ -36,7 +31,7 @@ from .tiles import (
 
 @triton.jit
 def hidden_gradients(x, g, w12, w3, PRECISION: tl.constexpr):
-    """Z, dA and dB of a block of hidden units, ``[BLOCK_N, BLOCK_M]`` in x's dtype."""
+    """Of a block of hidden units, in x's dtype: Z ``[BLOCK_N, BLOCK_M]``, dA and dB as a `pair`."""
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
     silu, slope, _ = silu_terms(a)
@@ -143,6 +138,7 @@ def inner_gradient(
             w1 + owner * (D * D), w2 + owner * (D * D), w3 + owner * (D * DV),
             block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
         )  # fmt: skip
+        # Transposed, as the left operand of a product stays in registers: x need not.
         sum12 = tl.zeros([2 * BLOCK_M, BLOCK_D], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):

@@ -9,19 +9,8 @@ Deviations are from tokens at hand, never from 0: a shift that all keys share co
 import triton
 import triton.language as tl
 
-from .convolution import (
-    has_neighbour,
-    head_taps,
-    load_row,
-    store_row,
-    tap_offset,
-)
-from .tiles import (
-    QUAD,
-    SIZES,
-    head_base,
-    load_tile,
-)
+from .convolution import has_neighbour, head_taps, load_row, store_row, tap_offset
+from .tiles import QUAD, SIZES, head_base, load_tile
 
 #: Splits that are merged at a time, and tokens whose mean is the origin of a chunk's sums.
 MERGED = tl.constexpr(16)

@@ -3,10 +3,7 @@
 import triton
 import triton.language as tl
 
-from .convolution import (
-    convolved_tile,
-    head_taps,
-)
+from .convolution import convolved_tile, head_taps
 from .tiles import (
     SIZES,
     head_base,

@@ -17,27 +17,17 @@ dL/dW', and ::
 import triton
 import triton.language as tl
 
-from .convolution import (
-    group_offsets,
-    head_taps,
-    load_statistics,
-)
+from .convolution import group_offsets, head_taps, load_statistics
 from .first_order import add_tile, load_inputs, store_gradients
-from .tiles import (
-    SIZES,
-    head_base,
-    load_weights,
-    own_tiles,
-    pair,
-    silu_terms,
-    unpair,
-)
+from .tiles import SIZES, head_base, load_weights, own_tiles, pair, silu_terms, unpair
 
 
 @triton.jit
 def second_order_terms(x, g, w12, u12, w3u3, PRECISION: tl.constexpr):
-    """The gradients of L at A and B in pairs, at dZ, dA and dB in pairs, and at dZ and Z in pairs,
-    in x's dtype: ``[BLOCK_N, BLOCK_M]``, pairs ``[BLOCK_N, 2 BLOCK_M]``.
+    """Of a block of hidden units, in x's dtype: a `pair` of dL/dA and dL/dB, dL/d dZ ``[BLOCK_N,
+    BLOCK_M]``, a pair of dA and dB, and one of dL/d dZ and Z.
+
+    ``w12``, ``u12``: pairs, ``[BLOCK_D, 2 BLOCK_M]``; ``w3u3``: one of W3^T and U3^T.
     """
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz, t = unpair(tl.dot(g, w3u3, input_precision=PRECISION))
@@ -119,27 +109,13 @@ def second_order_gradient(
             back = tl.dot(dab, tl.trans(u12_block), input_precision=PRECISION)
             back = tl.dot(at_ab, tl.trans(w12_block), back, input_precision=PRECISION)
             add_tile(
-                dx_base + first * heads * D,
-                back,
-                tokens,
-                channels,
-                exist,
-                D,
-                heads,
-                block,
+                dx_base + first * heads * D, back, tokens, channels, exist, D, heads, block,
                 BLOCKS_M,
-            )
+            )  # fmt: skip
             back = tl.dot(at_dz_z, tl.trans(w3u3_block), input_precision=PRECISION)
             add_tile(
-                dg_base + first * heads * DV,
-                back,
-                tokens,
-                values,
-                exist,
-                DV,
-                heads,
-                block,
+                dg_base + first * heads * DV, back, tokens, values, exist, DV, heads, block,
                 BLOCKS_M,
-            )
+            )  # fmt: skip
         store_gradients(at, sum12, sum3, channels, block * BLOCK_M + units, values, D, DV)
         tl.debug_barrier()  # the next block reads dx and dg
