@@ -27,8 +27,8 @@ LAYOUTS = ["BHND", "packed", "channels first", "every other"]
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several tiles, chunks of tokens and blocks of hidden units, on few tokens and channels."""
-    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1)
+    """Several tiles, chunks of tokens, blocks and parts of hidden units, on little data."""
+    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1, parts=2)
     rows = dict.fromkeys(configs.WIDTHS, small)
     monkeypatch.setattr(configs, "HALF", dict.fromkeys(configs.HALF, rows))
     monkeypatch.setattr(configs, "SMALL", configs.HALF)

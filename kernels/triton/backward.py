@@ -108,6 +108,7 @@ def _inner_gradient(
         *(shape.groups, shape.heads, *parts, scale, *shape.places(saved.quads)),
         UNIT=unit,
         CENTRED=shape.centred,
+        PARTS=shape.config("second_order_gradient").parts,
         **shape.shape("second_order_gradient"),
     )
     grads = [torch.empty_like(w) for w in weights]
