@@ -121,7 +121,8 @@ def test_what_may_be_loaded_at_once(dim, begin, unit):
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     assert launch.unit(q) == unit
     for tensor in (q, k, v):
-        size, (*outer, inner) = launch.strides(tensor)
+        size = launch.unit(tensor)
+        *outer, inner = launch.strides(tensor)
         assert [size * step for step in outer] == [0, dim, 9 * dim]
         assert inner == 1
         assert tensor.data_ptr() % (2 * size) == 0

@@ -13,17 +13,20 @@ each program goes through its tokens once for every block.
 import triton
 import triton.language as tl
 
-from .convolution import convolved_tile, group_offsets, head_taps, load_statistics
 from .tiles import (
     SIZES,
+    convolved_tile,
+    group_offsets,
     head_base,
+    head_taps,
+    load_statistics,
     load_tile,
     load_weights,
     own_tiles,
     pair,
     silu_terms,
     store_tile,
-    tile_place,
+    tile_start,
     tile_tokens,
     unpair,
 )
@@ -31,37 +34,12 @@ from .tiles import (
 
 @triton.jit
 def hidden_gradients(x, g, w12, w3, PRECISION: tl.constexpr):
-    """Of a block of hidden units, in x's dtype: Z ``[BLOCK_N, BLOCK_M]``, dA and dB as a `pair`."""
+    """Z, dA and dB of a block of hidden units, ``[BLOCK_N, BLOCK_M]`` in x's dtype."""
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
     silu, slope, _ = silu_terms(a)
     dtype: tl.constexpr = x.dtype
     return (silu * b).to(dtype), pair(dz * (b * slope), dz * silu).to(dtype)
-
-
-@triton.jit
-def load_inputs(
-    tile, places, x_base, x_stride_n, x_stride_d, g_base, g_stride_n, g_stride_d, taps, offsets,
-    statistics, dtype: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, NORM: tl.constexpr,
-    CENTRED: tl.constexpr, UNIT: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """A tile of the x that is multiplied (see ``convolved_tile``) and of g, the first token, where
-    the others are from there, and which exist.
-    """
-    place = tile_place(tile, places, NDIM, BLOCK_N)
-    x_tile = convolved_tile(
-        x_base, place, places, x_stride_n, x_stride_d, taps, offsets, statistics,
-        D, NDIM, NORM, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
-    ).to(dtype)  # fmt: skip
-    tokens, exist = tile_tokens(place, places, NDIM, BLOCK_N)
-    first = place[2]
-    g_tile = load_tile(
-        g_base + first * (g_stride_n * UNIT), tokens, tl.arange(0, BLOCK_V), exist, DV, g_stride_n,
-        g_stride_d, UNIT,
-    ).to(dtype)  # fmt: skip
-    return x_tile, g_tile, first, tokens, exist
 
 
 @triton.jit
@@ -129,7 +107,6 @@ def inner_gradient(
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
     dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
-    places = (quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
 
     for turn in range(BLOCKS_M // SHARED_AMONG):
@@ -138,15 +115,24 @@ def inner_gradient(
             w1 + owner * (D * D), w2 + owner * (D * D), w3 + owner * (D * DV),
             block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
         )  # fmt: skip
-        # Transposed, as the left operand of a product stays in registers: x need not.
         sum12 = tl.zeros([2 * BLOCK_M, BLOCK_D], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):
-            x_tile, g_tile, first, tokens, exist = load_inputs(
-                tile, places, x_base, x_stride_n, x_stride_d, g_base, g_stride_n, g_stride_d, taps,
-                offsets, statistics, dtype,
-                D, DV, NDIM, KEYS, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D, BLOCK_V,
-            )  # fmt: skip
+            on_grid, first, count = tile_start(
+                tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
+            )
+            x_tile = convolved_tile(
+                x_base, tile, on_grid, first, count, x_stride_n, x_stride_d, quads, num_quads,
+                taps, offsets, statistics, g1, g2,
+                D, NDIM, KEYS, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
+            ).to(dtype)  # fmt: skip
+            tokens, exist = tile_tokens(
+                tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
+            )
+            g_tile = load_tile(
+                g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
+                g_stride_d, UNIT,
+            ).to(dtype)  # fmt: skip
             z, dab = hidden_gradients(x_tile, g_tile, w12_block, w3_block, PRECISION)
             if not KEYS:
                 back = tl.dot(dab, tl.trans(w12_block), input_precision=PRECISION)

@@ -3,15 +3,16 @@
 import triton
 import triton.language as tl
 
-from .convolution import convolved_tile, head_taps
 from .tiles import (
     SIZES,
+    convolved_tile,
     head_base,
+    head_taps,
     load_weights,
     own_tiles,
     sigmoid,
     store_tile,
-    tile_place,
+    tile_start,
     tile_tokens,
     unpair,
 )
@@ -56,13 +57,14 @@ def query_output(
             w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype
         )
 
-    places = (quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
     for tile in range(begin, end):
-        place = tile_place(tile, places, NDIM, BLOCK_N)
+        on_grid, first, count = tile_start(
+            tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
+        )
         x = convolved_tile(
-            q_base, place, places, stride_n, stride_d, head_taps(taps, head, NDIM, BLOCK_D), None,
-            (None, None, None, None),
+            q_base, tile, on_grid, first, count, stride_n, stride_d, quads, num_quads,
+            head_taps(taps, head, NDIM, BLOCK_D), None, (None, None, None, None), g1, g2,
             D, NDIM, False, False, UNIT, UNROLL, BLOCK_N, BLOCK_D,
         ).to(dtype)  # fmt: skip
         if BLOCKS_M == 1:
@@ -76,5 +78,7 @@ def query_output(
                 )
                 z = gated(x, w12_block, PRECISION).to(dtype)
                 o = tl.dot(z, w3_block, o, input_precision=PRECISION)
-        tokens, exist = tile_tokens(place, places, NDIM, BLOCK_N)
-        store_tile(out_base + place[2] * heads * DV, o, tokens, values, exist, DV, heads)
+        tokens, exist = tile_tokens(
+            tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
+        )
+        store_tile(out_base + first * heads * DV, o, tokens, values, exist, DV, heads)
