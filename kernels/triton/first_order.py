@@ -34,7 +34,7 @@ from .tiles import (
 
 @triton.jit
 def hidden_gradients(x, g, w12, w3, PRECISION: tl.constexpr):
-    """Z, dA and dB of a block of hidden units, ``[BLOCK_N, BLOCK_M]`` in x's dtype."""
+    """Of a block of hidden units, in x's dtype: Z ``[BLOCK_N, BLOCK_M]``, dA and dB as a `pair`."""
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
     silu, slope, _ = silu_terms(a)
@@ -115,6 +115,7 @@ def inner_gradient(
             w1 + owner * (D * D), w2 + owner * (D * D), w3 + owner * (D * DV),
             block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
         )  # fmt: skip
+        # Transposed: x as a left operand would take up registers.
         sum12 = tl.zeros([2 * BLOCK_M, BLOCK_D], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):

@@ -38,8 +38,8 @@ from .tiles import (
 
 @triton.jit
 def second_order_terms(x, g, w12, u12, w3u3, PRECISION: tl.constexpr):
-    """The gradients of L at A and B in pairs, at dZ, dA and dB in pairs, and at dZ and Z in pairs,
-    in x's dtype: ``[BLOCK_N, BLOCK_M]``, pairs ``[BLOCK_N, 2 BLOCK_M]``.
+    """Of a block of hidden units, in x's dtype: a `pair` of dL/dA and dL/dB, dL/d dZ, a pair of dA
+    and dB, and one of dL/d dZ and Z. ``w12``, ``u12``: pairs; ``w3u3``: one of W3^T and U3^T.
     """
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz, t = unpair(tl.dot(g, w3u3, input_precision=PRECISION))

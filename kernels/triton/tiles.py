@@ -196,13 +196,13 @@ def head_taps(taps, head, NDIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def pair(a, b):
-    """``[a | b]``."""
+    """``[a | b]``, so that one product has both."""
     return tl.join(a, b).permute(0, 2, 1).reshape(a.shape[0], 2 * a.shape[1])
 
 
 @triton.jit
 def unpair(ab):
-    """Both."""
+    """a and b of a `pair`."""
     return tl.split(ab.reshape(ab.shape[0], 2, ab.shape[1] // 2).permute(0, 2, 1))
 
 
@@ -213,7 +213,7 @@ def load_weights(
 ):  # fmt: skip
     """``rate`` times the weights of the hidden units ``first + units``, in a dtype.
 
-    Columns of W1 and W2 ``[D, D]``, in pairs, and rows of W3 ``[D, Dv]``, all contiguous.
+    Columns of W1 and W2 ``[D, D]`` as a `pair`, and rows of W3 ``[D, Dv]``, all contiguous.
     """
     inside = first + units < D
     columns = (channels < D)[:, None] & inside[None, :]
