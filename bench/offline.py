@@ -160,9 +160,16 @@ class Instruction(NamedTuple):
 
 def instructions(kernel: Any) -> list[Instruction]:
     """The machine code of a kernel for an NVIDIA GPU."""
-    line = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z0-9_.]+)\s*(.*?);")
+    line = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Za-z0-9_.]+)\s*(.*?);")
     found = map(line.match, _dumped(kernel, "-sass").splitlines())
     return [Instruction(int(m[1], 16), m[3], m[4], bool(m[2])) for m in found if m]
+
+
+def serialised(code: list[Instruction]) -> bool:
+    """Whether each matrix instruction (of a warpgroup) waits for the one before it."""
+    names = collections.Counter(i.name.partition(".")[0] for i in code)
+    waits = sum(i.name == "WARPGROUP.ARRIVE" for i in code)
+    return 0 < names["HGMMA"] <= waits
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:

@@ -76,6 +76,7 @@ class Kernel:
     instructions: float
     spills: float  # instructions that load and store spilled registers
     special: float  # exponentials and roots
+    serialised: bool
     config: str
 
     def seconds(self, dim: int, gpu: Gpu) -> dict[str, float]:
@@ -95,7 +96,8 @@ def kernels(dim: int, architecture: str = "sm_90") -> list[Kernel]:
 
 def _kernel(name: str, function: object, arguments: dict, dim: int, architecture: str) -> Kernel:
     compiled = offline.compiled(function, arguments, architecture)
-    counts = offline.token_loop(offline.instructions(compiled))
+    code = offline.instructions(compiled)
+    counts = offline.token_loop(code)
     block_n, block_m = arguments["BLOCK_N"], arguments.get("BLOCK_M", 0)
     warps, stages = arguments["num_warps"], arguments["num_stages"]
     # Blocks of hidden units: each goes through all tokens.
@@ -110,7 +112,7 @@ def _kernel(name: str, function: object, arguments: dict, dim: int, architecture
     first, later, products, _ = WORK[name]
     return Kernel(
         name, first + later * (passes - 1), products,
-        each * sum(counts.values()), of("LDL", "STL"), of("MUFU"),
+        each * sum(counts.values()), of("LDL", "STL"), of("MUFU"), offline.serialised(code),
         f"{block_n} x {block_m or dim}, {warps} warps, {stages} stage",
     )  # fmt: skip
 
@@ -160,7 +162,8 @@ def page(gpu: Gpu = H200) -> str:
         f"the datasheet: {gpu.bandwidth / 1e12:.1f} TB/s, {gpu.products / 1e12:.0f} TFLOP/s, and",
         "one instruction of a warp a clock on each of the four schedulers of",
         f"{gpu.multiprocessors} multiprocessors at {gpu.clock / 1e9:.2f} GHz. The largest, bold,",
-        "is the kernel's floor; waiting for memory and for one another comes on top.",
+        "is the kernel's floor; waiting for memory and for one another comes on top. *Serialised*:",
+        "for want of registers each matrix instruction waits for the one before it.",
     ]
     table = {dim: kernels(dim) for dim in DIMS}
     for dim, rows in table.items():
@@ -176,9 +179,10 @@ def page(gpu: Gpu = H200) -> str:
             cells = [f"{1e15 * t:.0f}" for t in times.values()]
             most = list(times.values()).index(max(times.values()))
             cells[most] = f"**{cells[most]}**"
+            tile = row.config + (", serialised" if row.serialised else "")
             share = f" ({100 * row.spills / row.instructions:.0f} %)" if row.spills else ""
             lines.append(
-                f"| {row.name} | {row.config} | {row.tensors} | {row.products} | "
+                f"| {row.name} | {tile} | {row.tensors} | {row.products} | "
                 f"{row.instructions:.0f}{share} | {' | '.join(cells)} |"
             )
     lines += ["", "## Together", ""]

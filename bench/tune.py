@@ -33,7 +33,7 @@ GAIN = 0.02
 def neighbours(config: Config) -> Iterator[Config]:
     """Settings with one of them twice or half as large, within what kernels take, or turned."""
     limits = {"block_n": (4, 256), "block_m": (16, 256), "warps": (4, 16), "stages": (1, 4),
-              "programs": (1, 8)}  # fmt: skip
+              "programs": (1, 8), "parts": (1, 4)}  # fmt: skip
     for field, (least, most) in limits.items():
         value = getattr(config, field)
         for other in (2 * value, value // 2):
@@ -79,6 +79,8 @@ def tune(shape: tuple[int, int, int, int]) -> Iterator[dict[str, object]]:
         def seconds(config: Config, key: tuple[str, str, int, bool] = key) -> float | None:
             if config.block_m > key[2]:
                 return None  # the same kernel as with one block of all hidden units
+            if config.parts > (config.block_m // 16 if key[1] == "second_order_gradient" else 1):
+                return None
             configs.MEASURED[key] = config
             try:
                 found = call()

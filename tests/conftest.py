@@ -95,12 +95,11 @@ def _imported(path: Path) -> set[str]:
 
 
 def needs_extras(path: Path) -> bool:
-    """Whether a test file imports a library that is not a core one, or t5fx.bench, which does."""
+    """Whether a test file imports a library that is not a core one, or what of t5fx.bench does."""
     names = _imported(path)
     top = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-    return bool(top - CORE_LIBRARIES) or any(
-        name == "t5fx.bench" or name.startswith("t5fx.bench.") for name in names
-    )
+    bench = {name for name in names if name.startswith("t5fx.bench.")} - {"t5fx.bench.offline"}
+    return bool(top - CORE_LIBRARIES or bench)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

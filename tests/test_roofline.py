@@ -37,7 +37,13 @@ def test_what_an_element_costs_at_least(rows):
 
 def test_a_bound_is_the_sum_of_the_highest_floors():
     gpu = roofline.Gpu("round", bandwidth=2.0, products=64.0, multiprocessors=1, clock=1.0)
-    config = {"instructions": 128.0, "spills": 0.0, "special": 0.0, "config": ""}
+    config = {
+        "instructions": 128.0,
+        "spills": 0.0,
+        "special": 0.0,
+        "serialised": False,
+        "config": "",
+    }
     one = roofline.Kernel("prepare", 3, 0, **config)
     two = roofline.Kernel("query_output", 1, 9, **config)
     assert one.seconds(64, gpu) == {"memory": 3.0, "products": 0.0, "issue": 1.0}

@@ -8,6 +8,7 @@ import triton
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from triton.backends.compiler import GPUTarget
 from vits import Shape
 
@@ -87,8 +88,24 @@ def test_one_graph_of_launches_for_all_resolutions(pretended, caplog):
             if "triton_kernel_wrapper" in str(node.target):
                 values = [getattr(a, "meta", {}).get("val") for a in node.kwargs["kwargs"].values()]
                 assert not [v for v in values if isinstance(v, torch.SymFloat)]
-    # Otherwise torch takes every argument of a kernel for one that is written to.
+    # torch copies what it takes to be written to.
     assert "assuming every input is mutated" not in caplog.text
+    written = {}
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            if "triton_kernel_wrapper" in str(node.target):
+                name = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+                written.setdefault(name, set()).update(node.kwargs["tensors_to_clone"])
+    assert written == {
+        "prepare": {"partial", "quads", "taps"},
+        "key_norm": {"mean", "rstd"},
+        "inner_gradient": {"partial", "dx"},
+        "sum_matrices": {"out1", "out2", "out3"},
+        "query_output": {"out"},
+        "second_order_gradient": {"partial", "dx", "dg"},
+        "convolution_gradient": {"partial", "dx"},
+        "key_norm_gradient": {"dx"},
+    }
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
@@ -121,8 +138,7 @@ def test_what_may_be_loaded_at_once(dim, begin, unit):
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     assert launch.unit(q) == unit
     for tensor in (q, k, v):
-        size = launch.unit(tensor)
-        *outer, inner = launch.strides(tensor)
+        size, (*outer, inner) = launch.strides(tensor)
         assert [size * step for step in outer] == [0, dim, 9 * dim]
         assert inner == 1
         assert tensor.data_ptr() % (2 * size) == 0

@@ -16,19 +16,22 @@ from triton_cases import arguments, assert_close, check, poisoned, run, run_op, 
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError
-from t5fx.kernels.triton_kernels import configs, forward, launch
+from t5fx.kernels.triton_kernels import configs, convolution, forward, launch
 from t5fx.kernels.triton_kernels import tiles as tiles_of
 from t5fx.kernels.triton_kernels.backward import _inputs
 from t5fx.kernels.triton_kernels.forward import empty_saved, fill_tables
 from t5fx.kernels.triton_kernels.query import query_output
+
+#: The sigmoid's, of what is far below zero: 0 comes out, as it should.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 
 LAYOUTS = ["BHND", "packed", "channels first", "every other"]
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several tiles, chunks of tokens and blocks of hidden units, on few tokens and channels."""
-    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1)
+    """Several tiles, chunks of tokens, blocks and parts of hidden units, on little data."""
+    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1, parts=2)
     rows = dict.fromkeys(configs.WIDTHS, small)
     monkeypatch.setattr(configs, "HALF", dict.fromkeys(configs.HALF, rows))
     monkeypatch.setattr(configs, "SMALL", configs.HALF)
@@ -107,21 +110,22 @@ def tile_by_tile(
     channels = tl.arange(0, BLOCK_D)
     statistics = (None, None, None, None)
     if NORM:
-        statistics = tiles_of.load_statistics(mean, rstd, group, tl.arange(0, BLOCK_D // 2))
-        offsets = tiles_of.group_offsets(offsets, group, NDIM, BLOCK_D)
+        statistics = convolution.load_statistics(mean, rstd, group, tl.arange(0, BLOCK_D // 2))
+        offsets = convolution.group_offsets(offsets, group, NDIM, BLOCK_D)
+    places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     for tile in range(tiles):
-        on_grid, first, count = tiles_of.tile_start(
-            tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
-        )
-        result = tiles_of.convolved_tile(
-            base, tile, on_grid, first, count, stride_n, stride_d, quads, num_quads,
-            tiles_of.head_taps(taps, group, NDIM, BLOCK_D), offsets, statistics, g1, g2,
+        at, known = tiles_of.quad_places(tile, 0, places, BLOCK_N)
+        quad = tl.load(quads + at, mask=known, other=0)
+        place = tiles_of.tile_place(tile, quad, places, NDIM, BLOCK_N)
+        result = convolution.convolved_tile(
+            base, quads, place, places, stride_n, stride_d,
+            convolution.head_taps(taps, group, NDIM, BLOCK_D), offsets, statistics,
             D, NDIM, NORM, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        tokens, exist = tiles_of.tile_tokens(
-            tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
-        )
-        start = out + (first * heads + group) * D
+        at, known = tiles_of.quad_places(tile, tl.arange(0, BLOCK_N), places, BLOCK_N)
+        quad = tl.load(quads + at, mask=known, other=tiles_of.NONE)
+        tokens, exist = tiles_of.tile_tokens(place, quad, places, NDIM, BLOCK_N)
+        start = out + (place[2] * heads + group) * D
         tiles_of.store_tile(start, result, tokens, channels, exist, D, heads)
 
 
@@ -178,10 +182,11 @@ def test_normed_and_convolved_keys(
         out = k.new_empty(1, k.shape[2], 2, dim, dtype=torch.float32)
     parts = shape.tile_chunks(configs.Config(block_n, 0, 4, 1, 1))
     quads, *places = shape.places(saved.quads)
+    unit, steps = launch.strides(k)
     tile_by_tile[(2,)](
         *(k, out, saved.taps[1], saved.offsets, saved.mean, saved.rstd, quads),
-        *(*launch.strides(k), parts.tiles, *places),
-        D=dim, NDIM=len(grid), UNIT=launch.unit(k), NORM=True, CENTRED=shape.centred,
+        *(*steps, parts.tiles, *places),
+        D=dim, NDIM=len(grid), UNIT=unit, NORM=True, CENTRED=shape.centred,
         UNROLL=unroll, BLOCK_N=block_n, BLOCK_D=launch.padded(dim),
     )  # fmt: skip
     weight, bias = (c.double() for c in conv[2:])
@@ -254,7 +259,6 @@ def test_a_constant_channel_and_a_small_epsilon():
     assert (out.double() - wanted).norm() <= 4e-3 * wanted.norm()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # that of a sigmoid
 @pytest.mark.parametrize("keys", [False, True])
 def test_tokens_that_do_not_exist_overflow_nothing(keys):
     """Behind the last column of an odd grid, where neighbours with a large tap reach."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .convolution import convolution_gradient, key_norm_gradient
+from .convolution_gradient import convolution_gradient, key_norm_gradient
 from .first_order import inner_gradient
 from .forward import Saved
-from .launch import Site, launch, near, padded, site, strides, sum_partials, unit
+from .launch import Site, launch, near, padded, site, strides, sum_partials
 from .second_order import second_order_gradient
 
 
@@ -68,13 +68,14 @@ def _updated_weights(
     parts = shape.tile_chunks(shape.config("inner_gradient"))
     partial = _float32(q, parts.splits, shape.groups, shape.matrices)
     at_q = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.dim)
+    unit, steps = strides(q, grad_out)
     launch(
         inner_gradient,
         shape.groups * parts.splits,
         *(q, grad_out, saved.w1, saved.w2, saved.w3, saved.taps[0]),
-        *(saved.offsets, saved.mean, saved.rstd, partial, at_q, *strides(q, grad_out)),
+        *(saved.offsets, saved.mean, saved.rstd, partial, at_q, *steps),
         *(shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
-        UNIT=unit(q, grad_out),
+        UNIT=unit,
         KEYS=False,
         CENTRED=False,
         **shape.shape("inner_gradient"),
@@ -98,14 +99,16 @@ def _inner_gradient(
     grad_v = v.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
     parts = shape.tile_chunks(shape.config("second_order_gradient"))
     partial = _float32(k, parts.splits, shape.groups, shape.matrices)
+    unit, steps = strides(k, v)
     launch(
         second_order_gradient,
         shape.groups * parts.splits,
         *(k, v, *weights, *grad_updated, saved.taps[1], saved.offsets),
-        *(saved.mean, saved.rstd, partial, at_k, grad_v, *strides(k, v)),
+        *(saved.mean, saved.rstd, partial, at_k, grad_v, *steps),
         *(shape.groups, shape.heads, *parts, scale, *shape.places(saved.quads)),
-        UNIT=unit(k, v),
+        UNIT=unit,
         CENTRED=shape.centred,
+        PARTS=shape.config("second_order_gradient").parts,
         **shape.shape("second_order_gradient"),
     )
     grads = [torch.empty_like(w) for w in weights]
@@ -131,15 +134,16 @@ def _inputs(
         settings = settings._replace(block_n=max(4, settings.block_n // 2))
     parts = shape.tile_chunks(settings)
     partial = _float32(x, parts.splits, shape.batch, shape.heads, count, shape.dim)
+    unit, steps = strides(x)
     grad = torch.empty_like(at_x) if convolved else at_x
     launch(
         convolution_gradient,
         shape.groups * parts.splits,
         *(x, at_x, saved.taps[int(keys)], saved.mean, saved.rstd, partial, grad),
-        *(*strides(x), shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
+        *(*steps, shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
         D=shape.dim,
         NDIM=shape.conv_ndim,
-        UNIT=unit(x),
+        UNIT=unit,
         KEYS=keys,
         BLOCK_D=padded(shape.dim),
         **settings.launched(),
@@ -151,11 +155,11 @@ def _inputs(
         launch(
             key_norm_gradient,
             shape.groups * splits,
-            *(x, grad, sums, saved.mean, saved.rstd, *strides(x)),
+            *(x, grad, sums, saved.mean, saved.rstd, *steps),
             *(shape.heads, shape.tokens, chunk, splits),
             D=shape.dim,
             COUNT=count,
-            UNIT=unit(x),
+            UNIT=unit,
             BLOCK_D=padded(shape.dim),
             **settings.launched(),
         )

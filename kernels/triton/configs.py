@@ -2,11 +2,11 @@
 
 No row below has been measured yet. They were chosen by what the offline compiler makes of them for
 sm_90, 16-bit products and widths of 64 and 128: the fewest instructions (docs/roofline.md), then
-the most warps on a multiprocessor. Where a tile has fewer than 16 tokens for each warp, products in
-a row are computed twice. The other rows are guesses that fit:
-tests/test_triton_compile.py builds each of them for five architectures and holds it to
-the architecture's shared memory. ``python -m t5fx.bench.tune`` measures on a GPU; the rows it finds
-go to ``MEASURED`` with the GPU and the versions they were found on.
+the most warps on a multiprocessor; two parts where the products of one would be serialised. Where a
+tile has fewer than 16 tokens for each warp, products in a row are computed twice. The other rows
+are guesses that fit: tests/test_triton_compile.py builds each of them for five architectures and
+holds it to the architecture's shared memory. ``python -m t5fx.bench.tune`` measures on a GPU; the
+rows it finds go to ``MEASURED`` with the GPU and the versions they were found on.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,8 @@ class Config(NamedTuple):
     warps: int
     stages: int  # depth of the software pipeline
     programs: int  # wanted on each multiprocessor, where there are tokens enough
-    unroll: bool = True  # the convolution's loop over columns: see ``tiles.add_frame``
+    unroll: bool = True  # the convolution's loop over columns: see ``convolution.add_frame``
+    parts: int = 1  # of a block of hidden units: see ``second_order``
 
     def launched(self) -> dict[str, int]:
         """The arguments of a kernel that multiplies no matrices."""
@@ -44,19 +45,19 @@ HALF = {
         32: Config(64, 32, 4, 1, 2),
         64: Config(64, 64, 4, 1, 2),
         128: Config(128, 64, 8, 1, 1, unroll=False),
-        256: Config(64, 32, 8, 1, 1),
+        256: Config(64, 32, 8, 1, 1, unroll=False),
     },
     "query_output": {
         16: Config(64, 16, 4, 1, 4),
         32: Config(64, 32, 4, 1, 4),
         64: Config(64, 64, 4, 1, 4),
         128: Config(64, 128, 4, 1, 2),
-        256: Config(64, 32, 4, 1, 2),
+        256: Config(128, 32, 8, 1, 1, unroll=False),
     },
     "second_order_gradient": {
         16: Config(64, 16, 4, 1, 2),
         32: Config(64, 32, 4, 1, 2),
-        64: Config(128, 64, 8, 1, 1),
+        64: Config(128, 64, 8, 1, 1, parts=2),
         128: Config(128, 64, 8, 1, 1, unroll=False),
         256: Config(64, 32, 8, 1, 1),
     },

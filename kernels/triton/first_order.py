@@ -13,20 +13,19 @@ each program goes through its tokens once for every block.
 import triton
 import triton.language as tl
 
+from .convolution import convolved_tile, group_offsets, head_taps, load_statistics
 from .tiles import (
+    NONE,
     SIZES,
-    convolved_tile,
-    group_offsets,
     head_base,
-    head_taps,
-    load_statistics,
     load_tile,
     load_weights,
     own_tiles,
     pair,
+    quad_places,
     silu_terms,
     store_tile,
-    tile_start,
+    tile_place,
     tile_tokens,
     unpair,
 )
@@ -107,6 +106,7 @@ def inner_gradient(
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
     dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
+    places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
 
     for turn in range(BLOCKS_M // SHARED_AMONG):
@@ -115,30 +115,29 @@ def inner_gradient(
             w1 + owner * (D * D), w2 + owner * (D * D), w3 + owner * (D * DV),
             block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
         )  # fmt: skip
-        # Transposed: x as a left operand would take up registers.
+        # Transposed, as the left operand of a product stays in registers: x need not.
         sum12 = tl.zeros([2 * BLOCK_M, BLOCK_D], tl.float32)
         sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
         for tile in range(begin, end):
-            on_grid, first, count = tile_start(
-                tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
-            )
+            at_quads, known = quad_places(tile, 0, places, BLOCK_N)
+            first_quad = tl.load(quads + at_quads, mask=known, other=0)
+            place = tile_place(tile, first_quad, places, NDIM, BLOCK_N)
             x_tile = convolved_tile(
-                x_base, tile, on_grid, first, count, x_stride_n, x_stride_d, quads, num_quads,
-                taps, offsets, statistics, g1, g2,
+                x_base, quads, place, places, x_stride_n, x_stride_d, taps, offsets, statistics,
                 D, NDIM, KEYS, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
             ).to(dtype)  # fmt: skip
-            tokens, exist = tile_tokens(
-                tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
-            )
+            at_quads, known = quad_places(tile, tl.arange(0, BLOCK_N), places, BLOCK_N)
+            quad = tl.load(quads + at_quads, mask=known, other=NONE)
+            tokens, exist = tile_tokens(place, quad, places, NDIM, BLOCK_N)
             g_tile = load_tile(
-                g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
+                g_base + place[2] * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
             ).to(dtype)  # fmt: skip
             z, dab = hidden_gradients(x_tile, g_tile, w12_block, w3_block, PRECISION)
             if not KEYS:
                 back = tl.dot(dab, tl.trans(w12_block), input_precision=PRECISION)
                 add_tile(
-                    dx_base + first * heads * D, back, tokens, channels, exist, D, heads, block,
+                    dx_base + place[2] * heads * D, back, tokens, channels, exist, D, heads, block,
                     BLOCKS_M,
                 )  # fmt: skip
             sum3 = tl.dot(tl.trans(g_tile), z, sum3, input_precision=PRECISION)

@@ -19,7 +19,6 @@ from .launch import (
     site,
     strides,
     sum_partials,
-    unit,
 )
 from .prepare import key_norm, prepare
 from .query import query_output
@@ -101,13 +100,14 @@ def forward(
     blocks = shape.hidden_blocks("inner_gradient")
     parts = shape.tile_chunks(shape.config("inner_gradient"), blocks)
     partial = k.new_empty(parts.splits, shape.groups, shape.matrices, dtype=torch.float32)
+    unit, steps = strides(k, v)
     launch(
         inner_gradient,
         shape.groups * parts.splits * blocks,
         *(k, v, *weights, taps[1], offsets, mean, rstd, partial, partial),
-        *(*strides(k, v), shape.groups, shape.heads, *parts),
+        *(*steps, shape.groups, shape.heads, *parts),
         *shape.places(quads),
-        UNIT=unit(k, v),
+        UNIT=unit,
         KEYS=True,
         CENTRED=shape.centred,
         **shape.shape("inner_gradient"),
@@ -124,13 +124,14 @@ def forward(
 
     out = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
     parts = shape.tile_chunks(shape.config("query_output"))
+    unit, steps = strides(q)
     launch(
         query_output,
         shape.groups * parts.splits,
         *(q, *updated, taps[0], out),
-        *(*strides(q), shape.heads, *parts),
+        *(*steps, shape.heads, *parts),
         *shape.places(quads),
-        UNIT=unit(q),
+        UNIT=unit,
         **shape.shape("query_output"),
     )
     return out.transpose(1, 2), saved
@@ -145,14 +146,15 @@ def fill_tables(
     settings = shape.config("prepare")
     chunk, splits = shape.chunks(settings)
     statistics = k.new_empty(shape.groups, splits, 2, shape.dim, dtype=torch.float32)
+    unit, steps = strides(k)
     launch(
         prepare,
         shape.groups * splits,
-        *(k, weight_q, bias_q, weight_k, bias_k, statistics, saved.quads, saved.taps, *strides(k)),
+        *(k, weight_q, bias_q, weight_k, bias_k, statistics, saved.quads, saved.taps, *steps),
         *(shape.heads, shape.tokens, chunk, splits, shape.num_quads, shape.prefix, *shape.grid),
         D=shape.dim,
         NDIM=shape.conv_ndim,
-        UNIT=unit(k),
+        UNIT=unit,
         BLOCK_D=padded(shape.dim),
         **settings.launched(),
     )

@@ -264,10 +264,10 @@ def _is_aligned(tensor: Tensor) -> bool:
     return bool(tensor.storage_offset() * tensor.element_size() % 16 == 0)
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """Of each tensor: those of batch items, heads and tokens in units, then that of channels."""
+def strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Their `unit`, and of each those of batch items, heads and tokens in it, then of channels."""
     size = unit(*tensors)
-    return [
+    return size, [
         step for t in tensors for step in (*(s // size for s in _outer_strides(t)), t.stride(3))
     ]
 

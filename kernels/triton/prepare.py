@@ -9,17 +9,8 @@ Deviations are from tokens at hand, never from 0: a shift that all keys share co
 import triton
 import triton.language as tl
 
-from .tiles import (
-    QUAD,
-    SIZES,
-    has_neighbour,
-    head_base,
-    head_taps,
-    load_row,
-    load_tile,
-    store_row,
-    tap_offset,
-)
+from .convolution import has_neighbour, head_taps, load_row, store_row, tap_offset
+from .tiles import QUAD, SIZES, head_base, load_tile
 
 #: Splits that are merged at a time, and tokens whose mean is the origin of a chunk's sums.
 MERGED = tl.constexpr(16)
@@ -103,7 +94,7 @@ def quad_at(at, prefix, g0, g1, g2, NDIM: tl.constexpr):
         flags += tl.where(row + 2 >= g1, 64, 0)
     if NDIM > 2:
         flags += tl.where(frame == 0, 16, 0) + tl.where(frame == g0 - 1, 32, 0)
-    return (prefix + (frame * g1 + row) * g2 + column).to(tl.int64) * QUAD + flags
+    return ((prefix + (frame * g1 + row) * g2 + column).to(tl.int64) << QUAD) + flags
 
 
 @triton.jit

@@ -3,16 +3,17 @@
 import triton
 import triton.language as tl
 
+from .convolution import convolved_tile, head_taps
 from .tiles import (
+    NONE,
     SIZES,
-    convolved_tile,
     head_base,
-    head_taps,
     load_weights,
     own_tiles,
+    quad_places,
     sigmoid,
     store_tile,
-    tile_start,
+    tile_place,
     tile_tokens,
     unpair,
 )
@@ -57,14 +58,15 @@ def query_output(
             w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype
         )
 
+    places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
     for tile in range(begin, end):
-        on_grid, first, count = tile_start(
-            tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
-        )
+        at, known = quad_places(tile, 0, places, BLOCK_N)
+        first_quad = tl.load(quads + at, mask=known, other=0)
+        place = tile_place(tile, first_quad, places, NDIM, BLOCK_N)
         x = convolved_tile(
-            q_base, tile, on_grid, first, count, stride_n, stride_d, quads, num_quads,
-            head_taps(taps, head, NDIM, BLOCK_D), None, (None, None, None, None), g1, g2,
+            q_base, quads, place, places, stride_n, stride_d,
+            head_taps(taps, head, NDIM, BLOCK_D), None, (None, None, None, None),
             D, NDIM, False, False, UNIT, UNROLL, BLOCK_N, BLOCK_D,
         ).to(dtype)  # fmt: skip
         if BLOCKS_M == 1:
@@ -78,7 +80,7 @@ def query_output(
                 )
                 z = gated(x, w12_block, PRECISION).to(dtype)
                 o = tl.dot(z, w3_block, o, input_precision=PRECISION)
-        tokens, exist = tile_tokens(
-            tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
-        )
-        store_tile(out_base + first * heads * DV, o, tokens, values, exist, DV, heads)
+        at, known = quad_places(tile, tl.arange(0, BLOCK_N), places, BLOCK_N)
+        quad = tl.load(quads + at, mask=known, other=NONE)
+        tokens, exist = tile_tokens(place, quad, places, NDIM, BLOCK_N)
+        store_tile(out_base + place[2] * heads * DV, o, tokens, values, exist, DV, heads)

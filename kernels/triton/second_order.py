@@ -17,43 +17,98 @@ dL/dW', and ::
 import triton
 import triton.language as tl
 
+from .convolution import convolved_tile, group_offsets, head_taps, load_statistics
 from .first_order import add_tile, store_gradients
 from .tiles import (
+    NONE,
     SIZES,
-    convolved_tile,
-    group_offsets,
     head_base,
-    head_taps,
-    load_statistics,
     load_tile,
     load_weights,
     own_tiles,
     pair,
+    quad_places,
     silu_terms,
-    tile_start,
+    tile_place,
     tile_tokens,
     unpair,
 )
 
 
 @triton.jit
-def second_order_terms(x, g, w12, u12, w3u3, PRECISION: tl.constexpr):
-    """Of a block of hidden units, in x's dtype: a `pair` of dL/dA and dL/dB, dL/d dZ, a pair of dA
-    and dB, and one of dL/d dZ and Z. ``w12``, ``u12``: pairs; ``w3u3``: one of W3^T and U3^T.
+def second_order_terms(x, g, weights, part: tl.constexpr, PRECISION: tl.constexpr):
+    """Of a part of the hidden units, in x's dtype: a `pair` of dL/dA and dL/dB, dL/d dZ, a pair of
+    dA and dB, and one of dL/d dZ and Z. ``weights``: what `load_part` gave, of all parts.
     """
+    w12, u12, w3u3 = weights[3 * part : 3 * part + 3]
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
-    dz, t = unpair(tl.dot(g, w3u3, input_precision=PRECISION))
     p, r = unpair(tl.dot(x, u12, input_precision=PRECISION))
+    dz, t = unpair(tl.dot(g, w3u3, input_precision=PRECISION))
     silu, slope, curvature = silu_terms(a)
     b_slope, dz_slope = b * slope, dz * slope
     at_dz = p * b_slope + r * silu
     at_a = p * (dz * (b * curvature)) + r * dz_slope + t * b_slope
     at_b = p * dz_slope + t * silu
     dtype: tl.constexpr = x.dtype
-    at_ab = pair(at_a, at_b).to(dtype)
-    dab = pair(dz * b_slope, dz * silu).to(dtype)
     at_dz = at_dz.to(dtype)
-    return at_ab, at_dz, dab, pair(at_dz, (silu * b).to(dtype))
+    return (
+        pair(at_a, at_b).to(dtype), at_dz, pair(dz * b_slope, dz * silu).to(dtype),
+        pair(at_dz, (silu * b).to(dtype)),
+    )  # fmt: skip
+
+
+@triton.jit
+def load_part(
+    w1, w2, w3, u1, u2, u3, first, units, channels, values, rate, dtype: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Of the hidden units ``first + units``: a `pair` of W1 and W2, one of U1 and U2, and one of
+    W3^T and U3^T.
+    """
+    w12, w3 = load_weights(w1, w2, w3, first, units, channels, values, D, DV, 1.0, dtype)
+    u12, u3 = load_weights(u1, u2, u3, first, units, channels, values, D, DV, rate, dtype)
+    return w12, u12, pair(tl.trans(w3), tl.trans(u3))
+
+
+@triton.jit
+def zero_sums(BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PART_M: tl.constexpr):
+    """Of the gradients of W1 and W2, as a `pair` transposed, and of W3, transposed."""
+    return tl.zeros([2 * PART_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_V, PART_M], tl.float32)
+
+
+@triton.jit
+def add_sums(sums, part: tl.constexpr, x, g, terms, PRECISION: tl.constexpr):
+    """Those of a part with a tile's added."""
+    sum3 = tl.dot(tl.trans(g), terms[1], sums[2 * part + 1], input_precision=PRECISION)
+    sum12 = tl.dot(tl.trans(terms[0]), x, sums[2 * part], input_precision=PRECISION)
+    return sum12, sum3
+
+
+@triton.jit
+def gradient_at_g(
+    terms, weights, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dL/dg of a tile, from all parts."""
+    back = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for part in tl.static_range(PARTS):
+        w3u3 = tl.trans(weights[3 * part + 2])
+        back = tl.dot(terms[4 * part + 3], w3u3, back, input_precision=PRECISION)
+    return back
+
+
+@triton.jit
+def gradient_at_x(
+    terms, weights, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dL/dx of a tile, from all parts."""
+    back = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for part in tl.static_range(PARTS):
+        w12, u12 = tl.trans(weights[3 * part]), tl.trans(weights[3 * part + 1])
+        back = tl.dot(terms[4 * part + 2], u12, back, input_precision=PRECISION)
+        back = tl.dot(terms[4 * part], w12, back, input_precision=PRECISION)
+    return back
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -64,7 +119,7 @@ def second_order_gradient(
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
     CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What comes back through the inner gradient; u is dL/dW', ``[B*H, ...]``, U / r, and r is
@@ -72,8 +127,11 @@ def second_order_gradient(
 
     partial ``[splits, B*H, 2*D*D + D*Dv]`` float32 of the tokens of a chunk of tiles, dx
     ``[B, N, H, D]`` and dg ``[B, N, H, Dv]``. One program for each (batch item, head) and chunk.
+    PARTS of a block of hidden units are computed one after the other, for want of registers; they
+    share the convolved tile and what is added to dx and dg.
     """
     BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
+    PART_M: tl.constexpr = BLOCK_M // PARTS
     dtype: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
     group = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -81,7 +139,7 @@ def second_order_gradient(
     at_group = group.to(tl.int64)
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
-    units = tl.arange(0, BLOCK_M)
+    units = tl.arange(0, PART_M)
     statistics = load_statistics(mean, rstd, group, tl.arange(0, BLOCK_D // 2))
     taps = head_taps(taps, head, NDIM, BLOCK_D)
     offsets = group_offsets(offsets, group, NDIM, BLOCK_D)
@@ -91,66 +149,53 @@ def second_order_gradient(
     dx_base = dx + first_token * D
     dg_base = dg + first_token * DV
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
+    places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
 
     rate = tl.cast(scale, tl.float32) / num_tokens
     for block in range(BLOCKS_M):
-        w12_block, w3_block = load_weights(
-            w1 + head * (D * D), w2 + head * (D * D), w3 + head * (D * DV),
-            block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
-        )  # fmt: skip
-        u12_block, u3_block = load_weights(
-            u1 + at_group * (D * D), u2 + at_group * (D * D), u3 + at_group * (D * DV),
-            block * BLOCK_M, units, channels, values, D, DV, rate, dtype,
-        )  # fmt: skip
-        w3u3_block = pair(tl.trans(w3_block), tl.trans(u3_block))
-        sum12 = tl.zeros([BLOCK_D, 2 * BLOCK_M], tl.float32)
-        sum3 = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
+        weights, sums = (), ()
+        for part in tl.static_range(PARTS):
+            weights += load_part(
+                w1 + head * (D * D), w2 + head * (D * D), w3 + head * (D * DV),
+                u1 + at_group * (D * D), u2 + at_group * (D * D), u3 + at_group * (D * DV),
+                block * BLOCK_M + part * PART_M, units, channels, values, rate, dtype, D, DV,
+            )  # fmt: skip
+            sums += zero_sums(BLOCK_D, BLOCK_V, PART_M)
         for tile in range(begin, end):
-            on_grid, first, count = tile_start(
-                tile, quads, num_quads, prefix, grid_tokens, num_tokens, NDIM, BLOCK_N
-            )
+            at_quads, known = quad_places(tile, 0, places, BLOCK_N)
+            first_quad = tl.load(quads + at_quads, mask=known, other=0)
+            place = tile_place(tile, first_quad, places, NDIM, BLOCK_N)
             x_tile = convolved_tile(
-                x_base, tile, on_grid, first, count, x_stride_n, x_stride_d, quads, num_quads,
-                taps, offsets, statistics, g1, g2,
+                x_base, quads, place, places, x_stride_n, x_stride_d, taps, offsets, statistics,
                 D, NDIM, True, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
             ).to(dtype)  # fmt: skip
-            tokens, exist = tile_tokens(
-                tile, on_grid, first, count, quads, num_quads, g2, NDIM, BLOCK_N
-            )
+            at_quads, known = quad_places(tile, tl.arange(0, BLOCK_N), places, BLOCK_N)
+            quad = tl.load(quads + at_quads, mask=known, other=NONE)
+            tokens, exist = tile_tokens(place, quad, places, NDIM, BLOCK_N)
             g_tile = load_tile(
-                g_base + first * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
+                g_base + place[2] * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
             ).to(dtype)  # fmt: skip
-            at_ab, at_dz, dab, at_dz_z = second_order_terms(
-                x_tile, g_tile, w12_block, u12_block, w3u3_block, PRECISION
-            )
-            sum3 = tl.dot(tl.trans(g_tile), at_dz, sum3, input_precision=PRECISION)
-            sum12 = tl.dot(tl.trans(x_tile), at_ab, sum12, input_precision=PRECISION)
-            back = tl.dot(dab, tl.trans(u12_block), input_precision=PRECISION)
-            back = tl.dot(at_ab, tl.trans(w12_block), back, input_precision=PRECISION)
+            terms, more = (), ()
+            for part in tl.static_range(PARTS):
+                of_part = second_order_terms(x_tile, g_tile, weights, part, PRECISION)
+                more += add_sums(sums, part, x_tile, g_tile, of_part, PRECISION)
+                terms += of_part
+            sums = more
+            back = gradient_at_g(terms, weights, PARTS, PRECISION, BLOCK_N, BLOCK_V)
             add_tile(
-                dx_base + first * heads * D,
-                back,
-                tokens,
-                channels,
-                exist,
-                D,
-                heads,
-                block,
+                dg_base + place[2] * heads * DV, back, tokens, values, exist, DV, heads, block,
                 BLOCKS_M,
-            )
-            back = tl.dot(at_dz_z, tl.trans(w3u3_block), input_precision=PRECISION)
+            )  # fmt: skip
+            back = gradient_at_x(terms, weights, PARTS, PRECISION, BLOCK_N, BLOCK_D)
             add_tile(
-                dg_base + first * heads * DV,
-                back,
-                tokens,
-                values,
-                exist,
-                DV,
-                heads,
-                block,
+                dx_base + place[2] * heads * D, back, tokens, channels, exist, D, heads, block,
                 BLOCKS_M,
+            )  # fmt: skip
+        for part in tl.static_range(PARTS):
+            hidden = block * BLOCK_M + part * PART_M + units
+            store_gradients(
+                at, tl.trans(sums[2 * part]), sums[2 * part + 1], channels, hidden, values, D, DV
             )
-        store_gradients(at, sum12, sum3, channels, block * BLOCK_M + units, values, D, DV)
         tl.debug_barrier()  # the next block reads dx and dg
