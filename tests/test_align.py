@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vits
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,7 +36,7 @@ def nodes(lin):
     return {name: m for name, m in lin.named_modules() if isinstance(m, TTT)}
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(vits.shapes)
 def test_teacher_is_the_original(shape):
     """With the softmax back in its nodes, the linearized model computes what the original does."""

@@ -16,7 +16,8 @@ from dataclasses import replace
 import pytest
 import torch
 import vits
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -100,7 +101,7 @@ def same_everywhere(shape, tolerance, dtype=torch.float32, options=ALL, dynamic=
 
 
 @given(shape=vits.shapes, dynamic=st.sampled_from([None, True]))
-@settings(max_examples=3)
+@examples(3)
 def test_equals_the_linearized_model_on_any_transformer(shape, dynamic):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "_inductor", lambda options, more: aot_eager)

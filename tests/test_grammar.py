@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from spellings import MISSES, Attention, Fused, near_misses, spellings
 from torch import fx
@@ -16,7 +17,7 @@ from t5fx.kernels import TTT
 
 STATIC = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0)
 # 50 spellings in CI and 750 at night; near misses likewise.
-MANY = settings(max_examples=settings().max_examples * 5 // 2, deadline=None)
+MANY = examples(50)
 
 
 def images(dtype=torch.float64):
@@ -131,7 +132,7 @@ def with_no_ops(graph, seed):
     return graph
 
 
-@settings(MANY, max_examples=settings().max_examples // 2)
+@examples(10)
 @given(
     st.one_of(spellings, near_misses),
     st.booleans(),
@@ -149,7 +150,7 @@ def test_sites_are_the_same_in_changed_graphs(spelling, decomposed, change, seed
     assert sites(changed) == before
 
 
-@settings(MANY, max_examples=settings().max_examples // 2)
+@examples(10)
 @given(spellings)
 def test_graphs_of_core_operators(spelling):
     """What is left of a spelling after decomposition is the same attention."""

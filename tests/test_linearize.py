@@ -5,7 +5,8 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from vits import SPELLINGS, Shape, shapes
@@ -64,7 +65,7 @@ def test_every_site_is_found_and_equals_the_contract(shape):
 
 
 @given(shapes, st.tuples(st.integers(1, 5), st.integers(2, 6)), st.integers(1, 3))
-@settings(max_examples=6)
+@examples(6)
 def test_one_dynamic_capture_serves_other_sizes(shape, grid, batch):
     model, images = shape.model(), shape.images()
     lin = t5fx.linearize(model, (images,), config=ALL)
@@ -194,7 +195,7 @@ def test_fresh_parameters_are_the_same_on_every_version_of_torch():
 
 
 @given(shapes)
-@settings(max_examples=5)
+@examples(5)
 def test_survives_deepcopy_and_torch_save(shape):
     _, lin, images = linearized(shape)
     out = lin(images)

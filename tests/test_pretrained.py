@@ -9,7 +9,8 @@ import textwrap
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -41,7 +42,7 @@ def linearized(shape=SHAPE, config=CONFIG, **kwargs):
     return lin
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(shapes, st.booleans(), st.sampled_from(["swiglu", "mlp2", "gate1"]), st.booleans())
 def test_round_trip_is_bit_equal(tmp_path_factory, shape, adapter_only, inner, share):
     folder = tmp_path_factory.mktemp("saved")
@@ -233,7 +234,7 @@ def weights(folder):
     return next(folder.glob("*.safetensors"))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(data=st.data())
 def test_a_damaged_file_is_named_and_nothing_is_loaded(saved, tmp_path_factory, data):
     """Any byte of the weights changed, any length cut off, either file."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpretedFunction
@@ -59,7 +60,7 @@ def test_this_is_the_interpreter():
     assert isinstance(query_output, InterpretedFunction)
 
 
-@settings(max_examples=3)
+@examples(3)
 @given(
     grid=st.lists(sizes, min_size=1, max_size=3).map(tuple),
     prefix=st.integers(0, 2),
@@ -153,7 +154,7 @@ def plus_convolved(x, weight, bias, grid, prefix):
     return x + torch.nn.functional.pad(more, (0, 0, prefix, x.shape[2] - prefix - size))
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(
     grid=st.lists(sizes, min_size=1, max_size=3).map(tuple),
     prefix=st.integers(0, 9),
