@@ -25,8 +25,9 @@ TOO_LARGE = ("sm_89", 256, torch.float32)
 def cases(multiply: bool):
     """(architecture, width, dtype), of kernels that multiply matrices or of the others.
 
-    Always compiled: all widths of what multiplies bfloat16, and heads of 64 of the rest. The oldest
-    torch and its Triton have two of them, `make nightly` has all.
+    Always compiled: what multiplies bfloat16, for sm_90 all widths and for the others those from 64
+    on; heads of 64 of the rest, in float32 once. The oldest torch and its Triton have two of them,
+    `make nightly` has all.
     """
     for architecture in offline.TARGETS:
         for dim in configs.WIDTHS:
@@ -34,9 +35,10 @@ def cases(multiply: bool):
                 if (architecture, dim, dtype) == TOO_LARGE:
                     continue
                 half = dtype == torch.bfloat16
-                always = dim == 64 or half if multiply else dim == 64 and half
+                most = dim >= 64 and half if multiply else dim == 64 and half
+                once = architecture == "sm_90" and multiply and (half or dim == 64)
                 marks = []
-                if architecture == "sm_89" or not always:
+                if architecture == "sm_89" or not (most or once):
                     marks.append(pytest.mark.slow)
                 if architecture != "sm_90" or dim not in (64, 128) or not half:
                     marks.append(pytest.mark.extras)
@@ -80,21 +82,15 @@ def test_other_grids(grid):
 
 
 @pytest.mark.extras
-def test_floats_may_be_64_bits_wide():
-    """So Inductor passes them; the kernels must not compute in float64 for it."""
+def test_floats_and_sizes_may_be_64_bits_wide():
+    """So Inductor passes floats, and sizes of which it knows no bound; the kernels must not compute
+    in float64 for it.
+    """
     for kernel, arguments in offline.launches("sm_90", torch.bfloat16, 32).values():
-        if any(isinstance(value, float) for value in arguments.values()):
-            compiled = offline.compiled(kernel, arguments, "sm_90", floats="fp64")
-            lines = [line for line in compiled.asm["ttgir"].splitlines() if "f64" in line]
-            assert lines
-            assert all("tt.func" in line or "arith.truncf" in line for line in lines)
-
-
-@pytest.mark.extras
-def test_sizes_may_be_64_bits_wide():
-    """So Inductor passes those of which it knows no bound."""
-    for kernel, arguments in offline.launches("sm_90", torch.bfloat16, 32).values():
-        offline.compiled(kernel, arguments, "sm_90", sizes="i64")
+        compiled = offline.compiled(kernel, arguments, "sm_90", floats="fp64", sizes="i64")
+        lines = [line for line in compiled.asm["ttgir"].splitlines() if "f64" in line]
+        assert bool(lines) == any(isinstance(value, float) for value in arguments.values())
+        assert all("tt.func" in line or "arith.truncf" in line for line in lines)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
