@@ -75,7 +75,7 @@ class Kernel:
     products: int
     instructions: float
     spills: float  # instructions that load and store spilled registers
-    special: float  # exponentials and roots
+    special: float  # tanh, exponentials and roots
     serialised: bool
     config: str
 

@@ -32,18 +32,21 @@ from .tiles import (
 
 
 @triton.jit
-def hidden_gradients(x, g, w12, w3, PRECISION: tl.constexpr):
+def hidden_gradients(x, g, w12, w3, TANH: tl.constexpr, PRECISION: tl.constexpr):
     """Of a block of hidden units, in x's dtype: Z ``[BLOCK_N, BLOCK_M]``, dA and dB as a `pair`."""
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
-    silu, slope, _ = silu_terms(a)
+    silu, slope, _ = silu_terms(a, TANH)
     dtype: tl.constexpr = x.dtype
     return (silu * b).to(dtype), pair(dz * (b * slope), dz * silu).to(dtype)
 
 
 @triton.jit
-def store_gradients(base, g12, g3, channels, hidden, values, D: tl.constexpr, DV: tl.constexpr):
-    """Writes a block of hidden units of G1, G2 and G3, which lie one behind the other.
+def store_gradients(
+    base, g12, g3, channels, hidden, values, D: tl.constexpr, DV: tl.constexpr, TANH: tl.constexpr
+):
+    """Writes a block of hidden units of G1, G2 and G3, which lie one behind the other; if ``TANH``
+    ``g12`` has the gradient of W1 / 2.
 
     ``g3`` comes as its transpose, ``[BLOCK_V, BLOCK_M]``, like the others: with as many rows as a
     product of 8 warps wants.
@@ -51,6 +54,8 @@ def store_gradients(base, g12, g3, channels, hidden, values, D: tl.constexpr, DV
     columns = (channels < D)[:, None] & (hidden < D)[None, :]
     at = base + channels[:, None] * D + hidden[None, :]
     g1, g2 = unpair(g12)
+    if TANH:
+        g1 *= 0.5
     tl.store(at, g1, mask=columns)
     tl.store(at + D * D, g2, mask=columns)
     rows = (values < DV)[:, None] & (hidden < D)[None, :]
@@ -76,7 +81,7 @@ def inner_gradient(
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
     KEYS: tl.constexpr, CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TANH: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """partial ``[splits, B*H, 2*D*D + D*Dv]`` float32: G1, G2, G3 of a chunk of tiles.
@@ -113,7 +118,7 @@ def inner_gradient(
         block = turn + tl.program_id(0) % SHARED_AMONG
         w12_block, w3_block = load_weights(
             w1 + owner * (D * D), w2 + owner * (D * D), w3 + owner * (D * DV),
-            block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype,
+            block * BLOCK_M, units, channels, values, D, DV, 1.0, dtype, TANH,
         )  # fmt: skip
         # Transposed, as the left operand of a product stays in registers: x need not.
         sum12 = tl.zeros([2 * BLOCK_M, BLOCK_D], tl.float32)
@@ -133,7 +138,7 @@ def inner_gradient(
                 g_base + place[2] * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
             ).to(dtype)  # fmt: skip
-            z, dab = hidden_gradients(x_tile, g_tile, w12_block, w3_block, PRECISION)
+            z, dab = hidden_gradients(x_tile, g_tile, w12_block, w3_block, TANH, PRECISION)
             if not KEYS:
                 back = tl.dot(dab, tl.trans(w12_block), input_precision=PRECISION)
                 add_tile(
@@ -142,6 +147,7 @@ def inner_gradient(
                 )  # fmt: skip
             sum3 = tl.dot(tl.trans(g_tile), z, sum3, input_precision=PRECISION)
             sum12 = tl.dot(tl.trans(dab), x_tile, sum12, input_precision=PRECISION)
-        store_gradients(at, tl.trans(sum12), sum3, channels, block * BLOCK_M + units, values, D, DV)
+        hidden = block * BLOCK_M + units
+        store_gradients(at, tl.trans(sum12), sum3, channels, hidden, values, D, DV, TANH)
         if not KEYS:  # the next block reads dx
             tl.debug_barrier()

@@ -47,6 +47,7 @@ class Site:
     prefix: int  # without a convolution all tokens
     grid: tuple[int, ...]  # of three axes, missing ones first, of size 1
     wide: bool  # products of float32
+    tanh: bool  # silu by the GPU's own tanh
     centred: bool  # the mean of the keys is subtracted before all else: see ``convolved_tile``
 
     @property
@@ -112,6 +113,7 @@ class Site:
             "NDIM": self.conv_ndim,
             "WIDE": self.wide,
             "PRECISION": precision(),
+            "TANH": self.tanh,
             "UNROLL": settings.unroll,
             "BLOCK_M": min(settings.block_m, padded(self.dim)),
             "BLOCK_D": padded(self.dim),
@@ -172,6 +174,7 @@ def site(
         prefix=prefix if convolved else tokens,
         grid=((1,) * (3 - len(axes)) + axes),
         wide=is_wide(q, k, v),
+        tanh=is_tanh(q, k, v),
         centred=is_centred(q, k, v, key_norm_eps),
     )
 
@@ -179,6 +182,14 @@ def site(
 def is_wide(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether products are of float32: unless q, k and v share a 16-bit dtype."""
     return q.dtype == torch.float32 or not q.dtype == k.dtype == v.dtype
+
+
+def is_tanh(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether silu is by the GPU's own tanh (``tiles.tanh``): NVIDIA's, for products of bfloat16,
+    whose rounding hides its error.
+    """
+    rounded = q.dtype == torch.bfloat16 and not is_wide(q, k, v)
+    return rounded and architecture(q.device).startswith("sm_")
 
 
 def is_centred(q: Tensor, k: Tensor, v: Tensor, key_norm_eps: float) -> bool:

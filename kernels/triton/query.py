@@ -11,7 +11,7 @@ from .tiles import (
     load_weights,
     own_tiles,
     quad_places,
-    sigmoid,
+    silu,
     store_tile,
     tile_place,
     tile_tokens,
@@ -20,10 +20,10 @@ from .tiles import (
 
 
 @triton.jit
-def gated(x, w12, PRECISION: tl.constexpr):
+def gated(x, w12, TANH: tl.constexpr, PRECISION: tl.constexpr):
     """silu(x W1) * (x W2), float32."""
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
-    return a * sigmoid(a) * b
+    return silu(a, TANH) * b
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -31,7 +31,7 @@ def query_output(
     q, w1, w2, w3, taps, out, stride_b, stride_h, stride_n, stride_d, heads, chunk, splits, tiles,
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, TANH: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def query_output(
     units = tl.arange(0, BLOCK_M)
     if BLOCKS_M == 1:
         w12_block, w3_block = load_weights(
-            w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype
+            w1_base, w2_base, w3_base, 0, units, channels, values, D, DV, 1.0, dtype, TANH
         )
 
     places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
@@ -70,15 +70,16 @@ def query_output(
             D, NDIM, False, False, UNIT, UNROLL, BLOCK_N, BLOCK_D,
         ).to(dtype)  # fmt: skip
         if BLOCKS_M == 1:
-            z = gated(x, w12_block, PRECISION).to(dtype)
+            z = gated(x, w12_block, TANH, PRECISION).to(dtype)
             o = tl.dot(z, w3_block, input_precision=PRECISION)
         else:
             o = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
             for unit in range(0, D, BLOCK_M):
                 w12_block, w3_block = load_weights(
-                    w1_base, w2_base, w3_base, unit, units, channels, values, D, DV, 1.0, dtype
-                )
-                z = gated(x, w12_block, PRECISION).to(dtype)
+                    w1_base, w2_base, w3_base, unit, units, channels, values, D, DV, 1.0, dtype,
+                    TANH,
+                )  # fmt: skip
+                z = gated(x, w12_block, TANH, PRECISION).to(dtype)
                 o = tl.dot(z, w3_block, o, input_precision=PRECISION)
         at, known = quad_places(tile, tl.arange(0, BLOCK_N), places, BLOCK_N)
         quad = tl.load(quads + at, mask=known, other=NONE)

@@ -36,7 +36,9 @@ from .tiles import (
 
 
 @triton.jit
-def second_order_terms(x, g, weights, part: tl.constexpr, PRECISION: tl.constexpr):
+def second_order_terms(
+    x, g, weights, part: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr
+):
     """Of a part of the hidden units, in x's dtype: a `pair` of dL/dA and dL/dB, dL/d dZ, a pair of
     dA and dB, and one of dL/d dZ and Z. ``weights``: what `load_part` gave, of all parts.
     """
@@ -44,7 +46,7 @@ def second_order_terms(x, g, weights, part: tl.constexpr, PRECISION: tl.constexp
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     p, r = unpair(tl.dot(x, u12, input_precision=PRECISION))
     dz, t = unpair(tl.dot(g, w3u3, input_precision=PRECISION))
-    silu, slope, curvature = silu_terms(a)
+    silu, slope, curvature = silu_terms(a, TANH)
     b_slope, dz_slope = b * slope, dz * slope
     at_dz = p * b_slope + r * silu
     at_a = p * (dz * (b * curvature)) + r * dz_slope + t * b_slope
@@ -60,13 +62,13 @@ def second_order_terms(x, g, weights, part: tl.constexpr, PRECISION: tl.constexp
 @triton.jit
 def load_part(
     w1, w2, w3, u1, u2, u3, first, units, channels, values, rate, dtype: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr,
+    TANH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Of the hidden units ``first + units``: a `pair` of W1 and W2, one of U1 and U2, and one of
     W3^T and U3^T.
     """
-    w12, w3 = load_weights(w1, w2, w3, first, units, channels, values, D, DV, 1.0, dtype)
-    u12, u3 = load_weights(u1, u2, u3, first, units, channels, values, D, DV, rate, dtype)
+    w12, w3 = load_weights(w1, w2, w3, first, units, channels, values, D, DV, 1.0, dtype, TANH)
+    u12, u3 = load_weights(u1, u2, u3, first, units, channels, values, D, DV, rate, dtype, TANH)
     return w12, u12, pair(tl.trans(w3), tl.trans(u3))
 
 
@@ -118,7 +120,7 @@ def second_order_gradient(
     groups, heads, chunk, splits, tiles, scale,
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
-    CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TANH: tl.constexpr,
     UNROLL: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +161,7 @@ def second_order_gradient(
             weights += load_part(
                 w1 + head * (D * D), w2 + head * (D * D), w3 + head * (D * DV),
                 u1 + at_group * (D * D), u2 + at_group * (D * D), u3 + at_group * (D * DV),
-                block * BLOCK_M + part * PART_M, units, channels, values, rate, dtype, D, DV,
+                block * BLOCK_M + part * PART_M, units, channels, values, rate, dtype, TANH, D, DV,
             )  # fmt: skip
             sums += zero_sums(BLOCK_D, BLOCK_V, PART_M)
         for tile in range(begin, end):
@@ -179,7 +181,7 @@ def second_order_gradient(
             ).to(dtype)  # fmt: skip
             terms, more = (), ()
             for part in tl.static_range(PARTS):
-                of_part = second_order_terms(x_tile, g_tile, weights, part, PRECISION)
+                of_part = second_order_terms(x_tile, g_tile, weights, part, TANH, PRECISION)
                 more += add_sums(sums, part, x_tile, g_tile, of_part, PRECISION)
                 terms += of_part
             sums = more
@@ -196,6 +198,7 @@ def second_order_gradient(
         for part in tl.static_range(PARTS):
             hidden = block * BLOCK_M + part * PART_M + units
             store_gradients(
-                at, tl.trans(sums[2 * part]), sums[2 * part + 1], channels, hidden, values, D, DV
-            )
+                at, tl.trans(sums[2 * part]), sums[2 * part + 1], channels, hidden, values, D, DV,
+                TANH,
+            )  # fmt: skip
         tl.debug_barrier()  # the next block reads dx and dg

@@ -172,16 +172,19 @@ def unpair(ab):
 @triton.jit
 def load_weights(
     w1, w2, w3, first, units, channels, values, D: tl.constexpr, DV: tl.constexpr, rate,
-    dtype: tl.constexpr,
+    dtype: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
     """``rate`` times the weights of the hidden units ``first + units``, in a dtype: columns of W1
-    and W2 ``[D, D]`` as a `pair`, and rows of W3 ``[D, Dv]``; all lie contiguous.
+    (half of it if ``TANH``) and W2 ``[D, D]`` as a `pair`, and rows of W3 ``[D, Dv]``; all lie
+    contiguous.
     """
     inside = first + units < D
     columns = (channels < D)[:, None] & inside[None, :]
     rows = inside[:, None] & (values < DV)[None, :]
     at = channels[:, None] * D + units[None, :]
     w1_block = tl.load(w1 + first + at, mask=columns, other=0.0).to(tl.float32) * rate
+    if TANH:
+        w1_block *= 0.5
     w2_block = tl.load(w2 + first + at, mask=columns, other=0.0).to(tl.float32) * rate
     at = units[:, None] * DV + values[None, :]
     w3_block = tl.load(w3 + first * DV + at, mask=rows, other=0.0).to(tl.float32) * rate
@@ -199,10 +202,35 @@ def sigmoid(a):
 
 
 @triton.jit
-def silu_terms(a):
-    """silu(a), its derivative and its second derivative."""
-    sigma = sigmoid(a)
-    silu = a * sigma
-    rest = 1 - sigma
-    slope = sigma + silu * rest
-    return silu, slope, rest * (sigma + slope - silu * sigma)
+def tanh(a):
+    """By the GPU's own instruction, NVIDIA's from sm_75 on: its error is up to 2**-11 of the value
+    (PTX ISA, ``tanh.approx.f32``), an eighth of a rounding to bfloat16.
+    """
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def silu(a, TANH: tl.constexpr):
+    """silu(a) or, if ``TANH``, silu(2 a) = a + a tanh(a): two instructions instead of six."""
+    if TANH:
+        return a + a * tanh(a)
+    else:
+        return a * sigmoid(a)
+
+
+@triton.jit
+def silu_terms(a, TANH: tl.constexpr):
+    """That and its first and second derivative, by a."""
+    if TANH:
+        t = tanh(a)
+        up, bend = 1 + t, 1 - t * t
+        lean = a * bend
+        return a * up, up + lean, 2 * (bend - t * lean)
+    else:
+        sigma = sigmoid(a)
+        silu = a * sigma
+        rest = 1 - sigma
+        slope = sigma + silu * rest
+        return silu, slope, rest * (sigma + slope - silu * sigma)
