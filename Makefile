@@ -2,7 +2,11 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
-GPU_WORKERS ?= 8
+GPU_WORKERS ?= 12
+# A torch that sees a GPU is not to be replaced by another, and its machine may reach no registry.
+GPU_IMPORTS := import accelerate, hypothesis, matplotlib, networkx, pytest, rich, safetensors, \
+	setuptools, skimage, timm, torch, transformers, xdist; \
+	assert torch.cuda.is_available(), 'torch sees no GPU'
 OLDEST_TORCH := 2.11.*
 # The demos read one file of each of these packages, weights and images; what else they contain and
 # their own dependencies are not wanted.
@@ -19,7 +23,7 @@ endef
 export PYTHONUTF8 := 1
 , := ,
 
-.PHONY: help demo classify bench test test-newest test-oldest unit lint types format gpu nightly hooks clean
+.PHONY: help demo classify bench test test-newest test-oldest unit lint types format gpu on-gpu nightly hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -58,10 +62,23 @@ types: .venv/.test-installed
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
 	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
-gpu: .venv/.test-installed  ## the tests that need a GPU, then kernels, models and peers on it
-	.venv/bin/python -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu $(PYTEST_ARGS)
-	for suite in kernels models peers; do .venv/bin/t5fx bench $$suite || exit 1; done
-	.venv/bin/t5fx bench report
+gpu:  ## the tests that need a GPU, then kernels, models and peers on it, by the packages found there
+	@if missing=$$($(PYTHON) -c "$(GPU_IMPORTS)" 2>&1); then \
+		echo "gpu: with the packages of $(PYTHON)"; rm -rf build/gpu build/lib; \
+		$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation \
+			--target build/gpu . && \
+		PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH} \
+			$(MAKE) on-gpu GPU_PYTHON=$(PYTHON); \
+	else \
+		echo "$$missing" | tail -n 1; echo "gpu: so with the packages of .venv"; \
+		$(MAKE) .venv/.test-installed && $(MAKE) on-gpu GPU_PYTHON=.venv/bin/python; \
+	fi
+
+on-gpu:
+	$(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu $(PYTEST_ARGS)
+	failed=0; for suite in kernels models peers; do \
+		$(GPU_PYTHON) -m t5fx bench $$suite || failed=1; done; \
+	$(GPU_PYTHON) -m t5fx bench report && exit $$failed
 
 nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)

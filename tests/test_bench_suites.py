@@ -100,7 +100,9 @@ def test_rows_of_the_kernels(monkeypatch, both):
     monkeypatch.setattr(kernels.torch, "compile", lambda function: function)
     experiment = kernels.experiments(small=True)[both]
     assert experiment.case == "1 x 12 heads x 256 tokens x 64, forward" + " and backward" * both
-    assert len(kernels.experiments()) == 2 * 2 * 2 * 5
+    everything = [experiment.case for experiment in kernels.experiments()]
+    assert len(set(everything)) == 2 * 2 * 2 * 6
+    assert everything[0] == "8 x 16 heads x 4096 tokens x 128, forward"  # what matters most
     found = values(experiment)
     assert found["machine", "copy bandwidth"].value == 1e9
     assert found["machine", "matrix product"].value == 1e12
