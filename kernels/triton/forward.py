@@ -82,7 +82,7 @@ def forward(
 
     Args: as ``t5fx.kernels.ttt`` takes them; float32, float16 or bfloat16, any strides, D and Dv
     up to 256. Products are of float32 unless q, k and v share a 16-bit dtype; sums are float32.
-        In bfloat16 on an NVIDIA GPU silu is by its own tanh, an eighth of a rounding off at most.
+    In bfloat16 on an NVIDIA GPU silu is by its own tanh, an eighth of a rounding off at most.
 
     Returns:
         The output ``[B, H, N, Dv]`` in q's dtype, a view of contiguous ``[B, N, H, Dv]``, and what
