@@ -3,7 +3,10 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
 GPU_WORKERS ?= 12
+# Of the benches, such as --out FILE.
+BENCH_ARGS ?=
 # A torch that sees a GPU is not to be replaced by another, and its machine may reach no registry.
+# Other versions of other packages warn of other things, and bring plugins for pytest.
 GPU_IMPORTS := import accelerate, hypothesis, matplotlib, networkx, pytest, rich, safetensors, \
 	setuptools, skimage, timm, torch, transformers, xdist; \
 	assert torch.cuda.is_available(), 'torch sees no GPU'
@@ -75,9 +78,11 @@ gpu:  ## the tests that need a GPU, then kernels, models and peers on it, by the
 	fi
 
 on-gpu:
-	$(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu $(PYTEST_ARGS)
-	failed=0; for suite in kernels models peers; do \
-		$(GPU_PYTHON) -m t5fx bench $$suite || failed=1; done; \
+	failed=0; \
+	$(GPU_PYTHON) -m pytest -q -p no:benchmark -W default -n $(GPU_WORKERS) --dist worksteal \
+		-m gpu tests/test_triton.py $(PYTEST_ARGS) || failed=1; \
+	for suite in kernels models peers; do \
+		$(GPU_PYTHON) -m t5fx bench $$suite $(BENCH_ARGS) || failed=1; done; \
 	$(GPU_PYTHON) -m t5fx bench report && exit $$failed
 
 nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
