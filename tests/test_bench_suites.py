@@ -69,24 +69,28 @@ def test_rows_of_the_kernels_on_a_cpu(monkeypatch):
 
 
 class Clock:
-    """Stands for a GPU: each call is made, and takes a second longer than the one before."""
+    """Stands for a GPU: each call is made, and takes a second longer than the one before; one has
+    no memory left."""
 
-    def __init__(self):
-        self.seconds = 0.0
+    def __init__(self, too_large=None):
+        self.seconds, self.too_large = 0.0, too_large
 
     def __call__(self, call):
         call()
         self.seconds += 1
+        if self.seconds == self.too_large:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto")
         return Spread(self.seconds, 2 * self.seconds, 4 * self.seconds)
 
 
-@pytest.mark.parametrize("both", [False, True])
-@pytest.mark.filterwarnings("ignore")  # of softmax's backends that a CPU has not
-def test_rows_of_the_kernels(monkeypatch, both):
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The suite, with the reference in place of the kernels."""
+
     def as_the_kernels(tensors, settings, grad_out):
         leaves = [t.detach().requires_grad_() for t in tensors]
         out = kernels.reference(*kernels.node(leaves), **kernels.NAMES, **settings)
-        return [out, *(torch.autograd.grad(out, leaves, grad_out) if both else ())]
+        return [out, *(torch.autograd.grad(out, leaves, grad_out) if grad_out is not None else ())]
 
     def on_a_cpu(*sizes, original=kernels.arguments):
         return original(*sizes, device="cpu")
@@ -98,6 +102,11 @@ def test_rows_of_the_kernels(monkeypatch, both):
     monkeypatch.setattr(kernels, "check", lambda tensors, settings: None)
     monkeypatch.setattr(kernels, "kernels", as_the_kernels)
     monkeypatch.setattr(kernels.torch, "compile", lambda function: function)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of softmax's backends that a CPU has not
+def test_rows_of_the_kernels(as_on_a_gpu, both):
     experiment = kernels.experiments(small=True)[both]
     assert experiment.case == "1 x 12 heads x 256 tokens x 64, forward" + " and backward" * both
     everything = [experiment.case for experiment in kernels.experiments()]
@@ -116,6 +125,19 @@ def test_rows_of_the_kernels(monkeypatch, both):
         floor = max(moved / 1e9, arithmetic / 1e12)
         assert share.value == pytest.approx(floor / (2 * second))
         assert share.low < share.value < share.high
+
+
+@pytest.mark.filterwarnings("ignore")  # of softmax's backends that a CPU has not
+def test_a_rival_without_memory_costs_no_other_figures(as_on_a_gpu, monkeypatch):
+    experiment = kernels.experiments(small=True)[0]
+    monkeypatch.setattr(kernels, "replayed", Clock(too_large=2))
+    found = values(experiment)
+    assert found["reference, Inductor", "latency"].status == "absent"
+    assert found["reference, Inductor", "latency"].detail == "CUDA out of memory. Tried"
+    assert found["t5fx", "speed-up"].value == pytest.approx(3)
+    monkeypatch.setattr(kernels, "replayed", Clock(too_large=1))
+    with pytest.raises(torch.OutOfMemoryError):  # the kernels themselves
+        values(experiment)
 
 
 @pytest.mark.parametrize("name", list(kernels.OTHERS))
