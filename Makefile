@@ -6,7 +6,6 @@ GPU_WORKERS ?= 12
 # Of the benches, such as --out FILE.
 BENCH_ARGS ?=
 # A torch that sees a GPU is not to be replaced by another, and its machine may reach no registry.
-# Other versions of other packages warn of other things, and bring plugins for pytest.
 GPU_IMPORTS := import accelerate, hypothesis, matplotlib, networkx, pytest, rich, safetensors, \
 	setuptools, skimage, timm, torch, transformers, xdist; \
 	assert torch.cuda.is_available(), 'torch sees no GPU'
@@ -65,7 +64,7 @@ types: .venv/.test-installed
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
 	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
-gpu:  ## the tests that need a GPU, then kernels, models and peers on it, by the packages found there
+gpu:  ## the tests that need a GPU, then kernels, models and peers on it, with the packages found there
 	@if missing=$$($(PYTHON) -c "$(GPU_IMPORTS)" 2>&1); then \
 		echo "gpu: with the packages of $(PYTHON)"; rm -rf build/gpu build/lib; \
 		$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation \
@@ -77,6 +76,7 @@ gpu:  ## the tests that need a GPU, then kernels, models and peers on it, by the
 		$(MAKE) .venv/.test-installed && $(MAKE) on-gpu GPU_PYTHON=.venv/bin/python; \
 	fi
 
+# Packages of any version warn of other things than those of .venv, and may bring plugins for pytest.
 on-gpu:
 	failed=0; \
 	$(GPU_PYTHON) -m pytest -q -p no:benchmark -W default -n $(GPU_WORKERS) --dist worksteal \

@@ -83,8 +83,7 @@ def measure(
         except RuntimeError as error:  # too little memory, or a backward that is not there
             if name == "t5fx":
                 raise
-            detail = str(error).partition("\n")[0]
-            yield experiment.row(name, "latency", status="absent", detail=detail)
+            yield experiment.raised(name, error)
             torch.cuda.empty_cache()
 
     # Forward: q, k, v and the output. Backward: q, k, v, the output's gradient and three more;

@@ -130,6 +130,14 @@ class Experiment:
         own = {name: getattr(self, name) for name in ("suite", "case", *_OF_CASE)}
         return Row(**own, contender=contender, measure=measure, **more)
 
+    def raised(self, contender: str, error: Exception) -> Row:
+        """The row of one of several contenders, in place of its latency; the others have theirs."""
+        detail = str(error).partition("\n")[0]
+        status = "refused" if isinstance(error, T5Error) else "failed"
+        if "No available kernel" in detail:  # softmax's backends are not on every device
+            status = "absent"
+        return self.row(contender, "latency", status=status, detail=detail)
+
 
 _OF_CASE = ("tokens", "batch", "dtype", "mode")
 

@@ -230,7 +230,7 @@ def silu_terms(a, TANH: tl.constexpr):
         return a * up, up + lean, 2 * (bend - t * lean)
     else:
         sigma = sigmoid(a)
-        silu = a * sigma
+        scaled = a * sigma
         rest = 1 - sigma
-        slope = sigma + silu * rest
-        return silu, slope, rest * (sigma + slope - silu * sigma)
+        slope = sigma + scaled * rest
+        return scaled, slope, rest * (sigma + slope - scaled * sigma)
