@@ -8,7 +8,7 @@ import torch
 
 from t5fx.kernels import ttt
 from t5fx.kernels.reference import reference
-from t5fx.kernels.triton_kernels import backward, forward
+from t5fx.kernels.triton_kernels import backward, configs, forward
 
 #: Largest error allowed, relative to the norm of what is right: of 16 bits, twelve roundings.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 12 * 2**-11, torch.bfloat16: 12 * 2**-8}
@@ -133,4 +133,13 @@ def poisoned():
         mock.patch("torch.Tensor.new_empty", poisoned_new_empty),
         mock.patch("torch.empty_like", poisoned_empty_like),
     ):
+        yield
+
+
+@contextmanager
+def small_tiles():
+    """Several tiles, chunks of tokens, blocks and parts of hidden units, on little data."""
+    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1, parts=2)
+    rows = dict.fromkeys(configs.HALF, dict.fromkeys(configs.WIDTHS, small))
+    with mock.patch.multiple(configs, HALF=rows, SMALL=rows, WIDE=rows):
         yield
