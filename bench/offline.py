@@ -56,10 +56,12 @@ def launches(
     heads: int = 6,
     batch: int = 2,
     locality: str = "dwc_qk",
+    value_dim: int | None = None,
 ) -> dict[str, Launch]:
-    """Every launch of a forward and a backward on a packed projection: {name: (kernel, arguments)}.
+    """Every launch of a forward and a backward: {name: (kernel, arguments)}.
 
-    Nothing is launched: the tensors are on the device "meta".
+    q, k and v are parts of a packed projection; v is a tensor of its own with another ``value_dim``
+    than ``dim``. Nothing is launched: the tensors are on the device "meta".
     """
     found: dict[str, Launch] = {}
 
@@ -73,7 +75,11 @@ def launches(
     tokens = torch.Size(grid).numel() + 1
     packed = torch.empty(batch, tokens, 3, heads, dim, dtype=dtype, device="meta")
     q, k, v = packed.permute(2, 0, 3, 1, 4)
-    weights = [torch.empty(heads, dim, dim, device="meta") for _ in range(3)]
+    if value_dim not in (None, dim):
+        v = torch.empty(batch, heads, tokens, value_dim, dtype=dtype, device="meta")
+    weights = [
+        torch.empty(heads, dim, width, device="meta") for width in (dim, dim, v.shape[3])
+    ]
     conv = []
     if locality != "none":
         weight = torch.empty(heads * dim, 1, *(3,) * len(grid), device="meta")

@@ -22,7 +22,7 @@ from torch._inductor import compile_fx
 from torch._inductor import config as inductor_config
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
-from torch._inductor.runtime import triton_heuristics
+from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.virtualized import V
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
@@ -254,7 +254,12 @@ def _captured():
 
         return decorate
 
-    with mocked(), pretended(), mock.patch.object(triton_heuristics, "cached_autotune", cached_autotune):
+    with (
+        mocked(),
+        pretended(),
+        mock.patch.object(triton_heuristics, "cached_autotune", cached_autotune),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
+    ):
         yield captured
 
 
