@@ -24,7 +24,19 @@ LEFT = 4
 #: Groups behind a product beyond which they are not counted: waits name fewer.
 MOST_GROUPS = 8
 #: Instructions whose first registers are read, though nothing in their operands says so.
-ONLY_READ = ("ISETP", "FSETP", "DSETP", "HSETP2", "FCHK", "R2P", "BRX", "BRXU", "JMX", "CALL", "RET")
+ONLY_READ = (
+    "ISETP",
+    "FSETP",
+    "DSETP",
+    "HSETP2",
+    "FCHK",
+    "R2P",
+    "BRX",
+    "BRXU",
+    "JMX",
+    "CALL",
+    "RET",
+)
 #: Moves of two registers without a width in their name.
 PAIRS = ("CS2R", "DADD", "DMUL", "DFMA", "I2F.F64", "F2F.F64.F32")
 

@@ -77,9 +77,7 @@ def launches(
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     if value_dim not in (None, dim):
         v = torch.empty(batch, heads, tokens, value_dim, dtype=dtype, device="meta")
-    weights = [
-        torch.empty(heads, dim, width, device="meta") for width in (dim, dim, v.shape[3])
-    ]
+    weights = [torch.empty(heads, dim, width, device="meta") for width in (dim, dim, v.shape[3])]
     conv = []
     if locality != "none":
         weight = torch.empty(heads * dim, 1, *(3,) * len(grid), device="meta")

@@ -96,7 +96,9 @@ class _Events:
         other, later = after
         theirs = self.atomics.get(other, {})
         return any(
-            released > time and passed > barriers and any(released < t < later for t, _ in theirs[at])
+            released > time
+            and passed > barriers
+            and any(released < t < later for t, _ in theirs[at])
             for at, mine in self.atomics.get(program, {}).items()
             if at in theirs
             for released, passed in mine
@@ -247,7 +249,9 @@ def _at_one_address(
             else:
                 wrong = not events.ordered((other, before, passed), (program, time))
                 both = kind != READ and earlier != READ
-                name = "written by two programs" if both else "read by one program, written by another"
+                name = (
+                    "written by two programs" if both else "read by one program, written by another"
+                )
             if wrong and name not in seen:
                 seen.add(name)
                 yield (name, program) if other == program else (name, other, program)

@@ -142,7 +142,9 @@ def mocked():
             stack.enter_context(mock.patch(name, answer))
         # Names that some versions of torch have.
         for name in ("init_gpu_context", "init_cuda_context"):
-            nothing = mock.patch(f"torch._subclasses.fake_tensor.{name}", lambda *a: None, create=True)
+            nothing = mock.patch(
+                f"torch._subclasses.fake_tensor.{name}", lambda *a: None, create=True
+            )
             stack.enter_context(nothing)
         stack.enter_context(
             mock.patch("torch._C._cuda_getCurrentRawStream", lambda device: 0, create=True)
@@ -161,7 +163,9 @@ class _Stop(Exception):
     """The code is generated; it is not to be compiled."""
 
 
-def generated(module: nn.Module, *args: torch.Tensor, dynamic: bool, training: bool) -> list["Code"]:
+def generated(
+    module: nn.Module, *args: torch.Tensor, dynamic: bool, training: bool
+) -> list["Code"]:
     """What Inductor would run of a call on an H100: [forward, backward], or [inference].
 
     The module and its arguments are traced on the CPU, where they are; then every tensor of the
@@ -206,9 +210,7 @@ def generated(module: nn.Module, *args: torch.Tensor, dynamic: bool, training: b
     with (
         pretended(),
         torch.set_grad_enabled(training),
-        functorch_config.patch(
-            enable_autograd_cache=False, force_non_lazy_backward_lowering=True
-        ),
+        functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
         inductor_config.patch(compile_threads=1, fx_graph_cache=False),
         contextlib.suppress(IndexError),  # what is compiled returns nothing
     ):
@@ -288,19 +290,25 @@ class Code:
             and getattr(node.value.func, "attr", "") == "triton"
         }
         self.launches: list[Launch] = []
+        #: Of memory that is used again: what it was before.
+        self.reused: dict[str, str] = {}
         memory: dict[str, str] = {}
+        lines = self.source.splitlines()
         nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.Call))]
         for node in sorted(nodes, key=lambda n: (n.lineno, n.col_offset)):
             if isinstance(node, ast.Assign):
                 source = _tensor(node.value, memory)
                 for target in node.targets:
                     if isinstance(target, ast.Name) and source is not None:
-                        memory[target.id] = source
+                        again = "# reuse" in lines[node.lineno - 1]
+                        (self.reused if again else memory)[target.id] = source
             elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
                 owner, name = node.func.value.id, node.func.attr
                 tensors = [_tensor(a, memory) for a in node.args]
                 sizes = [ast.unparse(a) for a, t in zip(node.args, tensors, strict=True) if not t]
-                out = next((_tensor(k.value, memory) for k in node.keywords if k.arg == "out"), None)
+                out = next(
+                    (_tensor(k.value, memory) for k in node.keywords if k.arg == "out"), None
+                )
                 tensors = [t for t in tensors if t]
                 if owner in self.kernels and name == "run":
                     self.launches.append(Launch(owner, tensors, sizes, None))
@@ -345,6 +353,12 @@ class Code:
     def libraries(self) -> list[Launch]:
         return [launch for launch in self.launches if launch.name not in self.kernels]
 
+    def reads(self, launch: Launch) -> list[str]:
+        """Its tensors, and of one that it changes in its place what lay there."""
+        before = "in_out_ptr" in self.kernels.get(launch.name, "") and not self.is_ours(launch.name)
+        more = [self.reused[t] for t in launch.tensors if t in self.reused] if before else []
+        return launch.tensors + more
+
     def copies(self, numbers: int) -> list[Launch]:
         """Launches that move at least so many numbers, or an unknown count, without computing."""
 
@@ -354,9 +368,7 @@ class Code:
                 total *= int(size) if size.isdigit() else torch.inf
             return total
 
-        return [
-            x for x in self.fused if only_moves(self.kernels[x.name]) and count(x) >= numbers
-        ]
+        return [x for x in self.fused if only_moves(self.kernels[x.name]) and count(x) >= numbers]
 
 
 def _tensor(node: ast.expr, memory: dict[str, str]) -> str | None:

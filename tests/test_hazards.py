@@ -129,4 +129,3 @@ def test_registers():
     (product,) = assembled("HGMMA.64x8x8.F32.TF32 R4, R8, gdesc[UR4], R4, gsb0")
     assert accumulator(product) == frozenset(range(4, 8))
     assert left_operand(product) == frozenset(range(8, 12))
-

@@ -23,7 +23,7 @@ def _mended():
     ("dtype", "dim"),
     [
         (torch.bfloat16, 64),
-        (torch.float16, 128),
+        pytest.param(torch.float16, 128, marks=pytest.mark.slow),
         pytest.param(torch.float16, 64, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, 128, marks=pytest.mark.slow),
     ],
