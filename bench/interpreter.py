@@ -41,7 +41,7 @@ def as_on(architecture: str) -> Iterator[None]:
     of either sign.
     """
     with (
-        mock.patch.object(launch, "architecture", lambda device: architecture),
+        mock.patch.object(launch, "architecture", return_value=architecture),
         mock.patch.object(tiles, "tanh", _approximate_tanh),
     ):
         yield

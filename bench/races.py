@@ -1,8 +1,8 @@
 """A checker of races and bounds for kernels in Triton's interpreter.
 
-The interpreter runs the programs of a launch one after the other, and each as if by one thread: what
-goes wrong only when they run at once does not show in its results. So every load, store, atomic and
-barrier of a launch is recorded, and the addresses are compared.
+The interpreter runs the programs of a launch one after the other, and each as if by one thread:
+what goes wrong only when they run at once does not show in its results. So every load, store,
+atomic and barrier of a launch is recorded, and the addresses are compared.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def recorded(*, backwards: bool = False) -> Iterator[Record]:
     - "written by two programs": an address, unless by atomics alone;
     - "read by one program, written by another": an address;
     - "read after write without a barrier": by one program, as another thread may have written it;
-    - "read out of bounds", "written out of bounds": an address in no argument's memory. Such an access
-      is not made; a read gives the mask's other value.
+    - "read out of bounds", "written out of bounds": an address in no argument's memory. Such an
+      access is not made; a read gives the mask's other value.
 
     Two programs are in order where both did an atomic at one address in between: it is taken to
     release what came before it and to acquire what comes behind.

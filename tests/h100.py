@@ -83,9 +83,9 @@ class Driver:
 def pretended():
     """CPU tensors pass for those of an H100 where the kernels ask."""
     with (
-        mock.patch.object(launch, "check_device", lambda device: None),
-        mock.patch.object(launch, "architecture", lambda device: "sm_90"),
-        mock.patch.object(launch, "multiprocessors", lambda device: 132),
+        mock.patch.object(launch, "check_device"),
+        mock.patch.object(launch, "architecture", return_value="sm_90"),
+        mock.patch.object(launch, "multiprocessors", return_value=132),
         mock.patch.object(triton.runtime.driver, "_active", Driver()),
     ):
         yield
@@ -93,7 +93,7 @@ def pretended():
 
 @contextlib.contextmanager
 def _forgotten():
-    """torch remembers whether it has found a GPU that Triton knows: neither of this nor after it."""
+    """torch remembers whether it found a GPU that Triton knows: not into this, nor out of it."""
     remembered = [f for f in vars(torch.utils._triton).values() if hasattr(f, "cache_clear")]
     for function in remembered:
         function.cache_clear()
@@ -142,12 +142,10 @@ def mocked():
             stack.enter_context(mock.patch(name, answer))
         # Names that some versions of torch have.
         for name in ("init_gpu_context", "init_cuda_context"):
-            nothing = mock.patch(
-                f"torch._subclasses.fake_tensor.{name}", lambda *a: None, create=True
-            )
-            stack.enter_context(nothing)
+            name = f"torch._subclasses.fake_tensor.{name}"
+            stack.enter_context(mock.patch(name, create=True))
         stack.enter_context(
-            mock.patch("torch._C._cuda_getCurrentRawStream", lambda device: 0, create=True)
+            mock.patch("torch._C._cuda_getCurrentRawStream", return_value=0, create=True)
         )
         for owner, functions in ((CudaInterface, of_interface), (CudaInterface.Worker, of_worker)):
             for name, function in functions.items():
@@ -246,7 +244,7 @@ def _move_to_cuda(graph: torch.fx.GraphModule, fake_mode: Any) -> None:
 
 @contextlib.contextmanager
 def _captured():
-    """What a file of Inductor's asks to be compiled: [function, first configuration, triton_meta]."""
+    """What a file of Inductor's has compiled: [function, first configuration, triton_meta]."""
     captured = []
 
     def cached_autotune(size_hints, configs, triton_meta, *args, **kwargs):
@@ -260,7 +258,7 @@ def _captured():
         mocked(),
         pretended(),
         mock.patch.object(triton_heuristics, "cached_autotune", cached_autotune),
-        mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
     ):
         yield captured
 

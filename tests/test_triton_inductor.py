@@ -28,7 +28,7 @@ OURS = {"inference": 5, "forward": 5, "backward": 7}
 #: output, of which those of q, k and v are a third each, 1; with a norm of q and k its backward
 #: reads them too: 2 for its inputs and 2 for its own parameters.
 READERS = {"plain": 3, "query norm": 7}
-#: Casts of the four gradients of the convolutions, weight and bias each, to their parameters' dtype.
+#: Casts of the gradients of two convolutions, weight and bias each, to the parameters' dtype.
 SMALL_MOVES = 4
 #: Products of a block: qkv and projection; in a backward two each.
 PRODUCTS = {"inference": 2, "forward": 2, "backward": 4}
@@ -81,7 +81,7 @@ def read_of_ours(code: Code) -> list[str]:
 CASES = [
     pytest.param(dynamic, training, query_norm, marks=marks, id=name)
     for dynamic, training, query_norm, marks, name in (
-        (True, True, False, [], "dynamic-training-plain"),
+        (True, True, False, [pytest.mark.extras], "dynamic-training-plain"),
         (False, False, True, [], "static-inference-query_norm"),
         (False, True, True, [pytest.mark.extras, pytest.mark.slow], "static-training-query_norm"),
         (False, True, False, [pytest.mark.slow], "static-training-plain"),

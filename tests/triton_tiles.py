@@ -47,8 +47,8 @@ def test_odd_pairs_of_widths(dim, value_dim, dtype):
 
 
 def test_tf32_is_told_to_every_product(monkeypatch):
-    """The interpreter multiplies exactly or, from Triton 3.9 on, after a rounding to tf32: either is
-    within what ten bits of mantissa make of float32.
+    """The interpreter multiplies exactly or, from Triton 3.9 on, after a rounding to tf32: either
+    is within what ten bits of mantissa make of float32.
     """
     monkeypatch.setattr(launch, "precision", lambda: "tf32")
     tensors, keywords, grad_out = arguments(
