@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpretedFunction
 from triton_cases import (
+    NAMES,
     arguments,
     assert_close,
     check,
@@ -247,6 +248,40 @@ def test_tokens_that_do_not_exist_overflow_nothing(keys):
     assert all(t.isfinite().all() for t in run(tensors, keywords, grad_out))
 
 
+@pytest.mark.parametrize(
+    ("grads", "values", "locality"),
+    [
+        (1e-7, 1.0, "dwc_qk"),
+        (1e-4, 1e-4, "dwc_qk"),
+        (1e3, 1e3, "dwc_qk"),
+        (1e-7, 1e-4, "none"),
+    ],
+)
+def test_float16_of_any_size(grads, values, locality):
+    """What is small or large in all has the errors of what is not, but for those of the dtype of
+    the results. A gradient of 0 stays 0.
+    """
+    tensors, keywords, grad_out = arguments(
+        batch=1, heads=2, head_dim=16, value_dim=16, grid=(15,), prefix=1, suffix=1,
+        locality=locality, dtype=torch.float16,
+    )  # fmt: skip
+    tensors[2] = tensors[2] * values
+    keywords["scale"] /= max(1.0, values * grads)  # or the gradient of k has no room in float16
+    grad_out = grad_out * grads
+    if locality == "none":
+        grad_out[0, 0] = 0.0
+    with poisoned():
+        results = run(tensors, keywords, grad_out)
+    if locality == "none":
+        assert not results[1][0, 0].any()
+    for name, got, want in zip(
+        ("out", *NAMES), results, run_reference(tensors, keywords, grad_out), strict=False
+    ):
+        rounding = 2.0**-25 * want.numel() ** 0.5 if got.dtype == torch.float16 else 0.0
+        error = (got.double() - want).norm()
+        assert error <= 4e-3 * want.norm() + rounding, f"{name}: {error:.2e} of {want.norm():.2e}"
+
+
 def test_no_batch_items():
     tensors, keywords, _ = arguments(batch=1, heads=1, head_dim=16, value_dim=16, grid=(2,))
     nothing = [t[:0] for t in tensors[:3]]
@@ -309,7 +344,8 @@ def test_what_is_saved_for_the_backward_pass(dtype):
     quads = [t for t in rest if t.dtype == torch.int64]
     assert [len(t) for t in quads] == [8]
     rows = 2 if dtype == torch.float32 else 2 + 5  # statistics; offsets of five codes
-    of_groups = 2 * 3 * (rows * 16 + 3 * 16 * 16)
+    largest = 0 if dtype == torch.float32 else 1  # magnitude of v
+    of_groups = 2 * 3 * (rows * 16 + 3 * 16 * 16 + largest)
     taps = 2 * 3 * (3 + 1) * 16
     assert sum(t.numel() for t in rest) - len(quads[0]) == of_groups + taps
     assert {t.dtype for t in rest} == {torch.float32, dtype, torch.int64}
