@@ -9,16 +9,13 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from t5fx import cache
 from t5fx.digest import code_digest
 from t5fx.errors import MeasureError
 from t5fx.kernels import TTT
@@ -159,53 +157,26 @@ def _refuse(device: torch.device) -> None:
     if several and torch.distributed.get_world_size() > 1:
         raise MeasureError(
             "policy='measure': ranks that measure could convert different sites; expected costs "
-            f"in {folder()}, which a run of one process with the same sizes leaves there, or "
+            f"in {cache.folder()}, which a run of one process with the same sizes leaves there, or "
             "policy='flops'"
         )
 
 
-# --- the folder ---------------------------------------------------------------------------------
-
-
-def folder() -> Path:
-    """Where costs are kept: $T5FX_CACHE_DIR, or t5fx in the user's folder for caches."""
-    given = os.environ.get("T5FX_CACHE_DIR")
-    if given:
-        return Path(given)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "t5fx"
-
-
-def _file(key: str) -> Path:
-    return folder() / f"cost-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-
-
 def _load(key: str) -> Cost | None:
     """A cost that is not there, or cannot be read, is measured again."""
+    data = cache.load("cost", key)
     try:
-        data = json.loads(_file(key).read_text(encoding="utf-8"))
+        if data is None:
+            return None
         found = Cost(float(data["softmax"]), float(data["ttt"]), Spread(*map(float, data["ratio"])))
-        return found if data["key"] == key and len(found.ratio) == 3 else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s cannot be read and is measured again: %s", _file(key), error)
+        return found if len(found.ratio) == 3 else None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is measured again: %s", cache.file_of("cost", key), error)
         return None
 
 
 def _save(key: str, found: Cost) -> None:
-    path = _file(key)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"key": key, **dataclasses.asdict(found)})
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        warnings.warn(
-            f"measured costs are kept for this process only: {error}; set T5FX_CACHE_DIR",
-            stacklevel=2,
-        )
+    cache.save("cost", key, dataclasses.asdict(found), "measured costs")
 
 
 # --- measuring ----------------------------------------------------------------------------------
