@@ -78,11 +78,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Median seconds of both, and the quartiles of softmax's time over the node's."""
+    """Median seconds of both, and the quartiles of softmax's time over the node's.
+
+    difference: of the Triton kernels' results from the reference's, relative, the largest of output
+    and gradients of q, k and v; 0 of another implementation. allowed: how large it may be.
+    """
 
     softmax: float
     ttt: float
     ratio: Spread
+    difference: float = 0.0
+    allowed: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the kernels compute what the reference does."""
+        return self.difference <= self.allowed
 
     @property
     def pays(self) -> bool:
@@ -168,7 +179,9 @@ def _load(key: str) -> Cost | None:
     try:
         if data is None:
             return None
-        found = Cost(float(data["softmax"]), float(data["ttt"]), Spread(*map(float, data["ratio"])))
+        ratio = Spread(*map(float, data["ratio"]))
+        names = ("softmax", "ttt", "difference", "allowed")
+        found = Cost(**{name: float(data[name]) for name in names}, ratio=ratio)
         return found if len(found.ratio) == 3 else None
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is measured again: %s", cache.file_of("cost", key), error)
@@ -269,11 +282,32 @@ def _measure(shape: Shape, settings: dict[str, Any], device: torch.device) -> Co
             _call(_Softmax(scale), inputs, shape.trained),
             _call(_Node(node, shape.grid, shape.prefix), [*inputs, *parameters], shape.trained),
         ]
+        difference, allowed = 0.0, 0.0
+        if node.impl == "triton":
+            node.impl = "reference"
+            plain = _Node(node, shape.grid, shape.prefix)
+            exact = _call(plain, [*inputs, *parameters], shape.trained)
+            difference, allowed = _difference(calls[1](), exact()), _ROUNDINGS * _rounding(dtype)
         rounds = _rounds(calls, device)
     softmax, ttt = (statistics.median(times) for times in rounds)
     scaled = shape.batch * shape.heads / (batch * heads)
     ratio = Spread.of([s / t for s, t in zip(*rounds, strict=True)])
-    return Cost(scaled * softmax, scaled * ttt, ratio)
+    return Cost(scaled * softmax, scaled * ttt, ratio, difference, allowed)
+
+
+#: How far the kernels may be from the reference, in roundings of their dtype.
+_ROUNDINGS = 12
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _difference(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative difference of the output and the gradients of q, k and v; NaN is inf."""
+    pairs = list(zip(results, exact, strict=True))[:4]
+    shares = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+    return max(math.inf if math.isnan(share) else share for share in shares)
 
 
 def _affordable(shape: Shape, flops: float) -> tuple[int, int]:

@@ -5,6 +5,7 @@ borrowed GPU. On the device "cpu" the kernels run in Triton's interpreter, where
 (``TRITON_INTERPRET=1``) before they were imported.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Case:
     gradient: float = 1.0  # size of the output's gradient
     tf32: bool = False  # float32 is multiplied in tf32
     parameters: str = "float32"  # their dtype
+    key_norm_eps: float = 1.0
     seed: int = 0
 
 
@@ -119,6 +121,7 @@ def compare(
         gradient=case.gradient,
         dtype=dtype,
         parameters=getattr(torch, case.parameters),
+        key_norm_eps=case.key_norm_eps,
         device=device,
         generator=generator,
     )
@@ -148,6 +151,7 @@ def arguments(
     layout: str = "BHND",
     gradient: float = 1.0,
     shift: float = 0.0,
+    key_norm_eps: float = 1.0,
     dtype: torch.dtype = torch.float32,
     parameters: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -175,7 +179,7 @@ def arguments(
     tensors += [t.to(parameters) for t in own]
     keywords = {
         **{"scale": 0.7, "grid": tuple(grid), "prefix": prefix},
-        **{"key_norm_eps": 1.0, "locality": locality},
+        **{"key_norm_eps": key_norm_eps, "locality": locality},
     }
     tensors = [_move(t, device) for t in tensors]
     return tensors, keywords, _move(_lay_out(grad_out.to(dtype), layout), device)
@@ -228,15 +232,15 @@ def _eager(
     training: bool = True,
 ) -> dict[str, Tensor]:
     """What the kernels give, with what they save that can be told apart."""
-    args = split(tensors)
-    out, saved = forward(*args, **keywords)
-    results = dict(zip(SAVED, _known(saved, args[0].shape[3]), strict=True))
-    if not args[4]:
+    q, k, v, weights, conv = split(tensors)
+    out, saved = forward(q, k, v, weights, conv, **keywords)
+    results = dict(zip(SAVED, _known(saved, q.shape[3]), strict=True))
+    if not conv:
         results.pop("taps")
     results["out"] = out
     if training:
-        *grads, weights, conv = backward(grad_out, *args, saved, **keywords)
-        results |= zip(NAMES[1:], (*grads, *weights, *conv), strict=False)
+        *grads, dw, dconv = backward(grad_out, q, k, v, weights, conv, saved, **keywords)
+        results |= zip(NAMES[1:], (*grads, *dw, *dconv), strict=False)
     return results
 
 
@@ -260,7 +264,7 @@ def _compiled(sizes: str) -> Callable[..., dict[str, Tensor]]:
         raise NodeArgumentError(f'compiled: expected None, "static" or "dynamic"; got {sizes!r}')
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     call = torch.compile(ttt, fullgraph=True, dynamic=sizes == "dynamic")
-    return lambda *given: run_op(*given, call=call)
+    return functools.partial(run_op, call=call)
 
 
 def _same(results: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -286,7 +290,7 @@ def _wanted(
         return saved | run_reference(tensors, keywords, grad_out)
     with torch.no_grad():
         args = split([t.double() for t in tensors])
-        node = {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance"}
+        node: dict[str, Any] = {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance"}
         return saved | {"out": reference(*args, **node, **keywords)}
 
 
@@ -299,8 +303,10 @@ def saved_reference(tensors: Sequence[Tensor], keywords: Mapping[str, Any]) -> d
     found = {"mean": mean, "rstd": torch.rsqrt(var + eps)}
     keys = KEY_NORMS["instance"](k, eps)
     if conv:
-        keys = add_depthwise_conv(keys, *conv[2:], keywords["grid"], keywords["prefix"])
-        found["taps"] = torch.stack([_taps(*conv[:2], heads), _taps(*conv[2:], heads)])
+        weight_q, bias_q, weight_k, bias_k = conv
+        keys = add_depthwise_conv(keys, weight_k, bias_k, keywords["grid"], keywords["prefix"])
+        both = (weight_q, bias_q), (weight_k, bias_k)
+        found["taps"] = torch.stack([_taps(weight, bias, heads) for weight, bias in both])
     keys, values = keys.flatten(0, 1), v.flatten(0, 1)
     own = [w.expand(batch, -1, -1, -1).flatten(0, 1) for w in weights]
     model = inner_model("swiglu")
