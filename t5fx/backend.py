@@ -148,7 +148,7 @@ class Site:
     """A rewritten site of a graph: which input is its anchor, and what its node is.
 
     key: of the node in the graph; name: in the model. node: that of the model which is being
-    compiled; dtype, device: of its parameters, as the graph was compiled. impl: which it asks for.
+    compiled; dtype, device: of its parameters, as the graph was compiled.
     """
 
     key: str
@@ -158,7 +158,6 @@ class Site:
     node: weakref.ref[TTT]
     dtype: torch.dtype
     device: torch.device
-    impl: str
 
     def present(self) -> TTT:
         """`node`, while the model is being compiled."""
@@ -363,8 +362,9 @@ def _add_site(
     owner = region.owner(entry.match.owner)
     node, new = adapters.obtain(tensor.value, identity, name, adapter, options.config, owner)
     like = next(node.parameters())
-    impl = entry.impl or node.impl
-    site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like), impl)
+    if new and entry.impl is not None:
+        node.impl = entry.impl  # for later graphs too
+    site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
     sites.append(site)
     if new:
         made.append(site)
@@ -464,7 +464,7 @@ def _lower(
             with graph.inserting_before(call):
                 arguments = (*call.args, *inputs[call.target])
                 keywords = {"grid": [], **call.kwargs, **node.settings()}
-                keywords["impl"] = _impl(by_key[call.target].impl, arguments, keywords)
+                keywords["impl"] = _impl(arguments, keywords)
                 new = graph.call_function(_TTT, arguments, keywords)
             new.meta = call.meta
             call.replace_all_uses_with(new)
@@ -474,12 +474,12 @@ def _lower(
     return _copy(gm, owner, graph), fakes
 
 
-def _impl(impl: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
-    """What "auto" is for a call in the graph: an argument of it, so that caches tell them apart."""
+def _impl(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+    """What `impl` "auto" is for a call in the graph; its argument, so that caches can tell."""
     q, k, v, *lists = fx.map_arg(arguments, View.meta)
     parameters = [tensor for some in lists for tensor in some]
     node = {n: x for n, x in keywords.items() if n not in ("grid", "prefix")}
-    return resolved(impl, q, k, v, parameters, len(keywords["grid"]), node)
+    return resolved(node["impl"], q, k, v, parameters, len(keywords["grid"]), node)
 
 
 def _shared(gm: fx.GraphModule) -> fx.GraphModule:

@@ -173,8 +173,8 @@ def _judge(
     site.impl, site.impl_reason = choice
     if asked and config.policy == "flops":
         _pays(site, rate(call, choice))
-    if config.policy == "measure" and (decided is None or choice.impl == "triton"):
-        _is_faster(view, entry, trained, decided is None)
+    if decided is None and config.policy == "measure":
+        _is_faster(view, entry, trained)
 
 
 def _is_trained(view: View, match: Match, owner: Callable[[str], nn.Module | None] | None) -> bool:
@@ -423,11 +423,10 @@ def _pays(site: Site, rate: float) -> None:
     )
 
 
-def _is_faster(view: View, entry: Plan, trained: bool, judge: bool) -> None:
+def _is_faster(view: View, entry: Plan, trained: bool) -> None:
     """Measure both forms at the site's sizes; raises `Refusal` where the node is not the faster.
 
     Where "auto" may be the Triton kernels the reference is measured too, and the faster one taken.
-    judge: False chooses that alone.
     """
     site, binding = entry.site, entry.match.binding
     assert binding is not None
@@ -445,8 +444,6 @@ def _is_faster(view: View, entry: Plan, trained: bool, judge: bool) -> None:
         found = costs[site.impl]
     else:
         found = cost(shape, node, value.device)
-    if not judge:
-        return
     site.seconds_before, site.seconds_after = found.softmax, found.ttt
     site.detail = f"measured{', with the backward pass' if trained else ''}: {found}"
     if not found.pays:

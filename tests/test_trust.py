@@ -48,6 +48,7 @@ def gpu(monkeypatch, tmp_path):
     """A GPU that answers questions about itself alone; checks on it give `.result`."""
     monkeypatch.setenv("T5FX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(trust, "_known", {})
+    monkeypatch.setattr(trust, "_warned", set())
     monkeypatch.setattr(trust, "gpu_of", lambda device: trust.Gpu("NVIDIA H100", (9, 0)))
     monkeypatch.setattr(trust, "assembler", lambda capability: ["/ptxas", "12.8"])
     state = types.SimpleNamespace(result=said(PASSED), asked=[], folder=tmp_path / "cache")
@@ -87,6 +88,13 @@ def explained(config=None, dtype=torch.bfloat16, shape=SHAPE):
     return t5fx.explain(model, (images,), config=config)
 
 
+def explained_often(gpu, config):
+    """Two models, and another GPU of the kind."""
+    report, _ = explained(config), explained(config)
+    trust.verdict(gpu.asked[0][0], torch.device("cuda", 1))
+    return report
+
+
 class TestExplain:
     def test_triton_with_a_passed_check(self, gpu):
         report = explained()
@@ -103,7 +111,7 @@ class TestExplain:
         gpu.result = said(FAILED)
         always = t5fx.LinearizeConfig(min_tokens=0)
         with pytest.warns(SlowNodeWarning) as caught:
-            report, _ = explained(always), explained(always)
+            report = explained_often(gpu, always)
         (warning,) = [w for w in caught if w.category is SlowNodeWarning]
         for part in ("reference", "check failed: bfloat16, 4290", "T5FX_TRITON=0", str(gpu.folder)):
             assert part in str(warning.message)
@@ -273,7 +281,7 @@ class TestVerdicts:
             thread.start()
         for thread in threads:
             thread.join()
-        assert found == [Verdict(**PASSED)] * 3 and len(gpu.asked) == 1
+        assert [verdict for verdict, _ in found] == [Verdict(**PASSED)] * 3 and len(gpu.asked) == 1
 
     def test_the_assembler_is_tritons_own(self, monkeypatch, tmp_path):
         """The version is asked of the one that is really taken."""
@@ -479,6 +487,22 @@ class TestMeasured:
         lin = t5fx.linearize(model, (images,), config=config)
         assert {m.impl for m in lin.modules() if isinstance(m, TTT)} == {"reference"}
         lin(images)
+
+    @pytest.mark.filterwarnings("ignore::t5fx.errors.UntrainedWarning")
+    def test_the_choice_stays_in_a_compiled_model(self, as_gpu, monkeypatch):
+        """For graphs of other sizes too, which nothing is measured for."""
+        asked = self.costs(monkeypatch, 2e-3, 1e-3)
+        shape = Shape(depth=1, heads=2, head_dim=16, grid=(10, 10))
+        model, images = shape.model().bfloat16().requires_grad_(False), shape.images().bfloat16()
+        fast = torch.compile(model, backend="t5", dynamic=False, options={"policy": "measure"})
+        with torch.no_grad():
+            fast(images)
+            assert asked.count("triton") == 1
+            fast(torch.cat([images, images]))
+        assert asked.count("triton") == 1
+        assert {m.impl for m in t5fx.adapter(model).modules() if isinstance(m, TTT)} == {
+            "reference"
+        }
 
     def test_results_are_compared(self):
         exact = [torch.ones(4) for _ in range(6)]

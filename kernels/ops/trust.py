@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 #: Set to 0 it keeps "auto" from the Triton kernels, unchecked.
 SWITCH = "T5FX_TRITON"
 #: Seconds that a check may take, most of them compiling.
-LIMIT = 300.0
+LIMIT = 600.0
 #: The words of the check's result come after this on a line of its output.
 MARK = "t5fx-verdict "
 
@@ -84,29 +84,31 @@ def verdict(question: Question, device: torch.device) -> Verdict:
         with _one_at_a_time:
             found = _known.get(at)
             if found is None:
-                found = _known[at] = _find(question, device)
+                found, key = _find(question, device)
+                _known[at] = found
+                if not found.passed and key not in _warned:
+                    _warned.add(key)
+                    _warn(found, question, device, key)
     return found
 
 
 _known: dict[tuple[Question, str], Verdict] = {}
+#: The keys of what was warned of: GPUs of a kind share one.
+_warned: set[str] = set()
 _one_at_a_time = threading.Lock()
 
 
-def _find(question: Question, device: torch.device) -> Verdict:
+def _find(question: Question, device: torch.device) -> tuple[Verdict, str]:
+    """The verdict, and the key that it is kept by."""
     try:
         key = json.dumps(key_of(question, device), sort_keys=True)
     except Exception as error:  # whatever Triton or the driver says
-        found = Verdict("impossible", f"{type(error).__name__}: {error}")
-        _warn(found, question, device, None)
-        return found
+        return Verdict("impossible", f"{type(error).__name__}: {error}"), str((question, device))
     kept = _load(key)
     if kept is None:
         with _only_one(key):
             kept = _load(key) or _check(question, device, key)
-    found = kept
-    if not found.passed:
-        _warn(found, question, device, key)
-    return found
+    return kept, key
 
 
 def key_of(question: Question, device: torch.device) -> dict[str, Any]:
@@ -189,11 +191,10 @@ def _only_one(key: str) -> Iterator[None]:
         yield
 
 
-def _warn(found: Verdict, question: Question, device: torch.device, key: str | None) -> None:
+def _warn(found: Verdict, question: Question, device: torch.device, key: str) -> None:
     what = f"{question.dtype}, heads of up to {question.width}, {question.direction}"
     cure = "mend that"
     if found.status == "failed":
-        assert key is not None
         cure = f"remove {cache.file_of('trust', key)} to have them checked again"
     warnings.warn(
         f'impl="auto" runs the PyTorch reference on {device} instead of the Triton kernels '
@@ -211,7 +212,7 @@ def _warn(found: Verdict, question: Question, device: torch.device, key: str | N
 def _check(question: Question, device: torch.device, key: str) -> Verdict:
     """Ask the other process. Anything but a lack of means is kept."""
     log.warning(
-        "checking the Triton kernels on %s once (%s, heads of up to %d, %s): a minute or so",
+        "checking the Triton kernels on %s once (%s, heads of up to %d, %s): minutes",
         *(device, question.dtype, question.width, question.direction),
     )
     begin = time.monotonic()
@@ -234,7 +235,7 @@ def _environment(device: torch.device) -> dict[str, str]:
     Inductor keeps compiled graphs by what is in them, which is not all of our code.
     """
     own = dict(os.environ)
-    own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    own["PYTHONPATH"] = os.pathsep.join(str(path) for path in sys.path if path)
     own["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     own["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # it ends with all that it has started
     if device.type == "cuda" and torch.version.hip is None:
