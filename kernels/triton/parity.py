@@ -290,8 +290,8 @@ def _wanted(
         return saved | run_reference(tensors, keywords, grad_out)
     with torch.no_grad():
         args = split([t.double() for t in tensors])
-        node: dict[str, Any] = {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance"}
-        return saved | {"out": reference(*args, **node, **keywords)}
+        out = reference(*args, inner="swiglu", inner_loss="dot", key_norm="instance", **keywords)
+        return saved | {"out": out}
 
 
 def saved_reference(tensors: Sequence[Tensor], keywords: Mapping[str, Any]) -> dict[str, Tensor]:
