@@ -3,7 +3,6 @@ own: the interpreter is chosen for a whole process, before the kernels are impor
 
 import math
 
-import numpy
 import pytest
 import torch
 import triton
@@ -12,10 +11,10 @@ from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
-from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton.runtime.interpreter import InterpretedFunction
 from triton_cases import arguments, assert_close, check, poisoned, run, run_op, run_reference, split
 
+from t5fx.bench.interpreter import mended
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError
@@ -32,66 +31,10 @@ LAYOUTS = ["BHND", "packed", "channels first", "every other"]
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    """Several tiles, chunks of tokens, blocks and parts of hidden units, on little data."""
-    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1, parts=2)
-    rows = dict.fromkeys(configs.WIDTHS, small)
-    monkeypatch.setattr(configs, "HALF", dict.fromkeys(configs.HALF, rows))
-    monkeypatch.setattr(configs, "SMALL", configs.HALF)
-    monkeypatch.setattr(configs, "WIDE", configs.HALF)
-
-
-@pytest.fixture(autouse=True)
-def _plain_calls(monkeypatch):
-    """Triton prepares its language for every call of a function in a kernel, as for the kernel
-    itself: most of the time that these tests would take. Its own functions need it."""
-    prepared = InterpretedFunction.__call__
-
-    def call(function, *args, **kwargs):
-        if function.fn.__module__.startswith("t5fx"):
-            return function.rewrite()(*args, **kwargs)
-        return prepared(function, *args, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "__call__", call)
-
-
-@pytest.fixture(autouse=True)
-def _bfloat16(monkeypatch):
-    """The interpreter keeps bfloat16 as its bits. It multiplies those in a product, and cuts
-    float32 off, or rounds it and loses what is carried; a GPU rounds to nearest even."""
-    product, convert = InterpreterBuilder.create_dot, interpreter._convert_float
-
-    def widened(operand):
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        bits = operand.data.astype(numpy.uint32) << 16
-        return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
-
-    def create_dot(builder, a, b, *rest):
-        return product(builder, widened(a), widened(b), *rest)
-
-    def converted(data, source, target, rounding):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, rounding)
-        rounded = torch.from_numpy(numpy.array(data)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(numpy.uint16)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
-
-
-@pytest.fixture(autouse=True)
-def _tanh(monkeypatch):
-    """The GPU's own, with the largest error that it may have, of either sign."""
-
-    def approximate(a):
-        values = numpy.tanh(a.handle.data)
-        off = torch.where(torch.rand(values.shape) < 0.5, 1 + 2**-11, 1 - 2**-11).numpy()
-        values = (values * off).clip(-1, 1).astype(numpy.float32)
-        return tl.tensor(interpreter.TensorHandle(values, tl.float32), a.type)
-
-    monkeypatch.setattr(tiles_of, "tanh", approximate)
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+def _interpreter():
+    """Small tiles, and a GPU's bfloat16."""
+    with mended():
+        yield
 
 
 sizes = st.integers(1, 4)
