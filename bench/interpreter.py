@@ -39,7 +39,7 @@ def mended(*, small: bool = True, architecture: str = "sm_90") -> Iterator[None]
             "t5fx is imported"
         )
     with ExitStack() as stack:
-        for change in (plain_calls, bfloat16, tanh):
+        for change in (plain_calls, numbers, bfloat16, tanh):
             stack.enter_context(change())
         stack.enter_context(mock.patch.object(launch, "architecture", return_value=architecture))
         if small:
@@ -69,6 +69,21 @@ def plain_calls() -> Iterator[None]:
         return prepared(function, *args, **kwargs)
 
     with mock.patch.object(InterpretedFunction, "__call__", call):
+        yield
+
+
+@contextmanager
+def numbers() -> Iterator[None]:
+    """The interpreter of Triton 3.6 takes arrays of one number for numbers, which NumPy 2.4 does
+    not; that of 3.9 does as here.
+    """
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    with mock.patch.object(interpreter, "_patch_lang_tensor", patched):
         yield
 
 
