@@ -58,9 +58,7 @@ def launches(
     batch: int = 2,
     locality: str = "dwc_qk",
 ) -> dict[str, Launch]:
-    """Every launch of a forward and a backward on a packed projection: {name: (kernel, arguments)}.
-
-    """
+    """Every launch of a forward and a backward on a packed projection: {name: (kernel, arguments)}."""
     found: dict[str, Launch] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:

@@ -48,7 +48,7 @@ class Child:
             self._process.stdin.flush()
 
     def hear(self, until: float) -> dict[str, Any] | None:
-        """Its next message, or None where it died; `TimeoutError` at ``time.monotonic() == until``."""
+        """Its next message, or None where it died; `TimeoutError` at a time of `time.monotonic`."""
         try:
             return self._said.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:

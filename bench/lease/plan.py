@@ -14,6 +14,8 @@ from .. import kernels, tune
 PRODUCTS = ("bfloat16", "float16", "float32", "tf32")
 #: (batch, heads) that do not fill the chip at few tokens, and that do.
 BATCH_HEADS = ((1, 12), (8, 16))
+WORKS = ("forward", "forward and backward")
+CHECKERS = ("memcheck", "racecheck")
 #: (batch, heads, tokens) that each kernel is timed alone at.
 ALONE = (1, 12, 16384)
 
@@ -53,7 +55,7 @@ def case(products: str, **sizes: Any) -> dict[str, Any]:
     return {"dtype": "float32" if tf32 else products, "tf32": tf32, **sizes}
 
 
-def compiling(tiny: bool, architecture: str) -> list[list[tuple[str, Item]]]:
+def compiling(rehearse: str, architecture: str) -> list[list[tuple[str, Item]]]:
     """(assembler, item) of all kernels to compile, the most urgent group first."""
 
     def item(products: str, dim: int, **more: Any) -> Item:
@@ -61,50 +63,49 @@ def compiling(tiny: bool, architecture: str) -> list[list[tuple[str, Item]]]:
         name = ", ".join([products, f"D = {dim}", *(f"{n} {v}" for n, v in more.items())])
         return Item(name, "compiling.case", about, 240)
 
-    if tiny:
-        return [[("own", item("bfloat16", 16))], []]
-    first = [(p, d) for d, p in itertools.product((128, 64), PRODUCTS)]
+    def tried(kernel: str, dim: int) -> list[Item]:
+        others = tune.candidates(kernel, architecture, dim)
+        return [item("bfloat16", dim, kernel=kernel, settings=list(other)) for other in others]
+
+    kernel = next(iter(configs.HALF))
+    if rehearse:
+        return [
+            [("own", item("bfloat16", 16, kernel=kernel))],
+            [],
+            [],
+            [("own", tried(kernel, 16)[0])],
+        ]
+    first = [item(p, d) for d, p in itertools.product((128, 64), PRODUCTS)]
     widths = [("bfloat16", d) for d in (16, 32, 96, 256)] + [("float16", d) for d in (32, 256)]
     widths += [("tf32", 32), ("float32", 32)]
-    candidates = [
-        (
-            "own",
-            item("bfloat16", dim, kernel=kernel, settings=list(other)),
-        )
-        for dim, kernel in itertools.product((128, 64), configs.HALF)
-        for other in tune.candidates(kernel, architecture, dim)
-    ]
+    candidates = [tried(kernel, dim) for dim, kernel in itertools.product((128, 64), configs.HALF)]
     return [
-        [("own", item(*one)) for one in first],
-        [("newer", item(*one)) for one in first],
+        [("own", one) for one in first],
+        [("newer", one) for one in first],
         [("own", item(*one)) for one in widths],
-        candidates,
+        [("own", one) for one in itertools.chain.from_iterable(candidates)],
     ]
 
 
-def plan(tiny: bool = False) -> list[Step]:
-    """All steps after the machine's and the compilation's. tiny: sizes for the interpreter."""
+def plan(rehearse: str = "") -> list[Step]:
+    """All steps after the machine's and the compilation's.
+
+    rehearse: "full" and "tiny" have sizes for the interpreter.
+    """
+    tools = [Item(tool, "tools.sanitizer", {"tool": tool}, 120) for tool in CHECKERS]
     return [
-        *parity(tiny),
-        headline(tiny),
-        alone(tiny),
-        inductor(tiny),
-        Step("model", (_model(tiny),), 100, 30),
-        Step("ncu", (Item("costliest kernels", "tools.ncu", {"tiny": tiny}, 80),), 60, 20),
-        Step(
-            "sanitizer",
-            tuple(
-                Item(tool, "tools.sanitizer", {"tool": tool, "tiny": tiny}, 120)
-                for tool in ("memcheck", "racecheck")
-            ),
-            100,
-            20,
-        ),
-        *extension(tiny),
+        *parity(rehearse),
+        headline(rehearse),
+        alone(rehearse),
+        inductor(rehearse),
+        Step("model", (Item("DINOv2-L", "compiled.model", {}, 240),), 100, 30),
+        Step("ncu", (Item("costliest kernels", "tools.ncu", {}, 80),), 60, 20),
+        Step("sanitizer", tuple(tools), 100, 20),
+        *extension(rehearse),
     ]
 
 
-def parity(tiny: bool) -> list[Step]:
+def parity(rehearse: str) -> list[Step]:
     """Every kernel against float64: with both assemblers, then all widths with the chosen one."""
 
     def item(products: str, dim: int, repeats: int, about: str = "", **sizes: Any) -> Item:
@@ -113,13 +114,13 @@ def parity(tiny: bool) -> list[Step]:
         name = ", ".join(filter(None, (products, f"D = {dim}", about)))
         return Item(name, "exactness.by_kernel", arguments, 60)
 
-    if tiny:
-        small = {"grid": (3, 3), "batch": 1, "heads": 1}
-        first = [item("bfloat16", 16, 1, **small), item("float32", 16, 1, **small)]
+    odd = {"grid": (33, 65), "prefix": 0, "suffix": 5}
+    small = {"grid": (3, 3), "batch": 1, "heads": 1}
+    if rehearse:
+        first = [item(p, 16, 2, **small) for p in PRODUCTS[: 1 if rehearse == "tiny" else 4]]
         widths = [item("float16", 24, 1, "no convolution", locality="none", **small)]
     else:
         first = [item(p, d, 5) for d, p in itertools.product((64, 128), PRODUCTS)]
-        odd = {"grid": (33, 65), "prefix": 0, "suffix": 5}
         widths = [
             *(item("bfloat16", d, 2) for d in (16, 32, 72, 96, 256)),
             item("bfloat16", 64, 2, "three axes", grid=(5, 6, 7)),
@@ -139,52 +140,52 @@ def parity(tiny: bool) -> list[Step]:
     ]
 
 
-def headline(tiny: bool, tokens: tuple[int, ...] = (4096, 16384, 1024, 8192)) -> Step:
+def headline(rehearse: str) -> Step:
     """t5 against softmax: as in the suite "kernels", whose rows it writes."""
-    sizes = list(itertools.product(tokens, (128, 64), BATCH_HEADS))
-    if tiny:
+    sizes = list(itertools.product((4096, 16384, 1024, 8192), (128, 64), BATCH_HEADS))
+    if rehearse:
         sizes = [(16, 16, (1, 1))]
     return Step(
         "headline",
-        tuple(
-            speed("speed.attention", (*shape, n, dim), work)
-            for n, dim, shape in sizes
-            for work in ("forward", "forward and backward")
-        ),
+        tuple(speed((*shape, n, dim), work) for n, dim, shape in sizes for work in WORKS),
         80,
     )
 
 
-def speed(run: str, shape: tuple[int, int, int, int], work: str, seconds: float = 40) -> Item:
+def speed(shape: tuple[int, int, int, int], work: str, seconds: float = 40) -> Item:
     arguments = {"shape": list(shape), "work": work}
-    return Item(kernels.case_name(shape, work), run, arguments, seconds)
+    return Item(kernels.case_name(shape, work), "speed.attention", arguments, seconds)
 
 
-def alone(tiny: bool) -> Step:
+def alone(rehearse: str) -> Step:
     """Each kernel by itself, over a few settings."""
-    batch, heads, tokens = (1, 1, 16) if tiny else ALONE
+    batch, heads, tokens = (1, 1, 16) if rehearse else ALONE
+    most = 1 if rehearse else 100
+    own = list(configs.HALF)[: 2 if rehearse == "tiny" else None]
     return Step(
         "alone",
         tuple(
             Item(
                 f"{kernel}, D = {dim}",
                 "speed.alone",
-                {"kernel": kernel, "shape": [batch, heads, tokens, dim], "tiny": tiny},
+                {"kernel": kernel, "shape": [batch, heads, tokens, dim], "most": most},
                 40,
             )
-            for dim in ((16,) if tiny else (128, 64))
-            for kernel in configs.HALF
+            for dim in ((16,) if rehearse else (128, 64))
+            for kernel in own
         ),
         60,
     )
 
 
-def inductor(tiny: bool) -> Step:
+def inductor(rehearse: str) -> Step:
     """Compiled: sizes of 1 become constants in a static graph, so that these are other binaries."""
-    dim = 16 if tiny else 64
-    small = {"grid": (3, 3), "batch": 1, "heads": 1} if tiny else {}
-    kinds = [("static", {}), ("dynamic", {})]
-    if not tiny:
+    dim = 16 if rehearse else 64
+    small = {"grid": (3, 3), "batch": 1, "heads": 1} if rehearse else {}
+    kinds: list[tuple[str, dict[str, Any]]] = [("static", {}), ("dynamic", {})]
+    if rehearse == "tiny":
+        kinds.pop()
+    if not rehearse:
         kinds[1:1] = [("static", {"batch": 1, "heads": 1})]
         kinds += [("dynamic", {"grid": (33, 65)}), ("static", {"locality": "none"})]
     items = [
@@ -199,30 +200,25 @@ def inductor(tiny: bool) -> Step:
         )
         for compiled, sizes in kinds
     ]
-    shape = [1, 1, 16, 16] if tiny else [2, 4, 900, 64]
+    shape = [1, 1, 16, 16] if rehearse else [2, 4, 900, 64]
     graphs = Item("CUDA graph", "compiled.graph", {"shape": shape}, 30)
     return Step("inductor", (items[0], graphs, *items[1:]), 60)
 
 
-def _model(tiny: bool, **more: Any) -> Item:
-    return Item("DINOv2-L", "compiled.model", {"tiny": tiny, **more}, 240)
-
-
-def extension(tiny: bool) -> list[Step]:
+def extension(rehearse: str) -> list[Step]:
     """What only a second call has the time for."""
-    if tiny:
-        return [Step("long", (Item("64-bit offsets", "long.offsets", {"tiny": True}),), 60)]
-    works = ("forward", "forward and backward")
-    long = [
-        speed("speed.attention", (1, 12, n, d), work, 90)
-        for n, d, work in itertools.product((65536, 262144), (128, 64), works)
-    ]
+    offsets = {"heads": 4, "tokens": 16, "dim": 16}
+    if rehearse:
+        return [Step("long", (Item("64-bit offsets", "long.offsets", offsets),), 60)]
+    offsets = {"heads": 36, "tokens": 2**20, "dim": 64}
+    sizes = itertools.product((65536, 262144), (128, 64), WORKS)
+    long = [speed((1, 12, n, d), work, 90) for n, d, work in sizes]
     few = [
-        speed("speed.attention", (*shape, n, d), work)
-        for n, d, shape, work in itertools.product((512, 256), (128, 64), BATCH_HEADS, works)
+        speed((*shape, n, d), work)
+        for n, d, shape, work in itertools.product((512, 256), (128, 64), BATCH_HEADS, WORKS)
     ]
     return [
-        Step("long", (Item("64-bit offsets", "long.offsets", {"tiny": False}, 120),), 60),
+        Step("long", (Item("64-bit offsets", "long.offsets", offsets, 120),), 60),
         Step("million tokens", (Item("bfloat16, D = 64", "long.million", {}, 120),), 60),
         Step("long sequences", tuple(long), 120),
         Step("few tokens", tuple(few), 60),

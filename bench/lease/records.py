@@ -165,6 +165,7 @@ def _apply(
     if line["kind"] == "row":
         known = {n: v for n, v in (columns | line["row"]).items() if n in DEFAULTS}
         base = {"tokens": 0, "batch": 1, "dtype": "", "mode": ""}
-        outcome.rows.append(Row(**base | known))
+        row = Row(**base | known)
+        outcome.rows = [r for r in outcome.rows if r.key != row.key] + [row]
     else:
         outcome.end, outcome.seconds = line["end"], line["seconds"]

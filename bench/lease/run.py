@@ -13,10 +13,10 @@ from rich.console import Console
 
 from t5fx.errors import T5Error
 
-from ..results import Row
 from .. import assembler
-from . import summary
 from ..assembler import VARIABLE, Assembler
+from ..results import Row
+from . import summary
 from .child import COMMAND, Child
 from .plan import Item, Step, compiling, plan
 from .pool import Pool
@@ -93,9 +93,9 @@ class Lease:
             self.step(MACHINE)
             pool = Pool(self, self._to_compile())
             pool.start()
-            if self._left_of(plan(self.options.rehearse == "tiny")[:2]):
+            if self._left_of(plan(self.options.rehearse)[:2]):
                 pool.wait(time.monotonic() + self._time(COMPILE_SECONDS))
-            for step in plan(self.options.rehearse == "tiny"):
+            for step in plan(self.options.rehearse):
                 if self.options.steps and step.name not in self.options.steps:
                     continue
                 if step.name == "widths":
@@ -150,7 +150,7 @@ class Lease:
         return columns
 
     def _to_compile(self) -> list[list[tuple[str, Item]]]:
-        groups = compiling(self.options.rehearse == "tiny", self.architecture())
+        groups = compiling(self.options.rehearse, self.architecture())
         at_hand = self.assemblers()
         return [[(a, item) for a, item in group if a in at_hand] for group in groups]
 
@@ -304,7 +304,10 @@ class Lease:
     # --- what later steps need of earlier ones ----------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        return {"out": str(self.options.out.resolve()), "costliest": summary.costliest(self.records)}
+        return {
+            "out": str(self.options.out.resolve()),
+            "costliest": summary.costliest(self.records),
+        }
 
     def choose(self) -> None:
         """The assembler to go on with: Triton's own where it holds, else the newer if that does."""
@@ -336,4 +339,3 @@ class Lease:
 def run(options: Options, console: Console, begun: float | None = None) -> int:
     lease = Lease(options, console, **({} if begun is None else {"begun": begun}))
     return lease.run()
-

@@ -66,10 +66,11 @@ def clock(context: Context, call: Callable[[], object], milliseconds: int) -> Sp
     return Spread.of([time.perf_counter() - start])
 
 
-def alone(
-    context: Context, name: str, kernel: str, shape: list[int], tiny: bool
-) -> Iterator[Row]:
-    """One kernel's launches in a forward and a backward, with the settings in use and others."""
+def alone(context: Context, name: str, kernel: str, shape: list[int], most: int) -> Iterator[Row]:
+    """One kernel's launches in a forward and a backward, with the settings in use and others.
+
+    most: how many others.
+    """
     batch, heads, tokens, dim = shape
     experiment = Experiment("lease", name, _none, tokens, batch, "bfloat16", "training")
     tensors, settings = kernels.arguments(batch, heads, tokens, dim, context.device.type)
@@ -80,7 +81,7 @@ def alone(
     others = tune.candidates(kernel, gpu, dim)
     key = gpu, kernel, dim, False
     wanted: list[torch.Tensor] = []
-    for config in [used, *(others[:1] if tiny else others)]:
+    for config in [used, *others[:most]]:
         contender = difference(used, config)
         row = partial(experiment.row, contender, "latency", unit="s", better="lower")
         try:

@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from ..results import Row, grouped
 from .records import Records
 
-#: Measures of which each row is a line.
-TOLD = ("latency", "speed-up", "copy bandwidth", "matrix product")
+#: Measures that are told of all contenders.
+TOLD = (
+    *("latency", "copy bandwidth", "matrix product", "wrong cases of parity", "equal bits"),
+    *("errors", "Duration", "Compute (SM) Throughput", "Memory Throughput"),
+)
 
 
 def wrong(records: Records) -> bool:
@@ -67,14 +70,24 @@ def _by_step(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, list[Row]]]:
 def _lines(rows: list[Row]) -> list[str]:
     lines = []
     for case, own in grouped(rows):
-        said = []
-        for row in own:
-            if row.status == "absent" and not row.detail.endswith("out of time"):
-                said.append(f"{row.contender or 'all'}: {row.detail}")
-            elif row.status == "ok" and row.value is not None:
-                said.append(_value(row))
-        lines += [f"  {case}: {'; '.join(said)}"] if said else []
+        errors = [r for r in own if r.measure == "error" and r.status == "ok" and r.value]
+        said = [_absent(r) for r in own if r.status == "absent" and r.contender]
+        said += [_value(r) for r in own if r.status == "ok" and _told(r)]
+        if errors:
+            worst = max(errors, key=lambda row: row.value or 0.0)
+            said.append(f"at most {worst.value:.2g} {worst.unit} ({worst.contender})")
+        lines += [f"  {case}: {'; '.join(filter(None, said))}"] if any(said) else []
     return lines
+
+
+def _told(row: Row) -> bool:
+    ours = row.contender.startswith("t5")
+    return row.measure in TOLD or (ours and row.measure in ("speed-up", "share of roofline"))
+
+
+def _absent(row: Row) -> str:
+    """A rival, or a tool, that is not there."""
+    return "" if row.measure == "error" else f"{row.contender}: {row.detail[:100]}"
 
 
 def _best(rows: list[Row]) -> list[str]:
@@ -95,6 +108,8 @@ def _name(row: Row) -> str:
 
 def _value(row: Row) -> str:
     assert row.value is not None
-    value = f"{1e3 * row.value:.4g} ms" if row.unit == "s" else f"{row.value:.4g} {row.unit}".strip()
+    value = (
+        f"{1e3 * row.value:.4g} ms" if row.unit == "s" else f"{row.value:.4g} {row.unit}".strip()
+    )
     what = "" if row.measure == "latency" else f" {row.measure}"
     return f"{row.contender}{what} {value}"

@@ -86,9 +86,7 @@ def run(item: dict[str, Any], context: Context, say: Any) -> bool:
         end = "refused" if isinstance(error, T5Error) else "failed"
         fit = not _is_cuda(detail)
         about = {"suite": "lease", "case": item["name"], "tokens": 0, "batch": 1}
-        row = Row(
-            **about, dtype="", mode="", contender="", measure="", status=end, detail=detail
-        )
+        row = Row(**about, dtype="", mode="", contender="", measure="", status=end, detail=detail)
         say(kind="row", item=item["name"], row=columns_of(row))
     say(kind="end", item=item["name"], end=end, seconds=time.perf_counter() - start)
     if fit and not context.rehearse and torch.cuda.is_initialized():
