@@ -58,7 +58,9 @@ def launches(
     batch: int = 2,
     locality: str = "dwc_qk",
 ) -> dict[str, Launch]:
-    """Every launch of a forward and a backward on a packed projection: {name: (kernel, arguments)}."""
+    """The launches of a forward and a backward on a packed projection by name, of some that have the
+    same name the first.
+    """
     found: dict[str, Launch] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:

@@ -39,8 +39,8 @@ def most_stages() -> int:
     """Stages of a software pipeline that may be tried with the compiler in use.
 
     One, which is no pipeline, with Triton 3.6 or older or an assembler of CUDA 12.8 or older: there
-    are reports of wrong results of wgmma with them (triton-lang/triton #11781, #9433, #10573, #10821;
-    fla-org/flash-linear-attention #826, #1262).
+    are reports of wrong results of matrix instructions with them (triton-lang/triton #11781, #9433,
+    #10573, #10821; fla-org/flash-linear-attention #826, #1262).
     """
     if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6):
         return 1
