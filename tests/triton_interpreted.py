@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, on a CPU. Run by test_triton.py, in a process of its
 own: the interpreter is chosen for a whole process, before the kernels are imported."""
 
+import dataclasses
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from t5fx.bench.interpreter import mended
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError
-from t5fx.kernels.triton_kernels import configs, convolution, forward, launch
+from t5fx.kernels.triton_kernels import backward, configs, convolution, forward, launch, parity
 from t5fx.kernels.triton_kernels import tiles as tiles_of
 from t5fx.kernels.triton_kernels.forward import empty_saved, fill_tables
 from t5fx.kernels.triton_kernels.query import query_output
@@ -353,3 +354,61 @@ def test_what_the_kernels_cannot_take(change, complaint):
     tensors, keywords, _ = arguments(**case)
     with pytest.raises(NodeArgumentError, match=complaint):
         forward(*tensors[:3], tensors[3:6], tensors[6:], **keywords)
+
+
+CASE = parity.Case(dtype="float16", head_dim=16, value_dim=16, grid=(2, 3), batch=1, heads=1)
+
+
+def test_parity_compares_all_that_is_saved_and_given():
+    found = parity.compare(CASE, "cpu", repeats=2)
+    assert found.ok and str(found) == "right"
+    assert list(found.errors) == [*parity.SAVED, *parity.NAMES]
+    assert all(0 <= error <= allowed for error, allowed in found.errors.values())
+    plain = dataclasses.replace(CASE, locality="none", dtype="float32", parameters="bfloat16")
+    found = parity.compare(plain, "cpu", training=False)
+    assert list(found.errors) == ["mean", "rstd", "w1'", "w2'", "w3'", "out"] and found.ok
+
+
+def test_parity_names_the_first_that_is_wrong(monkeypatch):
+    def wrong(*args, **keywords):
+        out, saved = forward(*args, **keywords)
+        saved.w2.mul_(1.1)
+        return out * torch.nan, saved
+
+    monkeypatch.setattr(parity, "forward", wrong)
+    found = parity.compare(CASE, "cpu")
+    assert (found.first_wrong, found.ok) == ("w2'", False)
+    error, allowed = found.errors["out"]
+    assert not error <= allowed
+    assert str(found).startswith("w2' is ")
+
+
+def test_parity_of_small_gradients(monkeypatch):
+    """They are held to their own size, and not to the output's."""
+    small = dataclasses.replace(CASE, gradient=2**-8)
+    assert parity.compare(small, "cpu").ok
+
+    def wrong(*args, **keywords):
+        dq, *rest = backward(*args, **keywords)
+        return dq * 1.1, *rest
+
+    monkeypatch.setattr(parity, "backward", wrong)
+    assert parity.compare(small, "cpu").first_wrong == "dq"
+
+
+def test_parity_sees_other_bits(monkeypatch):
+    calls = []
+
+    def unsteady(*args, **keywords):
+        calls.append(1)
+        out, saved = forward(*args, **keywords)
+        return out * (1 + 2**-10 * len(calls)), saved
+
+    monkeypatch.setattr(parity, "forward", unsteady)
+    found = parity.compare(CASE, "cpu", training=False, repeats=2)
+    assert found.first_wrong is None and not found.same_bits and not found.ok
+
+
+def test_no_compiler_traces_the_interpreter():
+    with pytest.raises(NodeArgumentError, match="compiled: expected None in Triton's interpreter"):
+        parity.compare(CASE, "cpu", compiled="static")
