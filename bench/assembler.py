@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-#: What Triton and Inductor read.
-VARIABLE = "TRITON_PTXAS_PATH"
+#: What Triton and Inductor read; the second is of newer GPUs and, in newer Tritons, of all from
+#: Hopper on.
+VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,30 @@ class Assembler:
         return f"ptxas {'.'.join(map(str, self.version))}"
 
 
-def own() -> Assembler | None:
-    """The one that Triton carries and uses for GPUs up to Hopper."""
-    return next(filter(None, map(found, _in_triton("ptxas"))), None)
+def own(capability: int = 90) -> Assembler | None:
+    """The one of those that Triton carries that it uses for a GPU of that compute capability."""
+    name = Path(getattr(_tool(capability), "path", "ptxas")).name
+    return next(filter(None, map(found, _in_triton(name))), None)
 
 
-def newest(given: str | None = None) -> Assembler | None:
+def used(capability: int = 90) -> Assembler | None:
+    """The one that Triton uses in this process."""
+    return found(getattr(_tool(capability), "path", None))
+
+
+def _tool(capability: int) -> Any:
+    """Triton's entry, which the variables change."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return get_ptxas(capability)
+    except (ImportError, RuntimeError):  # another Triton, or one without assemblers
+        return None
+
+
+def newest(given: str | None = None, capability: int = 90) -> Assembler | None:
     """The newest at hand that is newer than Triton's own; one that is given is taken as it is."""
-    mine = own()
+    mine = own(capability)
     if given:
         return found(given)
     at_hand = [a for a in map(found, _places()) if a and (mine is None or a.version > mine.version)]
@@ -59,7 +77,7 @@ def found(path: str | Path | None) -> Assembler | None:
 
 
 def _places() -> Iterator[str | Path | None]:
-    yield os.environ.get(VARIABLE)
+    yield from map(os.environ.get, VARIABLES)
     yield shutil.which("ptxas")
     for home in filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda")):
         yield Path(home) / "bin" / "ptxas"

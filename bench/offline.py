@@ -58,8 +58,8 @@ def launches(
     batch: int = 2,
     locality: str = "dwc_qk",
 ) -> dict[str, Launch]:
-    """The launches of a forward and a backward on a packed projection by name, of some that have the
-    same name the first.
+    """The launches of a forward and a backward on a packed projection by name: of several with one
+    name the first.
     """
     found: dict[str, Launch] = {}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,7 +43,7 @@ def most_stages() -> int:
     """
     if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6):
         return 1
-    used = assembler.found(os.environ.get(assembler.VARIABLE)) or assembler.own()
+    used = assembler.used()
     return 1 if used is not None and used.version[:2] <= (12, 8) else 4
 
 

@@ -3,11 +3,11 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from t5fx.bench.results import Experiment, Row
 from t5fx.errors import T5Error
 from t5fx.kernels.triton_kernels import configs
 
-WORKER = (sys.executable, str(Path(__file__).with_name("lease_worker.py")))
+WRONG = (sys.executable, str(Path(__file__).with_name("lease_worker.py")))
+FAKE = (sys.executable, str(Path(__file__).with_name("lease_fake.py")))
 COLUMNS = {"device": "GPU", "driver": "1", "torch": "2", "triton": "3", "code": "a"}
 
 
@@ -40,7 +41,8 @@ def said(found, step):
 def rehearsed(tmp_path_factory):
     """The folder of a tiny rehearsal."""
     out = tmp_path_factory.mktemp("lease")
-    assert main(["--rehearse", "tiny", "--out", str(out)]) == 0
+    with mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": str(out.with_name("cache"))}):
+        assert main(["--rehearse", "tiny", "--out", str(out)]) == 0
     return out
 
 
@@ -72,7 +74,7 @@ def test_a_second_call_skips_what_is_done(rehearsed, capsys):
     before = lines(rehearsed / "rows.jsonl")
     assert main(["--rehearse", "tiny", "--out", str(rehearsed), "--steps", "parity", "ncu"]) == 0
     after = lines(rehearsed / "rows.jsonl")[len(before) :]
-    assert {line["step"] for line in after if "step" in line} <= {"compile"}
+    assert {line["kind"] for line in after} == {"run"}
     assert "parity: there already" in capsys.readouterr().out
 
 
@@ -87,114 +89,137 @@ def test_the_report_shows_a_lease(rehearsed, tmp_path, capsys):
 # --- faults -------------------------------------------------------------------------------------
 
 
-def lease(tmp_path, monkeypatch, steps, fault="", seconds=300.0):
-    """A lease of some steps alone; its exit code and its lines."""
+def lease(out, monkeypatch, steps, fault="", command=FAKE):
+    """A lease of some steps alone; its exit code, and its lines by step and item."""
     monkeypatch.setenv("FAULT", fault)
     monkeypatch.setattr(run, "plan", lambda rehearse: steps)
     monkeypatch.setattr(run, "compiling", lambda rehearse, architecture: [[], []])
-    options = run.Options(tmp_path, seconds, "tiny", command=WORKER)
+    path = out / "rows.jsonl"
+    begun = len(path.read_text().splitlines()) if path.exists() else 0
+    options = run.Options(out, rehearse="tiny", command=command)
     code = run.run(options, Console(file=io.StringIO()))
-    return code, lines(tmp_path / "rows.jsonl")
+    found = [json.loads(line) for line in path.read_text().splitlines()[begun:]]
+    return code, {x["item"]: x["end"] for x in found if x["kind"] == "end"}
 
 
-def graph(name, seconds=60.0):
-    """A quick item."""
+def item(name, seconds=60.0):
     return Item(name, "machine.ceilings", {}, seconds)
 
 
 def test_a_wrong_kernel_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
     first, *_ = plan.parity("tiny")
-    steps = [first, Step("after", (graph("after"),), 60)]
-    code, found = lease(tmp_path, monkeypatch, steps, "wrong w2'")
+    code, ends = lease(tmp_path, monkeypatch, [first, Step("b", (item("b"),), 60)], command=WRONG)
     assert code == 1
-    (row,) = [r for r in records.read(tmp_path / "rows.jsonl") if r.status == "refused"]
-    assert row.contender == "inner_gradient"
-    assert "first wrong tensor is w2', of inner_gradient" in row.detail
-    assert [line["end"] for line in said(found, "after") if line["kind"] == "end"] == ["ok"]
-    assert "refused" in (tmp_path / "summary.txt").read_text().partition("machine:")[0]
+    assert list(ends.values()) == ["ok", "refused", "ok"]
+    rows = [r for r in records.read(tmp_path / "rows.jsonl") if r.status == "refused"]
+    told = {row.contender: row.detail for row in rows}
+    assert "w2': " in told["inner_gradient"] and "prepare" not in told
+    assert all("first wrong tensor is w2', of inner_gradient" in why for why in told.values())
+    assert "refused: w2'" in (tmp_path / "summary.txt").read_text().partition("machine:")[0]
 
 
-def test_an_item_that_hangs_is_killed_and_one_that_dies_is_told(tmp_path, monkeypatch):
-    names = ("one", "two", "three")
-    for fault, why in (("hang two", "took more than"), ("die two", "SIGSEGV")):
-        out = tmp_path / fault
-        steps = [Step("some", tuple(graph(n, 2.0 if n == "two" else 60) for n in names), 60)]
-        begun = time.monotonic()
-        code, found = lease(out, monkeypatch, steps, fault)
-        assert code == 1 and time.monotonic() - begun < 60
-        ends = {x["item"]: x["end"] for x in said(found, "some") if x["kind"] == "end"}
-        assert ends == {"one": "ok", "two": "failed", "three": "ok"}
-        (row,) = [r for r in records.read(out / "rows.jsonl") if r.status == "failed"]
-        assert row.case == "two" and why in row.detail
-        # Without the fault a second call does what failed, and that alone.
-        code, again = lease(out, monkeypatch, steps)
-        assert code == 0
-        assert {x["item"] for x in said(again[len(found) :], "some")} == {"two"}
+@pytest.mark.parametrize(("fault", "why"), [("hang", "took more than 2 s"), ("die", "SIGSEGV")])
+def test_an_item_that_does_not_end_costs_no_other(fault, why, tmp_path, monkeypatch):
+    steps = [Step("some", (item("one"), item("two", 0.5), item("three")), 60)]
+    begun = time.monotonic()
+    code, ends = lease(tmp_path, monkeypatch, steps, f"{fault} two")
+    assert code == 1 and time.monotonic() - begun < 60
+    assert ends == {"machine": "ok", "one": "ok", "two": "failed", "three": "ok"}
+    rows = records.read(tmp_path / "rows.jsonl")
+    (row,) = [r for r in rows if r.status == "failed"]
+    assert row.case == "two" and why in row.detail
+    assert [r.case for r in rows if r.measure == "latency"] == ["machine", "one", "two", "three"]
+    # Without the fault a second call does what failed, and that alone.
+    assert lease(tmp_path, monkeypatch, steps) == (0, {"two": "ok"})
 
 
 def test_what_does_not_fit_is_out_of_time_and_what_does_runs(tmp_path, monkeypatch):
     steps = [
-        Step("large", (graph("large"),), 1000, least=900),
-        Step("slow", (graph("slow", 500), graph("next")), 3, least=1),
-        Step("small", (graph("small"),), 60, least=1),
+        Step("large", (item("large"),), 1000, least=900),
+        Step("slow", (item("slow", 500), item("next")), 0.5, least=0.1),
+        Step("small", (item("small"),), 60, least=1),
     ]
-    code, found = lease(tmp_path, monkeypatch, steps, "hang slow")
-    ends = {x["item"]: x["end"] for x in found if x["kind"] == "end"}
+    code, ends = lease(tmp_path, monkeypatch, steps, "hang slow")
     late = dict.fromkeys(("large", "slow", "next"), "out of time")
     assert ends == {"machine": "ok", "small": "ok"} | late
     assert code == 0  # nothing was wrong
     text = (tmp_path / "summary.txt").read_text()
     assert "out of time: 3: large; slow; next" in text
-    code, again = lease(tmp_path, monkeypatch, [Step("large", (graph("large"),), 60)])
-    assert [x["end"] for x in said(again, "large") if x["kind"] == "end"] == ["out of time", "ok"]
+    steps[0] = Step("large", (item("large"),), 60)
+    assert lease(tmp_path, monkeypatch, steps[:1]) == (0, {"large": "ok"})
 
 
-def test_a_run_that_is_killed_midway_is_taken_up_again(tmp_path):
+#: A lease of one step whose item "two" hangs.
+DRIVER = """
+import sys
+from pathlib import Path
+from unittest import mock
+from rich.console import Console
+from t5fx.bench.lease import run
+from t5fx.bench.lease.plan import Item, Step
+items = tuple(Item(name, "", {}, 500.0) for name in ("one", "two"))
+run.plan = lambda rehearse: [Step("some", items, 500)]
+run.compiling = lambda rehearse, architecture: [[], []]
+run.run(run.Options(Path(sys.argv[1]), rehearse="tiny", command=tuple(sys.argv[2:])), Console())
+"""
+
+
+def test_a_run_that_is_killed_midway_is_taken_up_again(tmp_path, monkeypatch):
     """By a signal that asks nobody; what was done stays done, and its workers end too."""
-    command = [sys.executable, "-m", "t5fx.bench.lease", "--rehearse", "tiny", "--out", tmp_path]
-    steps = ["--steps", "parity", "ncu"]
-    child = subprocess.Popen([*command, *steps], stdout=subprocess.DEVNULL, start_new_session=True)
+    monkeypatch.setenv("FAULT", "hang two")
+    child = subprocess.Popen([sys.executable, "-c", DRIVER, tmp_path, *FAKE])
     path = tmp_path / "rows.jsonl"
-    ended = '"kind":"end","step":"machine"'
     until = time.monotonic() + 120
-    while not (path.exists() and ended in path.read_text()) and time.monotonic() < until:
+    while not (path.exists() and '"item":"two"' in path.read_text()) and time.monotonic() < until:
         time.sleep(0.05)
     child.kill()
     child.wait()
-    before = path.read_text()
-    assert ended in before and '"step":"ncu"' not in before
-    path.write_text(before + '{"kind":"row","step":"par')  # a line that was cut off, too
-    if sys.platform == "linux":
-        workers = [p for p in Path("/proc").glob("[0-9]*/environ") if _is_of(p, child.pid)]
-        until = time.monotonic() + 20
-        while any(p.exists() and _alive(p) for p in workers) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert not any(p.exists() and _alive(p) for p in workers)
-    assert main([*map(str, command[3:]), *steps]) == 0
-    after = path.read_text().splitlines()[len(before.splitlines()) :]
-    found = [json.loads(line) for line in after if line.endswith("}")]
-    assert not said(found, "machine")
-    assert [x["end"] for x in said(found, "ncu") if x["kind"] == "end"] == ["ok"]
+    with path.open("a") as file:
+        file.write('{"kind":"row","step":"so')  # a line that was cut off, too
+    steps = [Step("some", (item("one"), item("two")), 60)]
+    code, ends = lease(tmp_path, monkeypatch, steps)
+    assert (code, ends) == (0, {"two": "ok"})
+    kept = [row.case for row in records.read(path)]
+    assert kept == ["machine", "one", "two"]
 
 
-def _is_of(environ, pid):
-    try:
-        return f"T5FX_LEASE_PARENT={pid}".encode() in environ.read_bytes()
-    except OSError:
-        return False
+def test_an_end_that_is_asked_for_leaves_a_summary_and_no_worker(tmp_path, monkeypatch):
+    children = []
+
+    def ended(one, step):
+        children.extend(one._children)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(run.Lease, "step", ended)
+    with pytest.raises(SystemExit):
+        lease(tmp_path, monkeypatch, [])
+    assert children and not any(child.alive for child in children)
+    assert "wrong: nothing" in (tmp_path / "summary.txt").read_text()
 
 
-def _alive(environ):
-    try:
-        return "\nState:\tZ" not in environ.with_name("status").read_text()
-    except OSError:
-        return False
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
+def test_workers_end_with_the_lease():
+    own = "from t5fx.bench.lease import child; child.end_with_parent(); print(1, flush=1);"
+    code = (
+        "import os, signal, subprocess, sys\n"
+        f"own = [sys.executable, '-c', '{own} import time; time.sleep(600)']\n"
+        "child = subprocess.Popen(own, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    status = Path("/proc") / said.strip() / "status"
+    until = time.monotonic() + 20
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
-def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert main(["--out", str(tmp_path)]) == 2
-    assert "expected a CUDA GPU, got none; --rehearse" in " ".join(capsys.readouterr().out.split())
+def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "cpu")
+    with pytest.raises(T5Error, match="expected a CUDA GPU, got none; --rehearse"):
+        run.run(run.Options(tmp_path, command=FAKE), Console(file=io.StringIO()))
 
 
 # --- its parts ----------------------------------------------------------------------------------
@@ -214,6 +239,7 @@ def test_rows_of_another_code_do_not_count(tmp_path):
     assert [row.code for row in records.read(path)] == ["b"]
     kept = records.Records(path)
     kept.start(COLUMNS | {"code": "a"})
+    kept.close()
     assert kept.outcome("step", "item").done
 
 
@@ -225,7 +251,9 @@ def test_a_later_attempt_that_fails_leaves_what_an_earlier_one_measured(tmp_path
         kept.begin("step", "item")
         for contender, value in values.items():
             status = "failed" if value is None else "ok"
-            row = Row("lease", "item", 0, 1, "", "", contender, "latency", value=value, status=status)
+            row = Row(
+                "lease", "item", 0, 1, "", "", contender, "latency", value=value, status=status
+            )
             kept.row("step", "item", records.columns_of(row))
         kept.end("step", "item", end, 1.0)
         return {row.contender: row.value for _, row in kept.rows()}
@@ -233,6 +261,7 @@ def test_a_later_attempt_that_fails_leaves_what_an_earlier_one_measured(tmp_path
     assert attempt("failed", softmax=1.0, t5=None) == {"softmax": 1.0, "t5": None}
     assert attempt("failed", t5=None) == {"softmax": 1.0, "t5": None}
     assert attempt("ok", t5=2.0) == {"t5": 2.0}
+    kept.close()
 
 
 def test_a_file_of_something_else(tmp_path):
@@ -251,7 +280,17 @@ def test_every_kernel_has_a_tensor_of_its_own():
 def test_the_plan_is_in_the_order_of_worth_and_fits():
     steps = plan.plan()
     names = [step.name for step in steps]
-    order = ["parity", "widths", "headline", "alone", "inductor", "model", "ncu", "sanitizer", "long"]
+    order = [
+        "parity",
+        "widths",
+        "headline",
+        "alone",
+        "inductor",
+        "model",
+        "ncu",
+        "sanitizer",
+        "long",
+    ]
     assert [name for name in names if name in order] == order
     first = steps[: names.index("long")]
     planned = sum(step.seconds for step in first) + run.MACHINE.seconds / 4 + run.COMPILE_SECONDS
@@ -262,34 +301,24 @@ def test_the_plan_is_in_the_order_of_worth_and_fits():
     assert {item.arguments["kernel"] for item in alone.items} == set(configs.HALF)
 
 
-def test_kernels_are_compiled_as_a_launch_would(tmp_path):
-    """In a process without a GPU; an assembler that does not exist is told."""
+def test_kernels_are_compiled_as_a_launch_would(rehearsed):
+    """Into Triton's cache, whose key tells assemblers apart."""
+    cache = rehearsed.with_name("cache")
+    before = len(list(cache.glob("*/prepare.cubin")))
+    assert before == 2  # with the settings in use and with a candidate's
+    other = assembler.newest() or assembler.found(Path(assembler.own().path).with_name("ptxas"))
+    if other.version == assembler.own().version:
+        pytest.skip("there is one assembler only")
     code = (
         "from t5fx.bench.lease import compiling, worker\n"
         "kind = {'products': 'bfloat16', 'dim': 16, 'architecture': 'sm_90', 'kernel': 'prepare'}\n"
-        "for row in compiling.case(worker.Context(), 'case', **kind):\n"
-        "    print(row.status, row.contender, row.detail)\n"
+        "print(*compiling.case(worker.Context(), 'case', **kind))\n"
     )
-
-    def compiled(**more):
-        child = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **more},
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stderr
-        return child.stdout
-
-    assert compiled().startswith("ok Triton seconds: prepare")
-    kernels = list(tmp_path.glob("*/prepare.cubin"))
-    assert len(kernels) == 1
-    compiled()
-    assert list(tmp_path.glob("*/prepare.cubin")) == kernels
-    newer = assembler.newest()
-    if newer is not None:
-        compiled(TRITON_PTXAS_PATH=newer.path)
-        assert len(list(tmp_path.glob("*/prepare.cubin"))) == 2
+    own = dict.fromkeys(assembler.VARIABLES, other.path) | {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+    assert "seconds: prepare" in child.stdout, child.stderr
+    assert len(list(cache.glob("*/prepare.cubin"))) == before + 1
 
 
 def test_the_target_has_what_a_launch_asks_for():
@@ -310,6 +339,7 @@ def test_the_assembler_that_holds_is_taken(wrong, chosen, tmp_path):
             one.records.begin(step, str(i))
             one.records.end(step, str(i), "refused", 0.0)
     one.choose()
+    one.close()
     assert one.chosen.path == chosen
     rows = [row for _, row in one.records.rows()]
     assert [row.value for row in rows] == list(map(float, wrong))
@@ -319,7 +349,7 @@ def test_the_assembler_that_holds_is_taken(wrong, chosen, tmp_path):
 
 def test_assemblers_at_hand(tmp_path, monkeypatch):
     mine = assembler.own()
-    assert mine is not None and mine.version >= (12, 8)
+    assert mine is not None and mine.version >= (12, 8) and assembler.used() == mine
 
     def program(version):
         path = tmp_path / f"ptxas-{version}"
@@ -327,10 +357,10 @@ def test_assemblers_at_hand(tmp_path, monkeypatch):
         path.chmod(0o755)
         return str(path)
 
-    monkeypatch.setenv(assembler.VARIABLE, program("99.1.2"))
+    monkeypatch.setenv(assembler.VARIABLES[0], program("99.1.2"))
     newest = assembler.newest()
     assert newest is not None and newest.version == (99, 1, 2) and str(newest) == "ptxas 99.1.2"
-    monkeypatch.setenv(assembler.VARIABLE, program("11.0.1"))
+    monkeypatch.setenv(assembler.VARIABLES[0], program("11.0.1"))
     other = assembler.newest()
     assert other is None or other.version > mine.version
     assert assembler.newest(program("11.0.1")).version == (11, 0, 1)
@@ -345,7 +375,7 @@ def test_assemblers_at_hand(tmp_path, monkeypatch):
 def test_compilers_with_reports_get_no_pipeline(triton, version, most, monkeypatch):
     monkeypatch.setattr(tune.triton, "__version__", triton)
     used = assembler.Assembler("ptxas", tuple(map(int, version.split("."))))
-    monkeypatch.setattr(tune.assembler, "found", lambda path: used)
+    monkeypatch.setattr(tune.assembler, "used", lambda: used)
     tune.most_stages.cache_clear()
     try:
         stages = {c.stages for c in tune.neighbours(configs.Config(64, 64, 4, 1, 2))}
@@ -355,11 +385,11 @@ def test_compilers_with_reports_get_no_pipeline(triton, version, most, monkeypat
 
 
 PROFILE = """==PROF== Connected to process 7
-"ID","Process ID","Kernel Name","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","7","inner_gradient","(132, 1, 1)","GPU Speed Of Light Throughput","Duration","us","1,234.5"
-"0","7","inner_gradient","(132, 1, 1)","Occupancy","Achieved Occupancy","%","12.5"
-"0","7","inner_gradient","(132, 1, 1)","Occupancy","Something","%","1"
-"1","7","inner_gradient","(64, 1, 1)","GPU Speed Of Light Throughput","Duration","us","7"
+"ID","Kernel Name","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","inner_gradient","(132, 1, 1)","GPU Speed Of Light Throughput","Duration","us","1,234.5"
+"0","inner_gradient","(132, 1, 1)","Occupancy","Achieved Occupancy","%","12.5"
+"0","inner_gradient","(132, 1, 1)","Occupancy","Something","%","1"
+"1","inner_gradient","(64, 1, 1)","GPU Speed Of Light Throughput","Duration","us","7"
 """
 
 
@@ -408,15 +438,5 @@ def test_the_costliest_kernels_are_watched(tmp_path):
         for contender, value in (("in use", seconds), ("warps 8", 9.0)):
             row = Row("lease", f"{kernel}, D = 64", 0, 1, "", "", contender, "latency", value=value)
             kept.row("alone", kernel, records.columns_of(row))
+    kept.close()
     assert summary.costliest(kept) == ["b", "c"]
-
-
-def test_a_signal_that_asks_leaves_a_summary(tmp_path):
-    command = [sys.executable, "-m", "t5fx.bench.lease", "--rehearse", "tiny", "--out", tmp_path]
-    child = subprocess.Popen([*command, "--steps", "ncu"], stdout=subprocess.PIPE)
-    assert child.stdout is not None
-    child.stdout.readline()  # the first step
-    child.send_signal(signal.SIGTERM)
-    child.stdout.read()
-    assert child.wait(timeout=60) == 1
-    assert "rows" in (tmp_path / "summary.txt").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
@@ -88,3 +89,11 @@ def _parsed(lines: IO[bytes]) -> Iterator[dict[str, Any]]:
             message = json.loads(line)
             if isinstance(message, dict):
                 yield message
+
+
+def end_with_parent() -> None:
+    """Of a worker: Linux ends this process when its parent ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):  # it has ended already
+            os.kill(os.getpid(), signal.SIGKILL)

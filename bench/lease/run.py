@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from rich.console import Console
 from t5fx.errors import T5Error
 
 from .. import assembler
-from ..assembler import VARIABLE, Assembler
+from ..assembler import VARIABLES, Assembler
 from ..results import Row
 from . import summary
 from .child import COMMAND, Child
@@ -86,37 +87,45 @@ class Lease:
         """The exit code: 0, or 1 where something was wrong."""
         pool: Pool | None = None
         try:
-            self.own, self.newer = assembler.own(), assembler.newest(self.options.ptxas)
-            self.chosen = self.own
-            columns = self._columns()
-            self.records.start(columns, assemblers=[str(a) for a in self.assemblers().values()])
+            self.records.start(self._columns(), arguments=sys.argv[1:])
             self.step(MACHINE)
-            pool = Pool(self, self._to_compile())
-            pool.start()
-            if self._left_of(plan(self.options.rehearse)[:2]):
-                pool.wait(time.monotonic() + self._time(COMPILE_SECONDS))
-            for step in plan(self.options.rehearse):
-                if self.options.steps and step.name not in self.options.steps:
-                    continue
+            capability = int(self.architecture().removeprefix("sm_"))
+            self.own = assembler.own(capability)
+            self.newer = assembler.newest(self.options.ptxas, capability)
+            self.chosen = self.own
+            self._prepare(self.environment(self.own))
+            steps = plan(self.options.rehearse)
+            if self.options.steps:
+                steps = [step for step in steps if step.name in self.options.steps]
+            if any(self._left_of(step) for step in steps if step.name not in ("ncu", "sanitizer")):
+                pool = Pool(self, self._to_compile())
+                pool.start()
+                if any(self._left_of(step) for step in steps if step.name.startswith("parity")):
+                    pool.wait(time.monotonic() + self._time(COMPILE_SECONDS))
+            for step in steps:
                 if step.name == "widths":
                     self.choose()
-                if step.name == "model":
+                if step.name == "model" and pool is not None:
                     pool.stop()
                 self.step(step)
                 self.summarise()
         finally:
             if pool is not None:
                 pool.stop()
-            for child in list(self._children):
-                child.kill()
-            self.summarise()
-            self.records.close()
-            self._log.close()
+            self.close()
         return 1 if summary.wrong(self.records) else 0
 
-    def _left_of(self, steps: Sequence[Step]) -> bool:
-        done = (self.records.outcome(s.name, i.name).done for s in steps for i in s.items)
-        return not all(done)
+    def close(self) -> None:
+        """End all workers, then say what there is."""
+        for child in list(self._children):
+            child.kill()
+        self.summarise()
+        self.records.close()
+        self._log.close()
+
+    def _left_of(self, step: Step) -> list[Item]:
+        """Its items that are not done."""
+        return [i for i in step.items if not self.records.outcome(step.name, i.name).done]
 
     def summarise(self) -> None:
         text = summary.text(self.records, time.monotonic() - self.begun)
@@ -136,7 +145,7 @@ class Lease:
 
     def _columns(self) -> dict[str, Any]:
         """What identifies the machine and the code, asked of a worker: it may see a GPU."""
-        child = self.child(self.environment(self.own))
+        child = self.child(self.environment(None))
         child.send({"columns": True})
         said = child.hear(min(self.end, time.monotonic() + self._time(HERE_SECONDS)))
         if said is None:
@@ -171,7 +180,7 @@ class Lease:
         if step.assembler == "newer" and self.newer is None:
             return
         used = {"own": self.own, "newer": self.newer}.get(step.assembler, self.chosen)
-        pending = [i for i in step.items if not self.records.outcome(step.name, i.name).done]
+        pending = self._left_of(step)
         if not pending:
             self.say(f"{step.name}: there already")
             return
@@ -268,9 +277,11 @@ class Lease:
     # --- workers ----------------------------------------------------------------------------------
 
     def environment(self, used: Assembler | None, compiles: bool = False) -> dict[str, str]:
-        """Of a worker. compiles: it makes code for a GPU and has none itself."""
+        """Of a worker; without an assembler, Triton decides. compiles: it makes code for a GPU, and
+        sees none itself.
+        """
         interpreted = self.rehearsed and not compiles
-        found = {VARIABLE: used.path} if used and not interpreted else {}
+        found = dict.fromkeys(VARIABLES, used.path) if used and not interpreted else {}
         found |= {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
         if compiles:
             found["CUDA_VISIBLE_DEVICES"] = ""
@@ -292,14 +303,20 @@ class Lease:
 
     def _take(self, environment: dict[str, str]) -> Child:
         """The worker that has imported everything meanwhile, and a new one in its place."""
+        self._prepare(environment)
         child, self._spare = self._spare, None
-        if child is None or child.environment != environment or not child.alive:
-            if child is not None:
-                self.drop(child)
-            child = self.child(environment)
+        assert child is not None
         if not self.rehearsed:  # there one worker goes from step to step
             self._spare = self.child(environment)
         return child
+
+    def _prepare(self, environment: dict[str, str]) -> None:
+        """Have a worker for it that imports everything."""
+        spare = self._spare
+        if spare is None or spare.environment != environment or not spare.alive:
+            if spare is not None:
+                self.drop(spare)
+            self._spare = self.child(environment)
 
     # --- what later steps need of earlier ones ----------------------------------------------------
 

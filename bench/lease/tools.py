@@ -75,7 +75,7 @@ def ncu(context: Context, name: str) -> Iterator[Row]:
     for section in SECTIONS:
         command += ["--section", section]
     ran = call([*command, *PROBE, *map(str, ALONE), "128"])
-    (Path(context.facts["out"]) / "ncu.csv").write_text(ran.output[:300_000], encoding="utf-8")
+    (Path(context.facts["out"]) / "ncu.txt").write_text(ran.output[:300_000], encoding="utf-8")
     rows = list(profiled(experiment, ran.output))
     if not rows:
         yield unavailable(experiment, "ncu", reason(ran))
@@ -126,10 +126,8 @@ def checked(experiment: Experiment, ran: Ran) -> Row:
     count = max(int(one or other) for one, other in counts)
     if count == 0 and ran.code == 0:
         return experiment.row("compute-sanitizer", "errors", 0.0, better="lower")
-    first = [
-        line for line in ran.output.splitlines() if line.startswith("=========") and ":" in line
-    ]
-    said = next((line.strip("= ") for line in first if "COMPUTE" not in line), "")
+    lines = [line.strip("= ") for line in ran.output.splitlines() if line.startswith("=====")]
+    said = next((line for line in lines if line and "COMPUTE-SANITIZER" not in line), "")
     detail = f"{count} errors, exit code {ran.code}: {said}"
     return experiment.row(
         "compute-sanitizer", "errors", float(count), status="refused", detail=detail

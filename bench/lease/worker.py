@@ -6,11 +6,9 @@ It reads a job a line and writes a message a line. What libraries print goes to 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -23,7 +21,7 @@ import torch
 from t5fx.errors import T5Error
 
 from ..results import Row, here
-from .child import PARENT
+from .child import end_with_parent
 from .records import columns_of
 
 
@@ -46,7 +44,7 @@ class Context:
 
 def main() -> int:
     out = _own_output()
-    _end_with_parent()
+    end_with_parent()
     torch.manual_seed(0)
 
     def say(**message: Any) -> None:
@@ -123,14 +121,6 @@ def _own_output() -> IO[str]:
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return own
-
-
-def _end_with_parent() -> None:
-    """Linux ends this process when its parent ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):  # it has ended already
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
