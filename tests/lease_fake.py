@@ -12,8 +12,6 @@ import time
 COLUMNS = {"device": "GPU", "driver": "1", "torch": "2", "triton": "3", "code": "a"}
 COLUMNS |= {"timm": "", "transformers": "", "diffusers": ""}
 fault, _, which = os.environ.get("FAULT", "").partition(" ")
-if fault == "cpu":
-    COLUMNS["driver"] = ""
 
 
 def say(**message):
@@ -23,7 +21,7 @@ def say(**message):
 for line in sys.stdin:
     job = json.loads(line)
     if "columns" in job:
-        say(kind="columns", columns=COLUMNS)
+        say(kind="columns", columns=COLUMNS, gpu=fault != "cpu")
         continue
     for item in job["items"]:
         name = item["name"]

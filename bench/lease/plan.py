@@ -11,7 +11,7 @@ from t5fx.kernels.triton_kernels import configs
 from .. import kernels, tune
 
 #: Products by the name that a case has: of float32 also in tf32.
-PRODUCTS = ("bfloat16", "float16", "float32", "tf32")
+PRODUCTS = ("bfloat16", "float16", "tf32", "float32")
 #: (batch, heads) that do not fill the chip at few tokens, and that do.
 BATCH_HEADS = ((1, 12), (8, 16))
 WORKS = ("forward", "forward and backward")
@@ -75,7 +75,7 @@ def compiling(rehearse: str, architecture: str) -> list[list[tuple[str, Item]]]:
             [],
             [("own", tried(kernel, 16)[0])],
         ]
-    first = [item(p, d) for d, p in itertools.product((128, 64), PRODUCTS)]
+    first = [item(p, d) for p, d in itertools.product(PRODUCTS, (128, 64))]
     widths = [("bfloat16", d) for d in (16, 32, 96, 256)] + [("float16", d) for d in (32, 256)]
     widths += [("tf32", 32), ("float32", 32)]
     candidates = [tried(kernel, dim) for dim, kernel in itertools.product((128, 64), configs.HALF)]
@@ -120,7 +120,7 @@ def parity(rehearse: str) -> list[Step]:
         first = [item(p, 16, 2, **small) for p in PRODUCTS[: 1 if rehearse == "tiny" else 4]]
         widths = [item("float16", 24, 1, "no convolution", locality="none", **small)]
     else:
-        first = [item(p, d, 5) for d, p in itertools.product((64, 128), PRODUCTS)]
+        first = [item(p, d, 5) for p, d in itertools.product(PRODUCTS, (64, 128))]
         widths = [
             *(item("bfloat16", d, 2) for d in (16, 32, 72, 96, 256)),
             item("bfloat16", 64, 2, "three axes", grid=(5, 6, 7)),

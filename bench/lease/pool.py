@@ -34,6 +34,7 @@ class Pool:
         self._urgent = {item.name + used for group, used, item in self._queue if group < 2}
         self._changed = threading.Condition()
         self._stopped = False
+        self._children: set[Child] = set()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
         count = max(1, min(cores - LEFT, len(self._queue)))
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
@@ -60,6 +61,9 @@ class Pool:
             self._stopped = True
             left, self._queue = self._queue, []
             self._changed.notify_all()
+            children = list(self._children)
+        for child in children:
+            child.kill()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(timeout=10)
@@ -84,15 +88,21 @@ class Pool:
         while (taken := self._next(has)) is not None:
             _, used, item = taken
             if child is None or used != has or not child.alive:
-                if child is not None:
-                    self.lease.drop(child)
+                self._drop(child)
                 environment = self.lease.environment(self.lease.assemblers()[used], compiles=True)
                 child, has = self.lease.child(environment), used
+                with self._changed:
+                    self._children.add(child)
             self._run(child, used, item)
             with self._changed:
                 self._urgent.discard(item.name + used)
                 self._changed.notify_all()
+        self._drop(child)
+
+    def _drop(self, child: Child | None) -> None:
         if child is not None:
+            with self._changed:
+                self._children.discard(child)
             self.lease.drop(child)
 
     def _run(self, child: Child, used: str, item: Item) -> None:

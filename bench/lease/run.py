@@ -154,7 +154,7 @@ class Lease:
         columns: dict[str, Any] = said["columns"]
         if self.rehearsed:
             columns["device"] += ", rehearsal"
-        elif not columns["driver"]:
+        elif not said["gpu"]:
             raise T5Error("expected a CUDA GPU, got none; --rehearse runs the plan on a CPU")
         return columns
 
@@ -328,17 +328,16 @@ class Lease:
 
     def choose(self) -> None:
         """The assembler to go on with: Triton's own where it holds, else the newer if that does."""
-        counts = {
-            name: summary.wrong_in(self.records, step)
-            for name, step in (("own", "parity"), ("newer", "parity, newer assembler"))
-        }
+        parts = {"own": "parity", "newer": "parity, newer assembler"}
+        counts = {name: summary.ended(self.records, step) for name, step in parts.items()}
+        (wrong, right), (new_wrong, new_right) = counts.values()
         self.chosen = self.own
-        if self.newer is not None and counts["newer"] < counts["own"]:
+        if self.newer is not None and new_wrong < wrong and new_right > right:
             self.chosen = self.newer
         for name, used in self.assemblers().items():
             taken = ", and the lease goes on with it" if used == self.chosen else ""
-            wrong = counts[name]
-            said = "no case is wrong" if not wrong else f"{wrong} cases are wrong"
+            wrong, right = counts[name]
+            said = f"{right} cases are right, {wrong} wrong"
             self.say(f"{used} ({name}): {said}{taken}", "bold")
             row = Row(
                 *("lease", "assemblers", 0, 1, "", ""),

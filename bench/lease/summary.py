@@ -19,10 +19,10 @@ def wrong(records: Records) -> bool:
     return any(row.status in ("refused", "failed") for _, row in records.rows())
 
 
-def wrong_in(records: Records, step: str) -> int:
-    """How many items of a step ended wrong."""
+def ended(records: Records, step: str) -> tuple[int, int]:
+    """How many items of a step ended wrong, and how many right."""
     ends = [o.end for (name, _), o in dict(records.outcomes).items() if name == step]
-    return sum(end in ("refused", "failed") for end in ends)
+    return sum(end in ("refused", "failed") for end in ends), ends.count("ok")
 
 
 def costliest(records: Records) -> list[str]:

@@ -102,7 +102,7 @@ def profiled(experiment: Experiment, output: str) -> Iterator[Row]:
 
 def sanitizer(context: Context, name: str, tool: str) -> Iterator[Row]:
     """How many errors CUDA's own checker finds in a small forward and backward."""
-    experiment = Experiment("lease", name, _none, 135, 1, "bfloat16", "training")
+    experiment = Experiment("lease", name, _none, 144, 1, "bfloat16", "training")
     path = found("compute-sanitizer")
     if context.rehearse or path is None:
         why = "a rehearsal" if context.rehearse else "not installed"

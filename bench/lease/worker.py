@@ -24,6 +24,9 @@ from ..results import Row, here
 from .child import end_with_parent
 from .records import columns_of
 
+#: What torch's and Triton's errors of a CUDA context say.
+LOST = ("CUDA error", "Triton Error [CUDA]", "AcceleratorError", "CUDNN_STATUS", "CUBLAS_STATUS")
+
 
 @dataclass(frozen=True)
 class Context:
@@ -54,7 +57,7 @@ def main() -> int:
     for line in sys.stdin:
         job = json.loads(line)
         if "columns" in job:
-            say(kind="columns", columns=here())
+            say(kind="columns", columns=here(), gpu=torch.cuda.is_available())
             continue
         context = Context(**job["context"])
         with _surroundings(context):
@@ -75,14 +78,16 @@ def run(item: dict[str, Any], context: Context, say: Any) -> bool:
             say(kind="row", item=item["name"], row=columns_of(row))
             if row.status in ("refused", "failed"):
                 end = row.status
-            fit = fit and not _is_cuda(row.detail)
+            fit = fit and not is_lost(row.detail)
         if not context.rehearse and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # what went wrong meanwhile is this item's
     except Exception as error:
         traceback.print_exc()
         detail = f"{type(error).__name__}: {error}".strip().partition("\n")[0][:500]
         end = "refused" if isinstance(error, T5Error) else "failed"
-        fit = not _is_cuda(detail)
+        if isinstance(error, ModuleNotFoundError):
+            end, detail = "absent", f"needs {error.name}"
+        fit = not is_lost(detail)
         about = {"suite": "lease", "case": item["name"], "tokens": 0, "batch": 1}
         row = Row(**about, dtype="", mode="", contender="", measure="", status=end, detail=detail)
         say(kind="row", item=item["name"], row=columns_of(row))
@@ -99,9 +104,9 @@ def _rows(item: dict[str, Any], context: Context) -> Iterator[Row]:
     yield from getattr(found, function)(context, item["name"], **item["arguments"])
 
 
-def _is_cuda(detail: str) -> bool:
-    """Whether an error leaves no CUDA context to go on with."""
-    return "CUDA error" in detail or "AcceleratorError" in detail or "cudaError" in detail
+def is_lost(detail: str) -> bool:
+    """Whether an error may leave no CUDA context to go on with."""
+    return any(sign in detail for sign in LOST)
 
 
 @contextlib.contextmanager
