@@ -98,7 +98,8 @@ def alone(context: Context, name: str, kernel: str, shape: list[int], most: int)
                 if wanted and tune.differ(found, wanted):
                     yield row(status="refused", detail="other results than with those in use")
                     continue
-            wanted = wanted or found
+            # Copies: to launch a kernel again that works in place changes what it gave.
+            wanted = wanted or [t.clone() for t in found]
             yield row(clock(context, partial(_all, launches), CANDIDATE))
         except Exception as error:
             if config == used or is_lost(str(error)):
