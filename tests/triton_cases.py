@@ -1,13 +1,10 @@
 """Calls of the Triton kernels and of the float64 reference on the same arguments, compared."""
 
-from contextlib import contextmanager
-from unittest import mock
-
-from t5fx.kernels.triton_kernels import configs, parity
+from t5fx.kernels.triton_kernels import parity
 from t5fx.kernels.triton_kernels.parity import TOLERANCE, poisoned, split
 
 __all__ = ["arguments", "assert_close", "check", "poisoned", "run", "run_op", "run_reference",
-           "small_tiles", "split"]  # fmt: skip
+           "split"]  # fmt: skip
 
 
 def arguments(*, batch=2, heads=2, prefix=1, suffix=1, **rest):
@@ -46,12 +43,3 @@ def check(**case):
     assert [r.dtype for r in results] == dtypes
     assert_close(results, run_reference(tensors, keywords, grad_out), TOLERANCE[grad_out.dtype])
     return results
-
-
-@contextmanager
-def small_tiles():
-    """Several tiles, chunks of tokens, blocks and parts of hidden units, on little data."""
-    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1, parts=2)
-    rows = dict.fromkeys(configs.HALF, dict.fromkeys(configs.WIDTHS, small))
-    with mock.patch.multiple(configs, HALF=rows, SMALL=rows, WIDE=rows):
-        yield

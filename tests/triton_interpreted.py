@@ -21,11 +21,10 @@ from triton_cases import (
     run,
     run_op,
     run_reference,
-    small_tiles,
     split,
 )
 
-from t5fx.bench.interpreter import as_on, mended
+from t5fx.bench.interpreter import mended
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError
@@ -43,7 +42,7 @@ LAYOUTS = ["BHND", "packed", "channels first", "every other"]
 
 @pytest.fixture(autouse=True)
 def _mended():
-    with mended(), as_on("sm_90"), small_tiles():
+    with mended():
         yield
 
 

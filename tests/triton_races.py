@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_cases import arguments, poisoned, run, small_tiles
+from triton_cases import arguments, poisoned, run
 
-from t5fx.bench.interpreter import as_on, mended
+from t5fx.bench.interpreter import mended
 from t5fx.bench.races import recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 
 @pytest.fixture(autouse=True)
 def _mended():
-    with mended(), as_on("sm_90"), small_tiles():
+    with mended():
         yield
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton_cases import TOLERANCE, arguments, assert_close, check, poisoned, run, run_reference
 
-from t5fx.bench.interpreter import as_on, mended
+from t5fx.bench.interpreter import mended
 from t5fx.kernels.triton_kernels import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 
 @pytest.fixture(autouse=True)
 def _mended():
-    with mended(), as_on("sm_90"):
+    with mended(small=False):
         yield
 
 
