@@ -78,7 +78,8 @@ def verdict(question: Question, device: torch.device) -> Verdict:
     long for another process that checks the same: it may be asked while a graph is traced. A
     verdict stays what it is for the life of a process. One that did not pass is warned of, once.
     """
-    at = (question, str(device))
+    # Inductor names an assembler of its own there when it is imported.
+    at = (question, str(device), os.environ.get("TRITON_PTXAS_PATH"))
     found = _known.get(at)
     if found is None:
         with _one_at_a_time:
@@ -92,7 +93,7 @@ def verdict(question: Question, device: torch.device) -> Verdict:
     return found
 
 
-_known: dict[tuple[Question, str], Verdict] = {}
+_known: dict[tuple[Question, str, str | None], Verdict] = {}
 #: The keys of what was warned of: GPUs of a kind share one.
 _warned: set[str] = set()
 _one_at_a_time = threading.Lock()
