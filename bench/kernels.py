@@ -190,7 +190,7 @@ def kernels(tensors: list[Tensor], settings: dict, grad_out: Tensor | None) -> l
     """The output and, given its gradient, the gradients of all tensors, by the kernels."""
     from t5fx.kernels.triton_kernels import backward, forward
 
-    out, saved = forward(*node(tensors), **settings)
+    out, saved = forward(*node(tensors), **settings, training=grad_out is not None)
     if grad_out is None:
         return [out]
     dq, dk, dv, weights, conv = backward(grad_out, *node(tensors), saved, **settings)

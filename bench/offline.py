@@ -60,7 +60,8 @@ def launches(
     value_dim: int | None = None,
 ) -> dict[str, Launch]:
     """The launches of a forward and a backward by name: (kernel, arguments), of several with one
-    name the first. The arguments are those of `each_launch`.
+    name the first; those that write or read kept keys have names of their own. The arguments are
+    those of `each_launch`.
     """
     found: dict[str, Launch] = {}
 
@@ -69,6 +70,8 @@ def launches(
         name = kernel.__name__
         if "KEYS" in settings:
             name += "_keys" if settings["KEYS"] else "_queries"
+        if settings.get("KEEP") or settings.get("KEPT"):
+            name += "_kept"
         found.setdefault(name, (kernel, arguments))
 
     each_launch(
@@ -97,7 +100,8 @@ def each_launch(
     locality: str = "dwc_qk",
     value_dim: int | None = None,
 ) -> None:
-    """Calls ``run`` as Triton's ``JITFunction.run``, for each launch of a forward and a backward.
+    """Calls ``run`` as Triton's ``JITFunction.run``, for each launch of a forward alone, and of a
+    forward and its backward.
 
     q, k and v are parts of a packed projection; v is a tensor of its own with another ``value_dim``
     than ``dim``. Nothing is launched: the tensors are on the device "meta".
@@ -120,7 +124,8 @@ def each_launch(
         mock.patch.object(triton.JITFunction, "run", run),
         mock.patch(architecture_of, return_value=architecture),
     ):
-        out, saved = forward(q, k, v, weights, conv, **settings)
+        forward(q, k, v, weights, conv, **settings)
+        out, saved = forward(q, k, v, weights, conv, **settings, training=True)
         backward(torch.empty_like(out), q, k, v, weights, conv, saved, **settings)
 
 

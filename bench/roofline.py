@@ -49,14 +49,16 @@ FLASH = {"forward": 740e12, "backward": 560e12}
 
 #: By kernel: tensors of N x D read and written in the first pass over the tokens, and in each after
 #: it (one for each block of hidden units; what is written is read and added to), products of
-#: N x D x D, and its part. The blocks of the keys are those of neighbouring programs, which go
+#: N x D x D, and its part: "inference" and "training" are of a forward without and with a backward
+#: behind it, "forward" of both. The blocks of the keys are those of neighbouring programs, which go
 #: through the same tokens at the same time: all but the first find them in the L2 cache.
 WORK = {
     "prepare": (1, 0, 0, "forward"),
-    "inner_gradient_keys": (2, 0, 6, "forward"),
+    "inner_gradient_keys": (2, 0, 6, "inference"),
+    "inner_gradient_keys_kept": (3, 0, 6, "training"),
     "query_output": (2, 0, 3, "forward"),
     "inner_gradient_queries": (3, 4, 8, "backward"),
-    "second_order_gradient": (4, 6, 15, "backward"),
+    "second_order_gradient_kept": (4, 6, 15, "backward"),
     "convolution_gradient_queries": (3, 0, 0, "backward"),
     "convolution_gradient_keys": (3, 0, 0, "backward"),
     "key_norm_gradient": (3, 0, 0, "backward"),
@@ -117,9 +119,15 @@ def _kernel(name: str, function: object, arguments: dict, dim: int, architecture
     )  # fmt: skip
 
 
+def is_of(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a kernel runs in a forward, or in a forward and a backward."""
+    part = WORK[name][3]
+    return part in parts or part == ("training" if "backward" in parts else "inference")
+
+
 def bound(rows: list[Kernel], parts: tuple[str, ...], dim: int, gpu: Gpu) -> tuple[float, float]:
     """(seconds of an element, share of the roofline) if every kernel met its lowest ceiling."""
-    chosen = [row for row in rows if WORK[row.name][3] in parts]
+    chosen = [row for row in rows if is_of(row.name, parts)]
     seconds = sum(max(row.seconds(dim, gpu).values()) for row in chosen)
     tensors, products = (sum(LEAST[part][i] for part in parts) for i in (0, 1))
     floor = max(2 * tensors / gpu.bandwidth, 2 * products * dim / gpu.products)
@@ -132,7 +140,7 @@ def bytes_over_least(rows: list[Kernel], parts: tuple[str, ...], dim: int, token
     The sums of a program, 3 D^2 float32, are written and read once; there is one program on each
     multiprocessor for each of its blocks of hidden units.
     """
-    moved = sum(2 * row.tensors for row in rows if WORK[row.name][3] in parts)
+    moved = sum(2 * row.tensors for row in rows if is_of(row.name, parts))
     launches = {"forward": 1, "backward": 2}
     programs = H200.multiprocessors * (2 if dim <= 64 else 1)
     partial = sum(launches[part] for part in parts) * programs * 3 * dim * dim * 4 * 2
@@ -199,7 +207,7 @@ def page(gpu: Gpu = H200) -> str:
             seconds, share = bound(rows, parts, dim, gpu)
             limits = collections.Counter[str]()
             for row in rows:
-                if WORK[row.name][3] in parts:
+                if is_of(row.name, parts):
                     times = row.seconds(dim, gpu)
                     limit = max(times, key=times.__getitem__)
                     limits[limit] += times[limit]
@@ -213,7 +221,8 @@ def page(gpu: Gpu = H200) -> str:
         f"The bytes are of {HEADS} heads, with the partial sums of the gradients written and read",
         "once by as many programs as fill the chip, whatever the L2 cache keeps of them. Of heads",
         "of 128 the second pass of inner_gradient_keys is not counted: another program makes it at",
-        "the same time as the first, and finds what that one read in the L2 cache.",
+        "the same time as the first, and finds what that one read in the L2 cache. *Kept*: the",
+        "convolved keys, which a forward that is trained writes and second_order_gradient reads.",
         "",
         "Over FlashAttention-3 at its fastest (740 TFLOP/s forward, 560 backward: "
         "[arXiv 2407.08608](https://arxiv.org/abs/2407.08608)), heads of 128, at most:",

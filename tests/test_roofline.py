@@ -6,7 +6,7 @@ import torch
 from t5fx.bench import offline, roofline
 
 ALL = ("forward", "backward")
-#: Compiles 8 kernels; once is enough, on the newest torch.
+#: Compiles 9 kernels; once is enough, on the newest torch.
 counted = pytest.mark.extras
 
 
@@ -27,6 +27,7 @@ def test_each_launch_is_counted(rows):
 def test_what_an_element_costs_at_least(rows):
     """A multiply-add for a tap, a conversion for a neighbour. A hidden unit: a tanh."""
     of = {row.name: row for row in rows}
+    assert of["second_order_gradient_kept"].instructions < 60
     for name in ("inner_gradient_keys", "query_output", "inner_gradient_queries"):
         assert of[name].instructions > 9 + 4
         assert of[name].special == pytest.approx(1)
@@ -54,9 +55,11 @@ def test_a_bound_is_the_sum_of_the_highest_floors():
 
 @counted
 def test_bytes_through_memory(rows):
-    """On many tokens the partial sums are nothing: q, v and o once, k twice."""
+    """On many tokens the partial sums are nothing: q, v and o once, k twice; to be trained, the
+    convolved k is written too.
+    """
     assert roofline.bytes_over_least(rows, ("forward",), 64, 2**30) == pytest.approx(5 / 4, 1e-3)
-    assert roofline.bytes_over_least(rows, ALL, 64, 2**30) == pytest.approx(21 / 11, 1e-3)
+    assert roofline.bytes_over_least(rows, ALL, 64, 2**30) == pytest.approx(22 / 11, 1e-3)
 
 
 def test_loops():

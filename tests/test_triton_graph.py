@@ -99,7 +99,7 @@ def test_one_graph_of_launches_for_all_resolutions(pretended, caplog):
     assert written == {
         "prepare": {"partial", "quads", "taps"},
         "key_norm": {"mean", "rstd"},
-        "inner_gradient": {"partial", "dx"},
+        "inner_gradient": {"partial", "dx", "kept"},
         "sum_matrices": {"out1", "out2", "out3"},
         "query_output": {"out"},
         "second_order_gradient": {"partial", "dx", "dg"},

@@ -115,6 +115,9 @@ def test_what_an_h100_would_run(dynamic, training, query_norm, tmp_path):
             assert reads[first.out] >= (1 if query_norm else 3)
         # 1, known when a graph is made, is a constant of the kernel: other code than eager's.
         assert "'prefix': 1" in code.source
+        # The convolved keys are written to be trained, and only then.
+        assert ("'KEEP': True" in code.source) == (phase == "forward")
+        assert ("'KEPT': True" in code.source) == (phase == "backward")
         assert set(code.compiled(tmp_path)) == set(code.kernels)
 
 

@@ -28,7 +28,7 @@ from t5fx.bench.interpreter import mended
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError
-from t5fx.kernels.triton_kernels import backward, configs, convolution, forward, launch, parity
+from t5fx.kernels.triton_kernels import backward, configs, convolution, forward, launch, op, parity
 from t5fx.kernels.triton_kernels import tiles as tiles_of
 from t5fx.kernels.triton_kernels.forward import empty_saved, fill_tables
 from t5fx.kernels.triton_kernels.query import query_output
@@ -328,9 +328,13 @@ def test_impl_triton_is_differentiable_once():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_saved_for_the_backward_pass(dtype):
-    """q, k, v, the parameters, and of each head W' and rows of channels; a word of four tokens."""
+def test_what_is_saved_for_the_backward_pass(dtype, keep, monkeypatch):
+    """q, k, v, the parameters, and of each head W' and rows of channels; a word of four tokens; of
+    some widths the convolved keys.
+    """
+    monkeypatch.setattr(configs, "KEPT", (16,) if keep else ())
     tensors, keywords, _ = arguments(
         batch=2, heads=3, head_dim=16, value_dim=16, grid=(30,), dtype=dtype
     )
@@ -342,6 +346,9 @@ def test_what_is_saved_for_the_backward_pass(dtype):
     rest = [t for t in kept if t.data_ptr() not in own]
     quads = [t for t in rest if t.dtype == torch.int64]
     assert [len(t) for t in quads] == [8]
+    keys = [t for t in rest if t.shape == (2, 32, 3, 16)]
+    assert len(keys) == keep
+    rest = [t for t in rest if t.shape != (2, 32, 3, 16)]
     rows = 2 if dtype == torch.float32 else 2 + 5  # statistics; offsets of five codes
     largest = 0 if dtype == torch.float32 else 1  # magnitude of v
     of_groups = 2 * 3 * (rows * 16 + 3 * 16 * 16 + largest)
@@ -353,8 +360,9 @@ def test_what_is_saved_for_the_backward_pass(dtype):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("locality", "heads"), [("dwc_qk", 2), ("dwc_qk", 1), ("none", 2)])
-def test_opcheck(locality, heads):
+def test_opcheck(locality, heads, monkeypatch):
     """All but tracing into the launches, which the interpreter's kernels are not made for."""
+    monkeypatch.setattr(configs, "KEPT", (32,))
     tensors, keywords, grad = arguments(
         batch=1, heads=heads, head_dim=16, value_dim=20, grid=(2, 2), locality=locality
     )
@@ -362,11 +370,13 @@ def test_opcheck(locality, heads):
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     leaves = [t.requires_grad_() for t in tensors]
     results = torch.library.opcheck(
-        torch.ops.t5fx.ttt_triton_forward.default, (*split(leaves), *rest), test_utils=utils
+        torch.ops.t5fx.ttt_triton_forward.default,
+        (*split(leaves), *rest, heads == 2),
+        test_utils=utils,
     )
     assert set(results.values()) == {"SUCCESS"}
     plain = split([t.detach() for t in tensors])
-    _, *saved = torch.ops.t5fx.ttt_triton_forward(*plain, *rest)
+    _, *saved = torch.ops.t5fx.ttt_triton_forward(*plain, *rest, heads == 2)
     results = torch.library.opcheck(
         torch.ops.t5fx.ttt_triton_backward.default, (grad, *plain, saved, *rest), test_utils=utils
     )
@@ -397,6 +407,50 @@ def test_what_the_kernels_cannot_take(change, complaint):
     tensors, keywords, _ = arguments(**case)
     with pytest.raises(NodeArgumentError, match=complaint):
         forward(*tensors[:3], tensors[3:6], tensors[6:], **keywords)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", [(9,), (5, 7), (2, 3, 3)])
+def test_kept_keys_change_no_result(grid, dtype, monkeypatch):
+    """Bit for bit: they are rounded where they were convolved again, too."""
+    monkeypatch.setattr(configs, "KEPT", (32,))
+    tensors, keywords, grad_out = arguments(
+        batch=2, heads=2, head_dim=24, value_dim=20, grid=grid, prefix=1, suffix=2, dtype=dtype,
+        layout="packed",
+    )  # fmt: skip
+    q, k, v, weights, conv = split(tensors)
+    results = []
+    for training in (False, True):
+        with poisoned():
+            out, saved = forward(q, k, v, weights, conv, **keywords, training=training)
+            assert saved.keeps_keys == training
+            *grads, dw, dconv = backward(grad_out, *split(tensors), saved, **keywords)
+        results.append([out, *grads, *dw, *dconv])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("grads", "parameters", "kept"),
+    [(True, True, True), (True, False, True), (False, True, False)],
+)
+def test_keys_are_kept_for_what_is_trained(grads, parameters, kept, monkeypatch):
+    """Whatever requires a gradient, where gradients are recorded at all."""
+    monkeypatch.setattr(configs, "KEPT", (16,))
+    seen = []
+
+    def seeing(*args, training, **rest):
+        seen.append(training)
+        return forward(*args, training=training, **rest)
+
+    monkeypatch.setattr(op, "forward", seeing)
+    tensors, keywords, _ = arguments(batch=1, heads=1, head_dim=16, value_dim=16, grid=(5,))
+    for tensor in tensors[3:] if parameters else tensors[:1]:
+        tensor.requires_grad_()
+    with torch.set_grad_enabled(grads):
+        ttt(*split(tensors), **keywords, impl="triton")
+    with torch.no_grad():
+        ttt(*split(tensors), **keywords, impl="triton")
+    assert seen == [kept, False]
 
 
 CASE = parity.Case(dtype="float16", head_dim=16, value_dim=16, grid=(2, 3), batch=1, heads=1)

@@ -54,7 +54,8 @@ def _ttt(
         # Imported where it is asked for: Triton is slow to import.
         from t5fx.kernels import triton_kernels  # noqa: F401
 
-        return torch.ops.t5fx.ttt_triton_forward(*call)[0]
+        trained = _is_transformed() or _is_trained(q, k, v, *weights, *conv)
+        return torch.ops.t5fx.ttt_triton_forward(*call, trained)[0]
     if impl == "auto" and is_written_out(**node) and _is_closed(q, k, v, *weights, *conv):
         return torch.ops.t5fx.ttt_forward(*call)[0]
     return reference(
@@ -79,7 +80,7 @@ def _is_closed(*tensors: Tensor) -> bool:
     """
     if _is_transformed():
         return False
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    trained = _is_trained(*tensors)
     if any(not t.is_cpu for t in tensors) or widest(*tensors) != torch.float32:
         return trained
     if torch.compiler.is_exporting() or any(map(is_traceable_wrapper_subclass, tensors)):
@@ -88,6 +89,11 @@ def _is_closed(*tensors: Tensor) -> bool:
     if trained:
         cpp.start("backward")
     return True
+
+
+def _is_trained(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with them."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _is_transformed() -> bool:

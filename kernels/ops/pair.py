@@ -1,9 +1,9 @@
 """What each implementation as a pair of operators, forward and backward, has in common.
 
 The forward takes q, k, v, the weights, the convolutions' tensors and the settings, and returns the
-output and what it wants saved; the backward takes the output's gradient, the same and what was
-saved, and returns a gradient of each tensor. Both are closed to autograd: the pair can be
-differentiated once.
+output and what it wants saved; the backward takes the output's gradient, the same tensors, what was
+saved and as many of the settings as it knows, and returns a gradient of each tensor. Both are
+closed to autograd: the pair can be differentiated once.
 """
 
 import math
@@ -21,12 +21,14 @@ from .inner import inner_model
 
 def join(forward: Any, backward: Any) -> None:
     """Make the two overloads a pair: autograd, the backward's fake, FLOP formulas."""
+    names = [argument.name for argument in backward._schema.arguments]
+    known = len(names) - names.index("saved") - 1  # settings
 
     def differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         weights, conv = ctx.counts
         q, k, v, *rest = ctx.saved_tensors
         parts = rest[:weights], rest[weights : weights + conv], rest[weights + conv :]
-        grads = backward(grad, q, k, v, *parts, *ctx.settings)
+        grads = backward(grad, q, k, v, *parts, *ctx.settings[:known])
         nothing = [None] * len(ctx.settings)
         return *grads[:3], grads[3 : 3 + weights], grads[3 + weights :], *nothing
 

@@ -91,10 +91,11 @@ def _updated_weights(
         shape.groups * parts.splits,
         *(q, grad_out, saved.w1, saved.w2, saved.w3, saved.taps[0]),
         *(saved.offsets, saved.mean, saved.rstd, largest(grad_out, shape)),
-        *(partial, at_q, unscale, *steps),
+        *(partial, at_q, unscale, partial, *steps),
         *(shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
         UNIT=unit,
         KEYS=False,
+        KEEP=False,
         CENTRED=False,
         SCALED=shape.scaled,
         **shape.shape("inner_gradient"),
@@ -129,15 +130,17 @@ def _inner_gradient(
     parts = shape.tile_chunks(shape.config("second_order_gradient"))
     partial = _float32(k, parts.splits, shape.groups, shape.matrices)
     unscale = _float32(k, shape.groups if shape.scaled else 0)
-    unit, steps = strides(k, v)
+    keys = saved.keys.transpose(1, 2) if saved.keeps_keys else k
+    unit, steps = strides(keys, v)
     launch(
         second_order_gradient,
         shape.groups * parts.splits,
-        *(k, v, *weights, *grad_updated, saved.taps[1], saved.offsets),
+        *(keys, v, *weights, *grad_updated, saved.taps[1], saved.offsets),
         *(saved.mean, saved.rstd, saved.largest_v, largest_u),
         *(partial, at_k, grad_v, unscale, *steps),
         *(shape.groups, shape.heads, *parts, scale, sum_blocks(shape), *shape.places(saved.quads)),
         UNIT=unit,
+        KEPT=saved.keeps_keys,
         CENTRED=shape.centred,
         SCALED=shape.scaled,
         PARTS=shape.config("second_order_gradient").parts,

@@ -131,6 +131,16 @@ WIDE = HALF | {
 MEASURED: dict[tuple[str, str, int, bool], Config] = {}
 
 
+#: Widths of heads whose convolved keys a forward that is trained keeps for ``second_order``, where
+#: each block of hidden units would convolve them again in a loop that lacks registers.
+KEPT = (64, 128, 256)
+
+
+def keeps_keys(width: int, conv_ndim: int) -> bool:
+    """Whether a forward that is trained keeps the convolved keys: not without a convolution."""
+    return width in KEPT and conv_ndim > 0
+
+
 def config(kernel: str, architecture: str, width: int, wide: bool) -> Config:
     """The settings of a kernel on an architecture ("sm_90", "gfx942", ...)."""
     half = HALF if architecture in LARGE else SMALL

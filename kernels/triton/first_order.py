@@ -87,13 +87,13 @@ def add_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def inner_gradient(
-    x, g, w1, w2, w3, taps, offsets, mean, rstd, largest, partial, dx, dx_unscale,
+    x, g, w1, w2, w3, taps, offsets, mean, rstd, largest, partial, dx, dx_unscale, kept,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     groups, heads, chunk, splits, tiles,
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
-    KEYS: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, TANH: tl.constexpr, UNROLL: tl.constexpr,
+    KEYS: tl.constexpr, KEEP: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, TANH: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """partial ``[splits, B*H, 2*D*D + D*Dv]`` float32: G1, G2, G3 of a chunk of tiles.
@@ -101,6 +101,8 @@ def inner_gradient(
     KEYS: x is normalised with mean and rstd, and the weights are ``[H, ...]``; one program for each
     (batch item, head), chunk and block of hidden units. Otherwise x are the queries, the weights
     are ``[B*H, ...]``, dx ``[B, N, H, D]`` is written too, and one program does all blocks.
+    KEEP: the programs of the first block write the convolved x to ``kept`` ``[B, N, H, D]``, in the
+    dtype of the products.
     SCALED: dZ is scaled by a power of two, from ``largest`` ``[B*H]``, the largest magnitude of g,
     and with it dA and dB; ``partial`` is not. If there is a convolution to go back through, dx is
     scaled too, and ``dx_unscale`` ``[B*H]`` is written, which undoes it.
@@ -124,7 +126,9 @@ def inner_gradient(
     taps = head_taps(taps, head, NDIM, BLOCK_D)
     x_base = head_base(x, group, heads, x_stride_b, x_stride_h, UNIT)
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
-    dx_base = dx + ((group // heads).to(tl.int64) * num_tokens * heads + head) * D
+    first_token = (group // heads).to(tl.int64) * num_tokens * heads + head
+    dx_base = dx + first_token * D
+    kept_base = kept + first_token * D
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
     places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
@@ -157,6 +161,12 @@ def inner_gradient(
                 g_base + place[2] * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
             ).to(dtype)  # fmt: skip
+            if KEEP:
+                # By a mask: of a store in a branch Triton joins no neighbours.
+                store_tile(
+                    kept_base + place[2] * heads * D, x_tile, tokens, channels,
+                    exist & (tl.zeros([BLOCK_N], tl.int32) + block == 0), D, heads,
+                )  # fmt: skip
             z, dab = hidden_gradients(
                 x_tile, g_tile, w12_block, w3_block, scale, TANH, SCALED, PRECISION
             )

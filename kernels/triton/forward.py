@@ -1,4 +1,6 @@
-"""The forward: five launches, nothing of N x D written but the output."""
+"""The forward: five launches, nothing of N x D written but the output and, to be trained, the
+convolved keys.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .configs import keeps_keys
 from .first_order import inner_gradient
 from .launch import (
     Site,
@@ -39,6 +42,11 @@ class Saved(NamedTuple):
     w2: Tensor
     w3: Tensor  # [B, H, D, Dv]
     largest_v: Tensor  # magnitude of v, [B, H] float32; [B, 0] unless products are of float16
+    keys: Tensor  # convolved, [B, N, H, D] in the dtype of the products; [B, N, H, 0] if not kept
+
+    @property
+    def keeps_keys(self) -> bool:
+        return bool(self.keys.shape[3])
 
 
 def empty_saved(
@@ -48,14 +56,16 @@ def empty_saved(
     conv: Sequence[Tensor],
     grid: Sequence[int],
     key_norm_eps: float,
+    training: bool = False,
 ) -> Saved:
     """Room for it."""
-    batch, heads, _, dim = q.shape
+    batch, heads, tokens, dim = q.shape
     ndim = conv[0].dim() - 2 if conv else 0
     codes = 0 if is_centred(q, k, v, key_norm_eps) else code_count(ndim)
     taps = 3**ndim + 1 if ndim else 0
     row = padded(dim)
     dtype = torch.float32 if is_wide(q, k, v) else q.dtype
+    keep = training and keeps_keys(padded(max(dim, v.shape[3])), ndim)
     return Saved(
         q.new_empty(batch, heads, row, dtype=torch.float32),
         q.new_empty(batch, heads, row, dtype=torch.float32),
@@ -66,6 +76,7 @@ def empty_saved(
         q.new_empty(batch, heads, dim, dim, dtype=dtype),
         q.new_empty(batch, heads, dim, v.shape[3], dtype=dtype),
         q.new_empty(batch, heads if is_scaled(q, k, v) else 0, dtype=torch.float32),
+        q.new_empty(batch, tokens, heads, dim if keep else 0, dtype=dtype),
     )
 
 
@@ -81,12 +92,15 @@ def forward(
     prefix: int,
     key_norm_eps: float,
     locality: str,
+    training: bool = False,
 ) -> tuple[Tensor, Saved]:
     """The node with inner model "swiglu", inner loss "dot" and key norm "instance".
 
     Args: as ``t5fx.kernels.ttt`` takes them; float32, float16 or bfloat16, any strides, D and Dv
     up to 256. Products are of float32 unless q, k and v share a 16-bit dtype; sums are float32.
     In bfloat16 on an NVIDIA GPU silu is by its own tanh, an eighth of a rounding off at most.
+    ``training``: a backward will follow, for which the convolved keys are kept where that pays
+    (``configs.keeps_keys``); otherwise it convolves them again.
 
     Returns:
         The output ``[B, H, N, Dv]`` in q's dtype, a view of contiguous ``[B, N, H, Dv]``, and what
@@ -98,9 +112,10 @@ def forward(
     shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality, key_norm_eps=key_norm_eps)
     q, k, v = (near(t, shape) for t in (q, k, v))
     weights = [w.contiguous() for w in weights]
-    saved = empty_saved(q, k, v, conv, grid, key_norm_eps)._replace(largest_v=largest(v, shape))
+    saved = empty_saved(q, k, v, conv, grid, key_norm_eps, training)
+    saved = saved._replace(largest_v=largest(v, shape))
     fill_tables(saved, k, conv, shape, key_norm_eps)
-    mean, rstd, offsets, taps, quads, *updated, largest_v = saved
+    mean, rstd, offsets, taps, quads, *updated, largest_v, keys = saved
 
     blocks = shape.hidden_blocks("inner_gradient")
     parts = shape.tile_chunks(shape.config("inner_gradient"), blocks)
@@ -110,10 +125,11 @@ def forward(
         inner_gradient,
         shape.groups * parts.splits * blocks,
         *(k, v, *weights, taps[1], offsets, mean, rstd, largest_v, partial, partial, partial),
-        *(*steps, shape.groups, shape.heads, *parts),
+        *(keys if saved.keeps_keys else partial, *steps, shape.groups, shape.heads, *parts),
         *shape.places(quads),
         UNIT=unit,
         KEYS=True,
+        KEEP=saved.keeps_keys,
         CENTRED=shape.centred,
         SCALED=shape.scaled,
         **shape.shape("inner_gradient"),

@@ -28,18 +28,22 @@ def ttt_triton_forward(
     grid: Sequence[int],
     prefix: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    training: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output ``[B, H, N, Dv]`` and what the backward needs: see `forward`."""
     for tensor in (*weights, *conv):
         check_dtype("parameters", tensor)
-    out, saved = forward(q, k, v, weights, conv, **_named(conv, scale, grid, prefix, eps))
+    named = _named(conv, scale, grid, prefix, eps)
+    out, saved = forward(q, k, v, weights, conv, **named, training=training)
     return out, *saved
 
 
 # Shapes alone: torch would run the body itself, launches and all.
 @ttt_triton_forward.register_fake
-def _forward_fake(q, k, v, weights, conv, scale, grid, prefix, eps):  # type: ignore[no-untyped-def]
-    return token_major_empty(q, v.shape[3]), *empty_saved(q, k, v, conv, grid, eps)
+def _forward_fake(  # type: ignore[no-untyped-def]
+    q, k, v, weights, conv, scale, grid, prefix, eps, training=False
+):
+    return token_major_empty(q, v.shape[3]), *empty_saved(q, k, v, conv, grid, eps, training)
 
 
 @torch.library.triton_op("t5fx::ttt_triton_backward", mutates_args=())

@@ -233,7 +233,7 @@ def _eager(
 ) -> dict[str, Tensor]:
     """What the kernels give, with what they save that can be told apart."""
     q, k, v, weights, conv = split(tensors)
-    out, saved = forward(q, k, v, weights, conv, **keywords)
+    out, saved = forward(q, k, v, weights, conv, **keywords, training=training)
     results = dict(zip(SAVED, _known(saved, q.shape[3]), strict=True))
     if not conv:
         results.pop("taps")

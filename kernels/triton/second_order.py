@@ -143,8 +143,8 @@ def second_order_gradient(
     groups, heads, chunk, splits, tiles, scale, u_blocks,
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
-    CENTRED: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TANH: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
+    KEPT: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, TANH: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What comes back through the inner gradient; u is dL/dW', ``[B*H, ...]``, U / r, and r is
@@ -152,8 +152,9 @@ def second_order_gradient(
 
     partial ``[splits, B*H, 2*D*D + D*Dv]`` float32 of the tokens of a chunk of tiles, dx
     ``[B, N, H, D]`` and dg ``[B, N, H, Dv]``. One program for each (batch item, head) and chunk.
+    KEPT: x are the keys as they were convolved, and in the dtype of the products.
     PARTS of a block of hidden units are computed one after the other, for want of registers; they
-    share the convolved tile and what is added to dx and dg.
+    share the tile and what is added to dx and dg.
     """
     BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
     PART_M: tl.constexpr = BLOCK_M // PARTS
@@ -165,9 +166,10 @@ def second_order_gradient(
     channels = tl.arange(0, BLOCK_D)
     values = tl.arange(0, BLOCK_V)
     units = tl.arange(0, PART_M)
-    statistics = load_statistics(mean, rstd, group, tl.arange(0, BLOCK_D // 2))
-    taps = head_taps(taps, head, NDIM, BLOCK_D)
-    offsets = group_offsets(offsets, group, NDIM, BLOCK_D)
+    if not KEPT:
+        statistics = load_statistics(mean, rstd, group, tl.arange(0, BLOCK_D // 2))
+        taps = head_taps(taps, head, NDIM, BLOCK_D)
+        offsets = group_offsets(offsets, group, NDIM, BLOCK_D)
     x_base = head_base(x, group, heads, x_stride_b, x_stride_h, UNIT)
     g_base = head_base(g, group, heads, g_stride_b, g_stride_h, UNIT)
     first_token = (group // heads).to(tl.int64) * num_tokens * heads + head
@@ -198,13 +200,19 @@ def second_order_gradient(
             at_quads, known = quad_places(tile, 0, places, BLOCK_N)
             first_quad = tl.load(quads + at_quads, mask=known, other=0)
             place = tile_place(tile, first_quad, places, NDIM, BLOCK_N)
-            x_tile = convolved_tile(
-                x_base, quads, place, places, x_stride_n, x_stride_d, taps, offsets, statistics,
-                D, NDIM, True, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
-            ).to(dtype)  # fmt: skip
+            if not KEPT:
+                x_tile = convolved_tile(
+                    x_base, quads, place, places, x_stride_n, x_stride_d, taps, offsets, statistics,
+                    D, NDIM, True, CENTRED, UNIT, UNROLL, BLOCK_N, BLOCK_D,
+                ).to(dtype)  # fmt: skip
             at_quads, known = quad_places(tile, tl.arange(0, BLOCK_N), places, BLOCK_N)
             quad = tl.load(quads + at_quads, mask=known, other=NONE)
             tokens, exist = tile_tokens(place, quad, places, NDIM, BLOCK_N)
+            if KEPT:
+                x_tile = load_tile(
+                    x_base + place[2] * (x_stride_n * UNIT), tokens, channels, exist, D, x_stride_n,
+                    x_stride_d, UNIT,
+                )  # fmt: skip
             g_tile = load_tile(
                 g_base + place[2] * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
