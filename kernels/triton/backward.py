@@ -11,10 +11,20 @@ from torch import Tensor
 from .convolution_gradient import convolution_gradient, key_norm_gradient
 from .first_order import inner_gradient
 from .forward import Saved
-from .launch import Site, launch, near, padded, site, strides, sum_partials
+from .launch import (
+    Site,
+    launch,
+    near,
+    on_its_device,
+    padded,
+    site,
+    strides,
+    sum_partials,
+)
 from .second_order import second_order_gradient
 
 
+@on_its_device
 def backward(
     grad_out: Tensor,
     q: Tensor,

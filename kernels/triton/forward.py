@@ -14,6 +14,7 @@ from .launch import (
     is_wide,
     launch,
     near,
+    on_its_device,
     padded,
     quad_count,
     site,
@@ -65,6 +66,7 @@ def empty_saved(
     )
 
 
+@on_its_device
 def forward(
     q: Tensor,
     k: Tensor,
