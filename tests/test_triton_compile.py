@@ -110,7 +110,9 @@ def test_floats_and_sizes_may_be_64_bits_wide():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_compilation_for_all_resolutions(dtype):
-    """What Triton specialises on is the same on any grid and batch."""
+    """What Triton specialises on is the same on any grid and batch, in direct calls; Inductor has
+    ideas of its own (``tiles.SIZES``).
+    """
 
     def keys(grid, batch):
         launches = offline.launches("sm_90", dtype, 64, grid=grid, batch=batch)
