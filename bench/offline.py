@@ -36,6 +36,15 @@ SHARED_MEMORY = {
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
 }
+#: What the programs on a multiprocessor share: bytes of shared memory, of which each takes 1 KiB
+#: more than it asks for, warps, and programs. All have 64 Ki registers, which a warp gets 256 at a
+#: time. From the same table.
+MULTIPROCESSOR = {
+    "sm_80": (164 * 1024, 64, 32),
+    "sm_89": (100 * 1024, 48, 24),
+    "sm_90": (228 * 1024, 64, 32),
+    "sm_100": (228 * 1024, 64, 32),
+}
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -170,6 +179,16 @@ def spilled(kernel: Any) -> int:
     if "amdgcn" in kernel.asm:
         return int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", kernel.asm["amdgcn"])[1])
     return int(re.search(r"STACK:(\d+)", _dumped(kernel, "-res-usage"))[1])
+
+
+def resident(kernel: Any, architecture: str) -> int:
+    """Programs of a compiled kernel that an NVIDIA multiprocessor has room for."""
+    memory, warps, programs = MULTIPROCESSOR[architecture]
+    registers = int(re.search(r"REG:(\d+)", _dumped(kernel, "-res-usage"))[1])
+    of_warp = -(-32 * registers // 256) * 256
+    own = kernel.metadata.num_warps
+    of_memory = memory // (kernel.metadata.shared + 1024)
+    return min(64 * 1024 // of_warp // own, of_memory, warps // own, programs)
 
 
 def _dumped(kernel: Any, what: str) -> str:

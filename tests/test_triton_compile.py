@@ -47,12 +47,26 @@ def cases(multiply: bool):
                 yield pytest.param(architecture, dim, dtype, marks=marks, id=name)
 
 
+def check_resident(name, kernel, compiled, architecture, dim, dtype):
+    """Work is shared out for as many programs as fit on a multiprocessor of an H100, not more; and
+    for all of them, of what multiplies 16 bits in heads of 64 and 128.
+    """
+    if architecture == "sm_90" and kernel.__name__ in configs.HALF:
+        wide = dtype == torch.float32
+        programs = configs.config(kernel.__name__, architecture, dim, wide).programs
+        found = offline.resident(compiled, architecture)
+        assert programs <= found, name
+        if "BLOCK_M" in kernel.arg_names and not wide and dim in (64, 128):
+            assert programs == found, name
+
+
 @pytest.mark.parametrize(("architecture", "dim", "dtype"), list(cases(multiply=True)))
 def test_kernels_that_multiply(architecture, dim, dtype):
     launches = offline.launches(architecture, dtype, dim)
     for name, (kernel, arguments) in launches.items():
         if "BLOCK_M" in arguments:
             compiled = offline.compiled(kernel, arguments, architecture)
+            check_resident(name, kernel, compiled, architecture, dim, dtype)
             assert compiled.metadata.shared <= offline.SHARED_MEMORY[architecture], name
             if (architecture, dtype) == ("sm_90", torch.bfloat16):
                 code = offline.instructions(compiled)
@@ -135,6 +149,7 @@ def test_other_kernels(architecture, dim, dtype):
     for name, (kernel, arguments) in launches.items():
         if "BLOCK_M" not in arguments:
             compiled = offline.compiled(kernel, arguments, architecture)
+            check_resident(name, kernel, compiled, architecture, dim, dtype)
             assert compiled.metadata.shared <= offline.SHARED_MEMORY[architecture], name
             if architecture.startswith("sm_"):
                 assert offline.spilled(compiled) <= SPILLED, name
@@ -162,7 +177,9 @@ def test_floats_and_sizes_may_be_64_bits_wide():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_compilation_for_all_resolutions(dtype):
-    """What Triton specialises on is the same on any grid and batch."""
+    """What Triton specialises on is the same on any grid and batch, in direct calls; Inductor has
+    ideas of its own (``tiles.SIZES``).
+    """
 
     def keys(grid, batch):
         launches = offline.launches("sm_90", dtype, 64, grid=grid, batch=batch)

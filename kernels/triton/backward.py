@@ -16,6 +16,7 @@ from .launch import (
     largest,
     launch,
     near,
+    on_its_device,
     padded,
     site,
     strides,
@@ -25,6 +26,7 @@ from .launch import (
 from .second_order import second_order_gradient
 
 
+@on_its_device
 def backward(
     grad_out: Tensor,
     q: Tensor,

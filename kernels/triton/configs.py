@@ -5,8 +5,11 @@ sm_90, 16-bit products and widths of 64 and 128: the fewest instructions (docs/r
 the most warps on a multiprocessor; two parts where the products of one would be serialised. Where a
 tile has fewer than 16 tokens for each warp, products in a row are computed twice. The other rows
 are guesses that fit: tests/test_triton_compile.py builds each of them for five architectures and
-holds it to the architecture's shared memory. ``python -m t5fx.bench.tune`` measures on a GPU; the
-rows it finds go to ``MEASURED`` with the GPU and the versions they were found on.
+holds it to the architecture's shared memory, and the programs of the rows for sm_90 to what fits on
+a multiprocessor by registers, shared memory and warps (``bench.offline.resident``): never more, and
+all of them where 16 bits are multiplied in heads of 64 and 128. ``python -m t5fx.bench.tune``
+measures on a GPU; the rows it finds go to ``MEASURED`` with the GPU and the versions they were
+found on.
 """
 
 from typing import NamedTuple
@@ -19,7 +22,7 @@ class Config(NamedTuple):
     block_m: int  # hidden units in a block
     warps: int
     stages: int  # depth of the software pipeline
-    programs: int  # wanted on each multiprocessor, where there are tokens enough
+    programs: int  # resident on a multiprocessor: what its registers and shared memory allow
     unroll: bool = True  # the convolution's loop over columns: see ``convolution.add_frame``
     parts: int = 1  # of a block of hidden units: see ``second_order``
 
@@ -41,16 +44,16 @@ HALF = {
         256: Config(16, 0, 4, 1, 4),
     },
     "inner_gradient": {
-        16: Config(64, 16, 4, 1, 2),
+        16: Config(64, 16, 4, 1, 4),
         32: Config(64, 32, 4, 1, 2),
         64: Config(64, 64, 4, 1, 2),
         128: Config(128, 64, 8, 1, 1, unroll=False),
         256: Config(64, 32, 8, 1, 1, unroll=False),
     },
     "query_output": {
-        16: Config(64, 16, 4, 1, 4),
+        16: Config(64, 16, 4, 1, 10),
         32: Config(64, 32, 4, 1, 4),
-        64: Config(64, 64, 4, 1, 4),
+        64: Config(64, 64, 4, 1, 3),
         128: Config(64, 128, 4, 1, 2),
         256: Config(128, 32, 8, 1, 1, unroll=False),
     },
@@ -87,13 +90,14 @@ SMALL = HALF | {
     },
     "query_output": HALF["query_output"]
     | {
+        64: Config(64, 64, 4, 1, 2),
         128: Config(64, 32, 4, 1, 2),
         256: Config(32, 32, 4, 1, 2),
     },
     "second_order_gradient": HALF["second_order_gradient"]
     | {
         64: Config(64, 32, 4, 1, 2),
-        128: Config(32, 32, 4, 1, 2),
+        128: Config(32, 32, 4, 1, 1),
         256: Config(16, 16, 4, 1, 1),
     },
 }
@@ -104,25 +108,28 @@ LARGE = ("sm_90", "sm_100", "sm_103")
 #: that tiles must stay small.
 WIDE = HALF | {
     "inner_gradient": {
-        16: Config(32, 16, 4, 1, 2),
+        16: Config(32, 16, 4, 1, 4),
         32: Config(32, 32, 4, 1, 2),
         64: Config(32, 32, 4, 1, 2),
         128: Config(32, 32, 8, 1, 1),
         256: Config(16, 16, 8, 1, 1),
     },
     "query_output": {
-        16: Config(32, 16, 4, 1, 4),
-        32: Config(32, 32, 4, 1, 4),
-        64: Config(32, 32, 4, 1, 2),
+        16: Config(32, 16, 4, 1, 5),
+        32: Config(32, 32, 4, 1, 6),
+        64: Config(32, 32, 4, 1, 4),
         128: Config(32, 32, 8, 1, 2),
         256: Config(16, 16, 8, 1, 2),
     },
     "second_order_gradient": {
-        16: Config(32, 16, 4, 1, 2),
+        16: Config(32, 16, 4, 1, 3),
         32: Config(32, 32, 4, 1, 2),
         64: Config(32, 32, 8, 1, 1),
         128: Config(16, 16, 8, 1, 1),
         256: Config(16, 16, 8, 1, 1),
+    },
+    "key_norm_gradient": {
+        width: row._replace(programs=3) for width, row in HALF["key_norm_gradient"].items()
     },
 }
 

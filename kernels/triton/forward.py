@@ -19,6 +19,7 @@ from .launch import (
     largest,
     launch,
     near,
+    on_its_device,
     padded,
     quad_count,
     site,
@@ -80,6 +81,7 @@ def empty_saved(
     )
 
 
+@on_its_device
 def forward(
     q: Tensor,
     k: Tensor,

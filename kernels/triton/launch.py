@@ -2,17 +2,19 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import NodeArgumentError
 from .configs import Config, config
 from .reduction import sum_matrices
+from .share import best_chunk, ceil_div
 
 #: The widest head that the kernels take, in channels.
 MAX_WIDTH = 256
@@ -23,6 +25,9 @@ SUM_BLOCK = 256
 #: Triton's interpreter takes any device; it is chosen before the kernels are imported.
 INTERPRETED = not isinstance(sum_matrices, triton.JITFunction)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Parts(NamedTuple):
@@ -51,7 +56,7 @@ class Site:
     scaled: bool  # products of float16: see ``tiles.power_of_two``
     centred: bool  # the mean of the keys is subtracted before all else: see ``convolved_tile``
 
-    @property
+    @functools.cached_property
     def groups(self) -> int:
         """Pairs of batch item and head."""
         return self.batch * self.heads
@@ -61,12 +66,12 @@ class Site:
         """Numbers in the three weights of a head."""
         return self.dim * (2 * self.dim + self.value_dim)
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[int, ...]:
         """The sizes of the grid; none without a convolution."""
         return self.grid[3 - self.conv_ndim :]
 
-    @property
+    @functools.cached_property
     def num_quads(self) -> int:
         """Quads of tokens (see ``tiles``); 0 without a convolution."""
         return quad_count(self.axes) if self.conv_ndim else 0
@@ -86,24 +91,24 @@ class Site:
         return config(kernel, architecture(self.device), width, self.wide)
 
     def chunks(self, settings: Config, blocks: int = 1) -> tuple[int, int]:
-        """(tokens in a chunk, number of chunks) that let ``blocks`` programs each fill the chip."""
-        tiles = triton.cdiv(self.tokens, settings.block_n)
+        """(tokens in a chunk, number of chunks), each with ``blocks`` programs."""
+        tiles = ceil_div(self.tokens, settings.block_n)
         chunk = self._chunk(tiles, settings, blocks) * settings.block_n
-        return chunk, triton.cdiv(self.tokens, chunk)
+        return chunk, ceil_div(self.tokens, chunk)
 
     def tile_chunks(self, settings: Config, blocks: int = 1) -> Parts:
         """The same for kernels that convolve, which count in tiles."""
         tokens = settings.block_n
-        tiles = triton.cdiv(self.prefix, tokens)
+        tiles = ceil_div(self.prefix, tokens)
         if self.conv_ndim:
             behind = self.tokens - self.prefix - math.prod(self.grid)
-            tiles += triton.cdiv(self.num_quads, tokens // 4) + triton.cdiv(behind, tokens)
+            tiles += ceil_div(self.num_quads, tokens // 4) + ceil_div(behind, tokens)
         chunk = self._chunk(tiles, settings, blocks)
-        return Parts(chunk, triton.cdiv(tiles, chunk), tiles)
+        return Parts(chunk, ceil_div(tiles, chunk), tiles)
 
     def _chunk(self, tiles: int, settings: Config, blocks: int) -> int:
-        wanted = triton.cdiv(settings.programs * multiprocessors(self.device), self.groups * blocks)
-        return triton.cdiv(tiles, torch.sym_min(tiles, wanted))
+        slots = settings.programs * multiprocessors(self.device)
+        return best_chunk(tiles, self.groups * blocks, slots)
 
     def shape(self, kernel: str) -> dict[str, Any]:
         """The compile-time arguments of a kernel that multiplies matrices."""
@@ -124,7 +129,7 @@ class Site:
 
     def hidden_blocks(self, kernel: str) -> int:
         """How many blocks of hidden units a kernel has."""
-        return triton.cdiv(self.dim, self.shape(kernel)["BLOCK_M"])
+        return ceil_div(self.dim, self.shape(kernel)["BLOCK_M"])
 
 
 def site(
@@ -246,8 +251,8 @@ def check_device(device: torch.device) -> None:
 def quad_count(grid: Sequence[int]) -> int:
     """Quads of tokens: 2 x 2 along the last two axes, 4 in a row of a grid of one."""
     if len(grid) == 1:
-        return triton.cdiv(grid[-1], 4)
-    return math.prod(grid[:-2]) * triton.cdiv(grid[-2], 2) * triton.cdiv(grid[-1], 2)
+        return ceil_div(grid[-1], 4)
+    return math.prod(grid[:-2]) * ceil_div(grid[-2], 2) * ceil_div(grid[-1], 2)
 
 
 def reach(grid: Sequence[int]) -> int:
@@ -279,10 +284,25 @@ def unit(*tensors: Tensor) -> int:
     8 lets kernels load 16 bytes at once (of 16 bits), 2 two channels as one word. 1 where channels
     are not adjacent, or odd in number, or do not begin at a multiple of 16 bytes.
     """
-    if any(t.stride(3) != 1 or t.shape[3] % 2 or not _is_aligned(t) for t in tensors):
-        return 1
-    steps = [step for t in tensors for step in _outer_strides(t)]
-    return next(u for u in (8, 2, 1) if all(step % u == 0 for step in steps))
+    return strides(*tensors)[0]
+
+
+def strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Their `unit`, and of each those of batch items, heads and tokens in it, then of channels."""
+    outer = [_outer_strides(t) for t in tensors]
+    inner = [t.stride(3) for t in tensors]
+    size = 1
+    if all(
+        step == 1 and t.shape[3] % 2 == 0 and _is_aligned(t)
+        for t, step in zip(tensors, inner, strict=True)
+    ):
+        size = next(u for u in (8, 2, 1) if all(s % u == 0 for steps in outer for s in steps))
+    own = [
+        step
+        for steps, last in zip(outer, inner, strict=True)
+        for step in (*(s // size for s in steps), last)
+    ]
+    return size, own
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -294,25 +314,15 @@ def _is_aligned(tensor: Tensor) -> bool:
     return bool(tensor.storage_offset() * tensor.element_size() % 16 == 0)
 
 
-def strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """Their `unit`, and of each those of batch items, heads and tokens in it, then of channels."""
-    size = unit(*tensors)
-    return size, [
-        step for t in tensors for step in (*(s // size for s in _outer_strides(t)), t.stride(3))
-    ]
-
-
 def _outer_strides(tensor: Tensor) -> list[int]:
     """Strides that matter: an axis of one has none."""
-    return [
-        stride if size != 1 else 0
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    ]
+    sizes, steps = tensor.shape, tensor.stride()
+    return [steps[axis] if sizes[axis] != 1 else 0 for axis in range(3)]
 
 
 def padded(channels: int) -> int:
     """The width of a tile: a power of two that the matrix units take."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, 1 << (int(channels) - 1).bit_length())
 
 
 def precision() -> str:
@@ -340,17 +350,35 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function, and the kernels that it launches, on the device of its first argument."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(cast(Tensor, args[0])):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
-    """Runs a kernel on the device of its first argument, or has it traced by ``triton_op``."""
-    if not INTERPRETED:
+    """Runs a kernel on the current device, or has it traced."""
+    if not INTERPRETED and is_traced(args[0]):
         kernel = torch.library.wrap_triton(kernel)
-    with torch.cuda.device_of(args[0]):
-        kernel[(programs,)](*args, **settings)
+    kernel[(programs,)](*args, **settings)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a compiler or another mode of torch is to see what is done with a tensor. Where none
+    is, the way of ``wrap_triton`` costs a millisecond a launch, or two microseconds in an operator.
+    """
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def sum_blocks(shape: Site) -> int:
     """Programs that sum up the matrices of one owner."""
-    return triton.cdiv(shape.matrices, SUM_BLOCK)
+    return ceil_div(shape.matrices, SUM_BLOCK)
 
 
 def sum_partials(
