@@ -34,8 +34,8 @@ NONE = tl.constexpr(2**10)
 #: next, and a kernel that is called directly is compiled once for all of them. Inductor (torch 2.11
 #: to 2.15, ``define_user_defined_triton_kernel``) disregards that: of what it knows when it makes a
 #: graph, all integers of a static one, it makes constants where they are 1, and tells Triton where
-#: they are multiples of 16. So two static graphs share a kernel's binary only if they agree in both;
-#: a graph with symbolic sizes has one for all of them.
+#: they are multiples of 16. So two static graphs share a kernel's binary only if they agree in
+#: both; a graph with symbolic sizes has one for all of them.
 SIZES = [
     *("groups", "owners", "num_tokens", "chunk", "splits", "tiles", "rows", "base_rows"),
     *("num_quads", "prefix", "grid_tokens", "g0", "g1", "g2"),
