@@ -27,7 +27,7 @@ import t5fx
 from t5fx.errors import NothingRewrittenWarning, T5Error, UntrainedWarning
 from t5fx.kernels import TTT
 from t5fx.measure import Spread, clock
-from t5fx.report import Report
+from t5fx.reports import Report
 
 from .results import Experiment, Row
 from .zoo import Built, Entry, entries

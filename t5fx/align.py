@@ -19,7 +19,7 @@ from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
 from t5fx.linearized import Linearized, template_of
 from t5fx.muon import Muon
-from t5fx.report import Report
+from t5fx.reports import Report
 from t5fx.training import (
     as_call,
     check_positive,

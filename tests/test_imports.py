@@ -17,7 +17,7 @@ ORDER = [
     "t5fx.digest",
     "t5fx.config",
     "t5fx.checkpoint",
-    "t5fx.report",
+    "t5fx.reports",
     "t5fx.hooks",
     "t5fx.canon",
     "t5fx.writes",

@@ -9,7 +9,7 @@ from torch import nn
 
 import t5fx
 from t5fx.kernels import TTT
-from t5fx.report import REASONS, Site
+from t5fx.reports import REASONS, Site
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
 X = torch.randn(2, 3, 8, 8)

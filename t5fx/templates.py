@@ -1,0 +1,79 @@
+"""Bare copies of models, for tracing: their code and their tensors, without what runs around it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from t5fx.kernels import TTT
+from t5fx.owned import disown, state_of
+
+T = TypeVar("T")
+
+#: One thread for all captures. It never ends, since torch 2.11 keeps pointers into the one that
+#: first used fake tensors.
+_thread = ThreadPoolExecutor(1, thread_name_prefix="t5fx-capture")
+
+
+def clean_thread(work: Callable[[], T]) -> T:
+    """Do it without the caller's autocast, gradient and inference modes, which are a thread's."""
+    import threading
+
+    if threading.current_thread().name.startswith("t5fx-capture"):
+        return work()
+    return _thread.submit(work).result()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Take from a copy of a model its hooks and what was rewritten; parts of tensors become whole.
+
+    torch's own hooks that compute a weight stay. Changes the copy, and returns it.
+    """
+    stand_ins: dict[int, Any] = {}
+    for module in list(model.modules()):
+        _remove_hooks(module)
+        if "_output_capturing_hooks_installed" in vars(module):
+            # transformers puts its hooks for hidden states and attentions there again.
+            del module._output_capturing_hooks_installed
+        if state_of(module) is not None:
+            disown(module)
+            for name, child in list(module._modules.items()):
+                if isinstance(child, TTT):
+                    del module._modules[name]
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for named in tensors:
+            for name, tensor in named.items():
+                named[name] = _whole(tensor, stand_ins)
+    return model
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Remove what runs around a forward, but torch's own hooks that compute a weight."""
+    own = {
+        key
+        for key, hook in module._forward_pre_hooks.items()
+        if type(hook).__module__.startswith("torch.nn.utils.")
+    }
+    for name, hooks in vars(module).items():
+        if name.startswith(("_forward_", "_backward_")) and "hooks" in name:
+            for key in [k for k in hooks if k not in own]:
+                del hooks[key]
+
+
+def _whole(tensor: Any, stand_ins: dict[int, Any]) -> Any:
+    """A tensor, or for one that FSDP has split an empty one of its full size, to trace with."""
+    split = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    if not isinstance(tensor, split):
+        return tensor
+    if id(tensor) not in stand_ins:
+        empty = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        parameter = isinstance(tensor, nn.Parameter)
+        stand_ins[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+    return stand_ins[id(tensor)]
