@@ -130,11 +130,11 @@ class Bench:
             torch.set_default_dtype(default)
 
     def _contenders(self, rest: list[Row]) -> Iterator[Contender]:
-        config = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0.0, **self.entry.options)
+        config = t5fx.LinearizeConfig(min_tokens=0, dynamic=False, **self.entry.options)
         linear = t5fx.linearize(
-            self.model, (), self.inputs, config=config, share_parameters=True
+            self.model, (), self.inputs, config=config, inplace=True
         ).train(self.entry.training)
-        self.report: Report = linear.report
+        self.report: Report = t5fx.report(linear)
         self._make_attention_matter(linear)
         softmax, before = self._counted(self.model)
         node, after = self._counted(linear)
@@ -157,11 +157,11 @@ class Bench:
             contender = Contender(TRITON, self._run(self._t5({**ours, "impl": "triton"})))
             yield from self._tried(contender, node, rest)
         measuring = {**self.entry.options, "policy": "measure"}
-        chosen = t5fx.LinearizeConfig(**measuring, capture_seconds=0.0)
+        chosen = t5fx.LinearizeConfig(**measuring, dynamic=False)
         found = t5fx.explain(self.model, (), self.inputs, config=chosen)
         if found.rewritten:
             partly = t5fx.linearize(
-                self.model, (), self.inputs, config=chosen, share_parameters=True
+                self.model, (), self.inputs, config=chosen, inplace=True
             )
             wanted = self._run(partly.train(self.entry.training))()
         else:

@@ -129,7 +129,7 @@ def break_even(linear: nn.Module) -> float | None:
     """
     meets = {
         round(site.num_tokens * site.flops_after / site.flops_before)
-        for site in linear.report.sites
+        for site in t5fx.report(linear).sites
         if site.status == "rewritten"
     }
     return meets.pop() if len(meets) == 1 else None

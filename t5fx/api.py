@@ -25,18 +25,15 @@ from t5fx.errors import (
 )
 from t5fx.hooks import Hook, hooks_of, run
 from t5fx.kernels import TTT
-from t5fx.judging import install, judge, keep, refuse_calls, refuse_foreign
-from t5fx.owned import state_of
+from t5fx.judging import install, judge, keep, refuse_calls, refuse_foreign, refuse_missing
+from t5fx.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
 from t5fx.policy import plan
-from t5fx.reports import Report, why_nothing
+from t5fx.reports import Report, Site, why_nothing
 from t5fx.rewrite import rewrite
 from t5fx.runtime import Runtime
 from t5fx.templates import bare, clean_thread
 from t5fx.writes import settle
 
-
-#: Where a linearized GraphModule keeps its report and its options.
-REPORT, CONFIG = "t5fx_report", "t5fx_config"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -97,7 +94,7 @@ def linearize(
 
 def refuse_linearized(model: nn.Module) -> None:
     """Raise `AlreadyLinearizedError` for a model that has TTT nodes."""
-    if any(isinstance(m, TTT) for m in model.modules()):
+    if nodes_in(model):
         raise AlreadyLinearizedError(
             f"expected a model with softmax attention, got {type(model).__name__} with TTT "
             f"nodes in it; take the original, with `include`/`exclude` to choose sites"
@@ -124,12 +121,7 @@ def build(
     outcome = judge(runtime, result, args, kwargs, nodes)
     if not inplace:
         refuse_foreign(model, outcome)
-    missing = sorted(set(nodes) - set(outcome.nodes))
-    if missing:
-        raise CaptureError(
-            f"expected attention at {', '.join(map(repr, missing))} in this call of "
-            f"{type(model).__name__}, found none there"
-        )
+    refuse_missing(model, set(nodes), outcome)
     if not outcome.nodes:
         told = Report(type(model).__name__, sites=[entry.site for entry in outcome.plans])
         raise NothingRewrittenError(why_nothing(told))
@@ -137,6 +129,31 @@ def build(
     keep(runtime, result, outcome)
     _count(runtime.report, result)
     return result
+
+
+def with_nodes(
+    model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TTT]
+) -> nn.Module:
+    """Give a model nodes that were saved, in place; its first call is judged when it comes.
+
+    A GraphModule is rewritten at once.
+    """
+    if isinstance(model, fx.GraphModule):
+        return build_graph(model, (), {}, config, nodes)
+    runtime = Runtime(config, Signature(model.forward), type(model).__name__)
+    runtime.report.capture = "saved: the first call is judged when it comes"
+    runtime.report.sites = [
+        Site(
+            fqn=key.rpartition(".")[0],
+            status="rewritten",
+            num_heads=node.num_heads,
+            head_dim=node.head_dim,
+        )
+        for key, node in nodes.items()
+    ]
+    install(runtime, model, nodes)
+    _count(runtime.report, model)
+    return model
 
 
 def explain(
@@ -153,7 +170,7 @@ def explain(
     """
     config = _config(config)
     arguments, keywords = check_call(model_or_gm, args, kwargs)
-    if isinstance(model_or_gm, nn.Module) and any(runtimes(model_or_gm)):
+    if is_linearized(model_or_gm):
         return report(model_or_gm)
     told = Report(type(model_or_gm).__name__)
     if isinstance(model_or_gm, fx.GraphModule):
@@ -185,13 +202,9 @@ def report(model: nn.Module) -> Report:
         T5Error: nothing in the model was linearized.
     """
     model = getattr(model, "_orig_mod", model)
-    found = next(runtimes(model), None)
+    found = next(reports(model), None)
     if found is not None:
-        return found.report
-    for module in model.modules():
-        told = getattr(module, "meta", {}).get(REPORT) if isinstance(module, fx.GraphModule) else 0
-        if isinstance(told, Report):
-            return told
+        return found
     raise T5Error(
         f"expected a linearized model, got a {type(model).__name__} with no TTT node: "
         f"t5fx.explain(model, args) says what could be rewritten"
@@ -252,16 +265,6 @@ class _CalledError(BaseException):
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.call = (args, kwargs)
-
-
-def runtimes(model: nn.Module) -> Iterator[Runtime]:
-    """Of the linearized models in a model, itself included."""
-    seen: list[Runtime] = []
-    for module in model.modules():
-        state = state_of(module)
-        if state is not None and not any(state.runtime is other for other in seen):
-            seen.append(state.runtime)
-            yield state.runtime
 
 
 def _config(config: Any) -> LinearizeConfig:

@@ -24,6 +24,7 @@ from t5fx.copies import duplicate
 from t5fx.errors import CaptureError, ConfigError, RefusedCallError
 from t5fx.forms import Judged, Verdict, build, constants_of, flatten
 from t5fx.kernels import TTT
+from t5fx.lookup import nodes_in
 from t5fx.match import module_stack
 from t5fx.owned import flags_of, own, state_of, watched
 from t5fx.policy import Plan, plan
@@ -100,7 +101,7 @@ def judge(
     Raises `RefusedCallError` where the call needs attention that was rewritten to do what a TTT
     node cannot, such as to mask keys; `CaptureError` where it cannot be traced.
     """
-    existing = {n: m for n, m in model.named_modules() if isinstance(m, TTT)} | dict(nodes or {})
+    existing = nodes_in(model) | dict(nodes or {})
     return clean_thread(lambda: _judge(runtime, model, args, kwargs, existing))
 
 
@@ -433,8 +434,9 @@ def keep(runtime: Runtime, model: nn.Module, outcome: Outcome) -> None:
             module.register_forward_hook(Origin(runtime, name, axes))
         elif mine.axes != axes:
             mine.axes = axes
+    first = not runtime.kinds
     runtime.keep(outcome.kind)
-    if not runtime.report.sites:
+    if first:
         runtime.report.sites = [entry.site for entry in outcome.plans]
         runtime.report.patterns = outcome.tried
         runtime.report.capture = outcome.note
@@ -446,7 +448,20 @@ def judge_again(
     """Judge a kind of call that comes up while the model runs. Threads wait for one another."""
     with _JUDGING:
         if runtime.kind_of(args, kwargs, model.training) is None:
-            keep(runtime, model, judge(runtime, model, args, kwargs))
+            outcome = judge(runtime, model, args, kwargs)
+            if not runtime.kinds:
+                refuse_missing(model, set(nodes_in(model)), outcome)
+            keep(runtime, model, outcome)
+
+
+def refuse_missing(model: nn.Module, wanted: set[str], outcome: Outcome) -> None:
+    """Raise where a call has no attention at the place of a node."""
+    missing = sorted(wanted - set(outcome.nodes))
+    if missing:
+        raise CaptureError(
+            f"expected attention at {', '.join(map(repr, missing))} in this call of "
+            f"{type(model).__name__}, found none there"
+        )
 
 
 def refuse_foreign(model: nn.Module, outcome: Outcome) -> None:

@@ -19,7 +19,7 @@ from t5fx.blocks import AutocastState
 from t5fx.errors import CaptureError
 from t5fx.linearized import _constants
 
-STATIC = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0)
+STATIC = t5fx.LinearizeConfig(min_tokens=0, dynamic=False)
 DYNAMIC = t5fx.LinearizeConfig(min_tokens=0)
 
 
@@ -56,9 +56,9 @@ def test_forward_has_the_signature_of_the_original():
     lin = t5fx.linearize(model, (images,), config=STATIC)
     for same in (lin, copy.deepcopy(lin)):
         assert inspect.signature(same.forward) == inspect.signature(model.forward)
-        assert isinstance(same, t5fx.linearized.Linearized) and type(same).__name__ == "Linearized"
+        assert isinstance(same, t5fx.old_linearized.Linearized) and type(same).__name__ == "Linearized"
         assert torch.equal(same(images), lin(images))
-    assert inspect.signature(t5fx.linearized.Linearized.forward) != inspect.signature(model.forward)
+    assert inspect.signature(t5fx.old_linearized.Linearized.forward) != inspect.signature(model.forward)
 
 
 def test_the_signature_survives_pickle():
@@ -125,7 +125,7 @@ def test_autocast_blocks_are_looked_into(frozen):
     torch.manual_seed(0)
     model, images = Mixed(frozen).eval(), Shape().images()
     lin = t5fx.linearize(model, (images,), config=STATIC)
-    assert [s.fqn for s in lin.report.rewritten] == ["vit.blocks.0.attn"]
+    assert [s.fqn for s in t5fx.report(lin).rewritten] == ["vit.blocks.0.attn"]
     plain = t5fx.linearize(model.vit, (images,), config=STATIC)
     plain.load_state_dict(lin.vit.state_dict())
     before = _autocast()

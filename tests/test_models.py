@@ -42,10 +42,10 @@ def test_timm(name, prefix, patch, fused_switch):
         fused_switch(fused)
         model = timm_model(name, img_size=2 * patch)
         lin = t5fx.linearize(model, (images,), config=ALL)
-        for site in lin.report.sites:
+        for site in t5fx.report(lin).sites:
             assert site.pattern == ("fused" if fused else "spelled")
             assert (site.prefix, site.grid, site.suffix) == (prefix, (3, 2), 0)
-        assert [s.fqn for s in lin.report.rewritten] == ["blocks.0.attn", "blocks.1.attn"]
+        assert [s.fqn for s in t5fx.report(lin).rewritten] == ["blocks.0.attn", "blocks.1.attn"]
         captures = len(lin._captures.variants)
         results += [lin(images), lin(torch.ones(3, 3, 4 * patch, 5 * patch))]
         assert len(lin._captures.variants) == captures, "other sizes were captured anew"
@@ -68,7 +68,7 @@ def test_transformers(kind):
         else:
             model = Dinov2Model(Dinov2Config(**options, attn_implementation=implementation)).eval()
         lin = t5fx.linearize(model, (images,), config=ALL)
-        assert [(s.prefix, s.grid) for s in lin.report.rewritten] == [(1, (4, 4))] * 2
+        assert [(s.prefix, s.grid) for s in t5fx.report(lin).rewritten] == [(1, (4, 4))] * 2
         out = lin(pixel_values=images)
         assert type(out) is type(model(images)) is BaseModelOutputWithPooling
         assert lin.config is not None
@@ -93,7 +93,7 @@ def test_dit():
         "class_labels": torch.tensor([3, 4]),
     }
     lin = t5fx.linearize(model, kwargs=inputs, config=ALL)
-    assert [(s.prefix, s.grid, s.suffix) for s in lin.report.rewritten] == [(0, (4, 4), 0)] * 2
+    assert [(s.prefix, s.grid, s.suffix) for s in t5fx.report(lin).rewritten] == [(0, (4, 4), 0)] * 2
     assert isinstance(lin(**inputs), Transformer2DModelOutput)
     assert lin.config.num_attention_heads == 2
     lin(**inputs).sample.pow(2).sum().backward()
@@ -123,7 +123,7 @@ def test_sd3_joint_attention():
 
     call = inputs(2, 8, 12, 5)
     lin = t5fx.linearize(model, kwargs=call, config=ALL)
-    assert [(s.prefix, s.grid, s.suffix) for s in lin.report.sites] == [(0, (4, 6), 5)] * 2
+    assert [(s.prefix, s.grid, s.suffix) for s in t5fx.report(lin).sites] == [(0, (4, 6), 5)] * 2
     out = lin(**call)
     assert isinstance(out, Transformer2DModelOutput)
     as_pipelines_call = lin(**call, return_dict=False, joint_attention_kwargs=None)

@@ -50,12 +50,12 @@ def test_round_trip_is_bit_equal(tmp_path_factory, shape, adapter_only, inner, s
     t5fx.save_pretrained(lin, folder, adapter_only=adapter_only)
     model = shape.model() if adapter_only else fresh(shape)
     before = copy.deepcopy(model.state_dict())
-    again = t5fx.from_pretrained(folder, model, (shape.images(),), share_parameters=share)
+    again = t5fx.from_pretrained(folder, model, (shape.images(),), inplace=share)
     images = shape.images()
     assert torch.equal(again(images), lin(images))
     assert again.linearize_config == lin.linearize_config
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in lin.state_dict().items())
-    assert again.report.trainable == lin.report.trainable
+    assert again.report.trainable == t5fx.report(lin).trainable
     own = dict(model.named_parameters())
     for name, parameter in again.named_parameters():
         if name in own:
@@ -249,7 +249,7 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(saved, tmp_path_factory, 
     model = fresh()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError, match=str(path)):
-        load(folder, model, share_parameters=True)
+        load(folder, model, inplace=True)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
@@ -298,7 +298,7 @@ def test_tensors_of_another_model(saved, tmp_path, change, message):
     model = fresh()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path, model, share_parameters=True)
+        load(tmp_path, model, inplace=True)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
