@@ -142,15 +142,16 @@ def build(
     flags: Any,
     *,
     trusted: bool,
+    traced: bool,
 ) -> Form:
     """Trace, match and rewrite one kind of call of a module.
 
-    trusted: masks need no proof here, the graph of the whole model had it. Raises
+    traced: the leaves are those of a trace. trusted: masks need no proof here, the graph of the whole model had it. Raises
     `RefusedCallError` where the attentions in this call are not those of the verdict.
     """
-    about = [described(leaf) for leaf in leaves]
-    traced = trace(module, about, spec, verdict.inline)
-    view = View(traced.graph, module, traced.constants)
+    about = [described(leaf, traced=traced) for leaf in leaves]
+    result = trace(module, about, spec, verdict.inline)
+    view = View(result.graph, module, result.constants)
     settle(view)
     proved = True
     found = _matches(view, verdict)
@@ -170,8 +171,8 @@ def build(
             f"or linearize again with this call as the example"
         )
     plans = []
-    site = traced.graph.placeholder("t5_site")
-    first = next(iter(traced.graph.nodes))
+    site = result.graph.placeholder("t5_site")
+    first = next(iter(result.graph.nodes))
     if first is not site:
         first.prepend(site)
     for index, (match, judged) in enumerate(zip(found, verdict.sites, strict=True)):
@@ -179,16 +180,16 @@ def build(
             plans.append(_planned(view, match, judged, index, config, name, site))
     vars(view).pop("order", None)
     replace_sites(view, plans)
-    typed = _is_typed(traced.graph)
-    reads = {str(n.target) for n in traced.graph.nodes if n.op == "get_attr"}
-    own = bool(reads & set(traced.constants))
+    typed = _is_typed(result.graph)
+    reads = {str(n.target) for n in result.graph.nodes if n.op == "get_attr"}
+    own = bool(reads & set(result.constants))
     return Form(
-        compiled(traced, name),
+        compiled(result, name),
         structure,
         constants_of(leaves),
-        traced.positions,
-        traced.guards,
-        traced.out_spec,
+        result.positions,
+        result.guards,
+        result.out_spec,
         typed,
         proved,
         flags,

@@ -355,7 +355,9 @@ def _forms(runtime: Runtime, template: nn.Module, recorded: _Recorded, kind: Kin
             if form is None:
                 config = runtime.config.at(name)
                 form = build(
-                    *(module, structure, leaves, spec, verdict, config, name, flags), trusted=True
+                    *(module, structure, leaves, spec, verdict, config, name, flags),
+                    trusted=True,
+                    traced=True,
                 )
                 if not form.own:
                     made[key] = form
@@ -391,7 +393,9 @@ def extend(
         template = bare(duplicate(module, share=True))
         verdict = kind.verdicts[name]
         return build(
-            *(template, structure, leaves, spec, verdict, config, name, flags), trusted=trusted
+            *(template, structure, leaves, spec, verdict, config, name, flags),
+            trusted=trusted,
+            traced=config.dynamic is False,
         )
 
     runtime.keep_form(name, clean_thread(work))

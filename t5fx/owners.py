@@ -8,6 +8,7 @@ them. Nothing is computed: the arguments are described, not given.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,13 +38,14 @@ from t5fx.calls import Guards, guards_of
 
 @dataclass(frozen=True)
 class Described:
-    """A tensor argument: what tracing needs to know of it."""
+    """A tensor argument: what tracing needs to know of it. fixed: axes whose sizes are constants."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
+    fixed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,19 @@ class Number:
     value: float
 
 
-def described(value: Any) -> Any:
-    """Of one leaf of a call's arguments what tracing needs; what is no tensor and no size itself."""
+def described(value: Any, *, traced: bool) -> Any:
+    """Of one leaf of a call's arguments what tracing needs; what is no tensor and no size itself.
+
+    traced: it was seen in a trace, where sizes that are plain numbers are constants.
+    """
     if isinstance(value, torch.Tensor):
         shape = tuple(_hint(n) for n in value.shape)
         try:
             stride = tuple(_hint(n) for n in value.stride())
         except RuntimeError:  # a sparse or nested tensor
             stride = ()
-        return Described(shape, stride, value.dtype, value.device, value.requires_grad)
+        fixed = tuple(i for i, n in enumerate(value.shape) if traced and isinstance(n, int))
+        return Described(shape, stride, value.dtype, value.device, value.requires_grad, fixed)
     if isinstance(value, torch.SymInt):
         return Size(_hint(value))
     if isinstance(value, torch.SymFloat):
@@ -150,7 +156,13 @@ def _trace(
         specs.append(out_spec)
         return list(outputs)
 
-    with symbolic_config.patch(backed_size_oblivious=ones), torch.enable_grad():
+    with (
+        symbolic_config.patch(backed_size_oblivious=ones),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
+        # Said of the transposes of weights, when they become fake ones.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         traced = make_fx(body, pre_dispatch=True)(*given)
     graph, constants = traced.graph, {}
     graph.owning_module = None
@@ -191,7 +203,10 @@ def _symbolic(fake: FakeTensorMode, environment: ShapeEnv, i: int, leaf: Any) ->
         if stride is None
         else torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device="meta")
     )
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * like.dim())
+    kinds = [
+        DimDynamic.STATIC if axis in leaf.fixed else DimDynamic.DYNAMIC for axis in range(like.dim())
+    ]
+    context = StatelessSymbolicContext(dynamic_sizes=kinds)
     value = fake.from_tensor(like, source=source, symbolic_context=context)
     with fake:
         value = value.to(leaf.device)
