@@ -38,6 +38,7 @@ from t5fx.writes import settle
 M = TypeVar("M", bound=nn.Module)
 
 
+@torch.inference_mode(False)
 def linearize(
     model: M,
     args: tuple[Any, ...] = (),

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +32,8 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
     if share:
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
-        twin = copy.deepcopy(model, memo)
+        with _sharded_copied(model):
+            twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"expected a model that copy.deepcopy can copy; {type(model).__name__} failed with "
@@ -39,6 +43,27 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
         ) from error
     _Rebinder(memo).visit(twin)
     return twin
+
+
+@contextmanager
+def _sharded_copied(model: nn.Module) -> Iterator[None]:
+    """Let modules that FSDP2 has sharded be copied: as what they were, with the same tensors."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    dispatch: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+    kinds = {type(m) for m in model.modules() if isinstance(m, fsdp)} - set(dispatch)
+
+    def duplicated(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        base = next(c for c in type(module).__mro__[1:] if not issubclass(c, fsdp))
+        twin = memo[id(module)] = base.__new__(base)
+        vars(twin).update(copy.deepcopy(vars(module), memo))
+        return twin
+
+    dispatch.update(dict.fromkeys(kinds, duplicated))
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            dispatch.pop(kind, None)
 
 
 class _Rebinder:

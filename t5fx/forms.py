@@ -159,7 +159,8 @@ def build(
     if refused and trusted:
         proved = False
         view.trusted = True
-        _drop_probabilities(view, [match for match, _ in refused])
+        used = [m for m, _ in refused if m.refusal and m.refusal.reason == "probabilities-used"]
+        _drop_probabilities(view, used)
         found = _matches(view, verdict)
         refused = _refused(found, verdict)
     if refused:

@@ -26,7 +26,7 @@ from t5fx.forms import Judged, Verdict, build, constants_of, flatten
 from t5fx.kernels import TTT
 from t5fx.lookup import nodes_in
 from t5fx.match import module_stack
-from t5fx.owned import flags_of, own, state_of, watched
+from t5fx.owned import call_of, flags_of, own, state_of, watched
 from t5fx.policy import Plan, plan
 from t5fx.reports import Tried
 from t5fx.rewrite import nodes_for, settings
@@ -144,7 +144,7 @@ def _judge(
         guards=looked.captured.guards,
         layouts=layouts,
         verdicts=verdicts,
-        calls={name: _calls(looked.recorded, name) for name in verdicts},
+        calls={n: _calls(looked.recorded, n, template.get_submodule(n)) for n in verdicts},
         arguments=tuple(places.arguments),
     )
     _forms(runtime, template, looked.recorded, kind)
@@ -333,12 +333,11 @@ class _Places:
         return Source("", self._formulas[text])
 
 
-def _calls(recorded: _Recorded, name: str) -> frozenset[tuple[str, tuple[Any, ...]]]:
-    kinds = set()
-    for args, kwargs in recorded.calls.get(name, []):
-        structure, _, leaves = flatten(args, kwargs)
-        kinds.add((structure, constants_of(leaves)))
-    return frozenset(kinds)
+def _calls(
+    recorded: _Recorded, name: str, module: nn.Module
+) -> frozenset[tuple[str, tuple[Any, ...]]]:
+    """The kinds of calls of a module that a call of the model contains."""
+    return frozenset(call_of(module, *call) for call in recorded.calls.get(name, []))
 
 
 def _forms(runtime: Runtime, template: nn.Module, recorded: _Recorded, kind: Kind) -> None:
@@ -470,12 +469,20 @@ def refuse_missing(model: nn.Module, wanted: set[str], outcome: Outcome) -> None
 
 def refuse_foreign(model: nn.Module, outcome: Outcome) -> None:
     """Raise where the code of a copy reads tensors of the model that it is a copy of."""
-    named = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    named = {_memory(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     for value in outcome.constants:
-        if id(value) in named:
+        name = named.get(_memory(value)) if isinstance(value, torch.Tensor) else None
+        if name is not None:
             raise CaptureError(
                 f"expected a model whose code reads its own tensors, got a copy of "
-                f"{type(model).__name__} that reads '{named[id(value)]}' of the original: a "
+                f"{type(model).__name__} that reads '{name}' of the original: a "
                 f"forward or an attribute was replaced by something that holds the original's "
                 f"modules; undo that first, or give inplace=True"
             )
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """What two tensors have in common that are the same numbers in the same place."""
+    if tensor.is_meta or not tensor.numel() or type(tensor) not in (torch.Tensor, nn.Parameter):
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.shape, tensor.device)

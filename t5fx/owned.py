@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
+from t5fx.calls import Signature
 from t5fx.errors import RefusedCallError
 from t5fx.forms import Form, constants_of, fits, flatten
 from t5fx.runtime import Runtime
@@ -33,6 +35,7 @@ class Owned:
         self.runtime = runtime
         self.name = name
         self.replaced = replaced
+        self.inside = False
 
     def layout(self, index: int, tokens: int) -> tuple[int, ...]:
         return self.runtime.layout(self.name, index, tokens)
@@ -52,7 +55,7 @@ def owned_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__[STATE]
         if state.runtime.original:
-            return original_forward(self)(*args, **kwargs)
+            return run_original(self, state, args, kwargs)
         structure, spec, leaves = flatten(args, kwargs)
         form = find_form(self, structure, leaves)
         if form is None:
@@ -101,12 +104,16 @@ def disown(module: nn.Module) -> None:
         vars(module)["forward"] = state.replaced
 
 
-def original_forward(module: Any) -> Callable[..., Any]:
-    """The forward that an owner had."""
-    state = vars(module)[STATE]
-    if state.replaced is not None:
-        return state.replaced  # type: ignore[no-any-return]
-    return functools.partial(type(module)._t5fx_base.forward, module)
+def run_original(module: Any, state: Owned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an owner did before it was one."""
+    base = type(module)._t5fx_base.forward
+    if state.replaced is None or state.inside:
+        return base(module, *args, **kwargs)
+    state.inside = True  # a replaced forward may well call the class's
+    try:
+        return state.replaced(*args, **kwargs)
+    finally:
+        state.inside = False
 
 
 def find_form(module: Any, structure: str, leaves: list[Any]) -> Form | None:
@@ -137,11 +144,11 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
     state = module.__dict__[STATE]
     runtime = state.runtime
     kind, _ = runtime.running()
-    constants = constants_of(leaves)
+    described = call_of(module, *pytree.tree_unflatten(leaves, spec))
     kinds = runtime.kinds[::-1] if kind is None else [kind]
     for judged in kinds:
         known = judged.calls.get(state.name, ())
-        if any(s == structure and fits(c, constants) for s, c in known):
+        if any(s == described[0] and fits(c, described[1]) for s, c in known):
             runtime.extend(module, state.name, structure, spec, leaves, judged, kind is not None)
             return
     if kind is None:
@@ -152,6 +159,16 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
         )
     # The model's code is another one than when it was judged: it must prove itself.
     runtime.extend(module, state.name, structure, spec, leaves, kind, False)
+
+
+def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
+    """A call of a module, however it was written: by position or name, with defaults or without."""
+    base = getattr(type(module), "_t5fx_base", type(module))
+    signature = Signature(base.forward)
+    bound, named = signature.bind((module, *args), kwargs)
+    named = {name: value for name, value in named.items() if value is not module}
+    structure, _, leaves = flatten(tuple(a for a in bound if a is not module), named)
+    return structure, constants_of(leaves)
 
 
 # --- attributes ------------------------------------------------------------------------------------

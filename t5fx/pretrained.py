@@ -119,6 +119,7 @@ def _check_values(tensors: Mapping[str, Any]) -> None:
             raise CheckpointError(f"'{name}' has no values: it is on the meta device")
 
 
+@torch.inference_mode(False)
 def from_pretrained(
     directory: str | os.PathLike[str],
     model: M,

@@ -333,6 +333,7 @@ class Before:
             return
         found = runtime.kind_of(args, kwargs, module.training)
         if found is None:
+            runtime.end()
             _judge(runtime, module, args, kwargs)
             found = runtime.kind_of(args, kwargs, module.training)
             assert found is not None

@@ -48,7 +48,7 @@ def test_hooks_compose_in_order_and_may_return_another_module():
         order.append(type(module).__name__)
 
     result = linearized([first, second])
-    assert isinstance(result, Wrapped) and order == ["Linearized", "Wrapped"]
+    assert isinstance(result, Wrapped) and order == ["ViT", "Wrapped"]
 
 
 def test_hook_on_a_graph_module():
