@@ -47,7 +47,7 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
 
 @contextmanager
 def _sharded_copied(model: nn.Module) -> Iterator[None]:
-    """Let modules that FSDP2 has sharded be copied: as what they were, with the same tensors."""
+    """Let modules that FSDP2 has sharded be copied: as what they were, without hooks."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     dispatch: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
     kinds = {type(m) for m in model.modules() if isinstance(m, fsdp)} - set(dispatch)
@@ -55,7 +55,11 @@ def _sharded_copied(model: nn.Module) -> Iterator[None]:
     def duplicated(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         base = next(c for c in type(module).__mro__[1:] if not issubclass(c, fsdp))
         twin = memo[id(module)] = base.__new__(base)
-        vars(twin).update(copy.deepcopy(vars(module), memo))
+        kept = {
+            name: type(value)() if name.endswith(("_hooks", "_pre_hooks")) else value
+            for name, value in vars(module).items()
+        }
+        vars(twin).update(copy.deepcopy(kept, memo))
         return twin
 
     dispatch.update(dict.fromkeys(kinds, duplicated))
