@@ -24,13 +24,18 @@ _PLAIN = (torch.Tensor, str, bytes, int, float, bool, type(None), type, types.Mo
 
 
 def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
-    """A deep copy of a model, closures included; its tensors are copies too, or shared.
+    """A deep copy of a model, closures included; its tensors are copies too.
+
+    share: its tensors are the model's own, and it has none of the hooks around the model's calls,
+    only torch's own that compute a weight.
 
     Raises `CaptureError` where a model cannot be copied.
     """
     memo: dict[int, Any] = {}
     if share:
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        for module in model.modules():
+            memo |= {id(d): kept for d, kept in _without_hooks(module)}
     try:
         with _sharded_copied(model):
             twin = copy.deepcopy(model, memo)
@@ -45,9 +50,23 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
     return twin
 
 
+def _without_hooks(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Each dict of a module's hooks, with what is left of it; and what FSDP keeps with a module."""
+    for name, value in vars(module).items():
+        if name.startswith("__composable_api_state_key"):
+            yield value, type(value)()
+        elif name.startswith(("_forward_", "_backward_")) and "hooks" in name:
+            own = (
+                (key, hook)
+                for key, hook in value.items()
+                if type(hook).__module__.startswith("torch.nn.utils.")
+            )
+            yield value, type(value)(own)
+
+
 @contextmanager
 def _sharded_copied(model: nn.Module) -> Iterator[None]:
-    """Let modules that FSDP2 has sharded be copied: as what they were, without hooks."""
+    """Let modules that FSDP2 has sharded be copied: as what they were."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     dispatch: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
     kinds = {type(m) for m in model.modules() if isinstance(m, fsdp)} - set(dispatch)
@@ -55,11 +74,7 @@ def _sharded_copied(model: nn.Module) -> Iterator[None]:
     def duplicated(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         base = next(c for c in type(module).__mro__[1:] if not issubclass(c, fsdp))
         twin = memo[id(module)] = base.__new__(base)
-        kept = {
-            name: type(value)() if name.endswith(("_hooks", "_pre_hooks")) else value
-            for name, value in vars(module).items()
-        }
-        vars(twin).update(copy.deepcopy(kept, memo))
+        vars(twin).update(copy.deepcopy(vars(module), memo))
         return twin
 
     dispatch.update(dict.fromkeys(kinds, duplicated))

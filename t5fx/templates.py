@@ -30,13 +30,11 @@ def clean_thread(work: Callable[[], T]) -> T:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Take from a copy of a model its hooks and what was rewritten; parts of tensors become whole.
-
-    torch's own hooks that compute a weight stay. Changes the copy, and returns it.
+    """Take from a copy of a model (`duplicate`, with `share`) what was rewritten, in place; tensors
+    that are split over devices become whole. Returns the copy.
     """
     stand_ins: dict[int, Any] = {}
     for module in list(model.modules()):
-        _remove_hooks(module)
         if "_output_capturing_hooks_installed" in vars(module):
             # transformers puts its hooks for hidden states and attentions there again.
             del module._output_capturing_hooks_installed
@@ -50,19 +48,6 @@ def bare(model: nn.Module) -> nn.Module:
             for name, tensor in named.items():
                 named[name] = _whole(tensor, stand_ins)
     return model
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Remove what runs around a forward, but torch's own hooks that compute a weight."""
-    own = {
-        key
-        for key, hook in module._forward_pre_hooks.items()
-        if type(hook).__module__.startswith("torch.nn.utils.")
-    }
-    for name, hooks in vars(module).items():
-        if name.startswith(("_forward_", "_backward_")) and "hooks" in name:
-            for key in [k for k in hooks if k not in own]:
-                del hooks[key]
 
 
 def _whole(tensor: Any, stand_ins: dict[int, Any]) -> Any:
