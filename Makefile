@@ -5,6 +5,11 @@ WORKERS ?= 2
 GPU_WORKERS ?= 12
 # Of the benches, such as --out FILE.
 BENCH_ARGS ?=
+# Where the results of a GPU's first ten minutes go, more for what finds them (--seconds 240), and
+# whether that is all.
+LEASE ?= build/lease
+LEASE_ARGS ?=
+ONLY_LEASE ?=
 # A torch that sees a GPU is not to be replaced by another, and its machine may reach no registry.
 GPU_IMPORTS := import accelerate, hypothesis, matplotlib, networkx, pytest, rich, safetensors, \
 	setuptools, skimage, timm, torch, transformers, xdist; \
@@ -64,7 +69,7 @@ types: .venv/.test-installed
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
 	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
-gpu:  ## the tests that need a GPU, then kernels, models and peers on it, with the packages found there
+gpu:  ## ten minutes that matter most on a GPU, then tests and benchmarks, with the packages found there
 	@if missing=$$($(PYTHON) -c "$(GPU_IMPORTS)" 2>&1); then \
 		echo "gpu: with the packages of $(PYTHON)"; rm -rf build/gpu build/lib; \
 		$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation \
@@ -76,14 +81,17 @@ gpu:  ## the tests that need a GPU, then kernels, models and peers on it, with t
 		$(MAKE) .venv/.test-installed && $(MAKE) on-gpu GPU_PYTHON=.venv/bin/python; \
 	fi
 
+# The lease first: should the GPU be gone then, what matters most is in $(LEASE).
 # Packages of any version warn of other things than those of .venv, and may bring plugins for pytest.
 on-gpu:
 	failed=0; \
+	$(GPU_PYTHON) -m t5fx.bench.lease --out $(LEASE) $(LEASE_ARGS) || failed=1; \
+	test -z "$(ONLY_LEASE)" || exit $$failed; \
 	$(GPU_PYTHON) -m pytest -q -p no:benchmark -W default -n $(GPU_WORKERS) --dist worksteal \
 		-m gpu tests/test_triton.py $(PYTEST_ARGS) || failed=1; \
 	for suite in kernels models peers; do \
 		$(GPU_PYTHON) -m t5fx bench $$suite $(BENCH_ARGS) || failed=1; done; \
-	$(GPU_PYTHON) -m t5fx bench report && exit $$failed
+	$(GPU_PYTHON) -m t5fx bench report docs/bench $(LEASE) && exit $$failed
 
 nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)

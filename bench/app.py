@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import itertools
 import sys
 import time
 import traceback
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "report":
             from . import report
 
-            paths = options.results or sorted(options.out.glob("*.csv"))
+            paths = list(
+                itertools.chain.from_iterable(map(_tables, options.results or [options.out]))
+            )
             return report.run(paths, options.out, console, options.readme)
         if options.command == "compare":
             from . import compare
@@ -114,6 +117,13 @@ def _one(experiment: Experiment, results: Results, columns: dict, console: Conso
     return all(row.status in ("ok", "absent") for row in rows)
 
 
+def _tables(path: Path) -> list[Path]:
+    """The files of results in a folder, or the one that was named."""
+    if not path.is_dir():
+        return [path]
+    return sorted([*path.glob("*.csv"), *path.glob("*.jsonl")])
+
+
 def default_results() -> Path:
     """Of this kind of machine: docs/bench/cpu.csv, or one named after the GPU."""
     name = "cpu"
@@ -139,7 +149,12 @@ def _parser() -> argparse.ArgumentParser:
         suite.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     report = commands.add_parser("report", help="tables, plots and one HTML page of results")
     where = Path("docs/bench")
-    report.add_argument("results", type=Path, nargs="*", help="CSV files (default: those in --out)")
+    report.add_argument(
+        "results",
+        type=Path,
+        nargs="*",
+        help="files of results, or folders of them (default: --out)",
+    )
     report.add_argument("--out", type=Path, default=where, help=f"folder (default: {where})")
     report.add_argument("--readme", type=Path, help="also fill in its tables")
     compare = commands.add_parser("compare", help="what got faster or slower from A to B")

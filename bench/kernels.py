@@ -38,6 +38,8 @@ MAX_PAIRS = 2**36
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 TOLERANCE = 3e-2
 NAMES = {"inner": "swiglu", "inner_loss": "dot", "key_norm": "instance"}
+#: Tokens of all heads together that a check's intermediate results have memory for.
+CHECKED = 2**20
 #: Milliseconds that one contender is timed for.
 TIMED = 200
 
@@ -51,7 +53,7 @@ def experiments(small: bool = False) -> list[Experiment]:
     return [
         Experiment(
             "kernels",
-            f"{batch} x {heads} heads x {tokens} tokens x {dim}, {work}",
+            case_name((batch, heads, tokens, dim), work),
             partial(measure, (batch, heads, tokens, dim), work != "forward"),
             *(tokens, batch, "bfloat16"),
             "inference" if work == "forward" else "training",
@@ -59,6 +61,12 @@ def experiments(small: bool = False) -> list[Experiment]:
         for tokens, dim, (batch, heads) in sizes
         for work in ("forward", "forward and backward")
     ]
+
+
+def case_name(shape: tuple[int, int, int, int], work: str) -> str:
+    """Of one (batch, heads, tokens, dim)."""
+    batch, heads, tokens, dim = shape
+    return f"{batch} x {heads} heads x {tokens} tokens x {dim}, {work}"
 
 
 def measure(
@@ -86,6 +94,26 @@ def measure(
             yield experiment.raised(name, error)
             torch.cuda.empty_cache()
 
+    for name, time in times.items():
+        yield latency(experiment, name, time)
+    yield from shares(experiment, shape, with_backward, times)
+
+
+def latency(experiment: Experiment, name: str, time: Spread, timed: str | None = None) -> Row:
+    """Of a contender; timed: how, where it is not by replays."""
+    how = timed or f"replays of a CUDA graph for {TIMED} ms"
+    return experiment.row(name, "latency", time, unit="s", better="lower", detail=how)
+
+
+def shares(
+    experiment: Experiment,
+    shape: tuple[int, int, int, int],
+    with_backward: bool,
+    times: dict[str, Spread],
+) -> Iterator[Row]:
+    """Rows of all contenders: their share of the roofline, and their speed-up over softmax."""
+    batch, heads, tokens, dim = shape
+    bandwidth, rate = ceilings()
     # Forward: q, k, v and the output. Backward: q, k, v, the output's gradient and three more;
     # 9 products forward and 23 backward, of which 5 compute again what would be too large to keep.
     moved = batch * heads * tokens * dim * DTYPE.itemsize * (4 + 7 * with_backward)
@@ -93,13 +121,12 @@ def measure(
     floor = max(moved / bandwidth, arithmetic / rate)
     softmax = [times[backend.name].median for backend in BACKENDS if backend.name in times]
     for name, time in times.items():
-        row = partial(experiment.row, name, detail=f"replays of a CUDA graph for {TIMED} ms")
-        yield row("latency", time, unit="s", better="lower")
         share = Spread(*(floor / seconds for seconds in reversed(time)))
-        yield row("share of roofline", share, unit="share", better="higher")
+        yield experiment.row(name, "share of roofline", share, unit="share", better="higher")
         if softmax:
             ratio = Spread(*(min(softmax) / seconds for seconds in reversed(time)))
-            yield row("speed-up", ratio, unit="x", better="higher" if name == "t5fx" else "")
+            better = "higher" if name == "t5fx" else ""
+            yield experiment.row(name, "speed-up", ratio, unit="x", better=better)
 
 
 @functools.cache
@@ -113,17 +140,19 @@ def ceilings() -> tuple[float, float]:
     return 2 * source.nbytes / copy, 2 * 8192**3 / product
 
 
-def timed(call: Callable[[], object]) -> Spread:
-    """Seconds that a call takes."""
+def timed(call: Callable[[], object], milliseconds: int = TIMED) -> Spread:
+    """Seconds that a call takes, timed for so long."""
     import triton  # slow to import, and not there on every platform
 
     quartiles = [0.25, 0.5, 0.75]
-    times = triton.testing.do_bench(call, warmup=50, rep=TIMED, quantiles=quartiles)
-    return Spread(*(milliseconds / 1000 for milliseconds in times))
+    times = triton.testing.do_bench(
+        call, warmup=milliseconds // 4, rep=milliseconds, quantiles=quartiles
+    )
+    return Spread(*(one / 1000 for one in times))
 
 
-def replayed(call: Callable[[], object]) -> Spread:
-    """Seconds that a call takes as a CUDA graph."""
+def replayed(call: Callable[[], object], milliseconds: int = TIMED) -> Spread:
+    """Seconds that a call takes as a CUDA graph, replayed for so long."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -133,7 +162,7 @@ def replayed(call: Callable[[], object]) -> Spread:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return timed(graph.replay)
+    return timed(graph.replay, milliseconds)
 
 
 def arguments(
@@ -174,8 +203,14 @@ def differentiated(function: Callable, leaves: list[Tensor], grad_out: Tensor) -
 
 
 def check(tensors: list[Tensor], settings: dict) -> None:
-    """Raises where the kernels differ from the reference in float32, on one batch item."""
-    tensors = [t[:1] for t in tensors[:3]] + tensors[3:]
+    """Raises where the kernels differ from the reference in float32, on one batch item, of very
+    many tokens on some heads.
+    """
+    _, heads, tokens, dim = tensors[0].shape
+    few = max(1, min(heads, CHECKED // tokens))
+    inputs = [t[:1, :few] for t in tensors[:3]]
+    conv = [t[: few * dim] for t in tensors[6:]]
+    tensors = inputs + [t[:few] for t in tensors[3:6]] + conv
     grad_out = torch.randn_like(tensors[2])
     leaves = [t.detach().float().requires_grad_() for t in tensors]
     out = reference(*node(leaves), **NAMES, **settings)

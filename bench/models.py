@@ -102,12 +102,7 @@ class Bench:
     def rows(self) -> Iterator[Row]:
         """Raises `T5Error` where a compiled model does not give what the eager one does."""
         self.model, self.inputs = self._build()
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", (UntrainedWarning, NothingRewrittenWarning))
-            stack.enter_context(torch.set_grad_enabled(self.entry.training))
-            limits = {"recompile_limit": 32, "fail_on_recompile_limit_hit": True}
-            stack.enter_context(torch._dynamo.config.patch(limits))
+        with self._surroundings():
             rest: list[Row] = []
             if self.entry.compiling:
                 rest += self._compile_rows()
@@ -116,6 +111,16 @@ class Bench:
             self._time(contenders)
             yield from (self._sized(row) for row in self._report(contenders))
             yield from (self._sized(row) for row in rest)
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", (UntrainedWarning, NothingRewrittenWarning))
+            stack.enter_context(torch.set_grad_enabled(self.entry.training))
+            limits = {"recompile_limit": 32, "fail_on_recompile_limit_hit": True}
+            stack.enter_context(torch._dynamo.config.patch(limits))
+            yield
 
     # --- what is run ----------------------------------------------------------------------------
 
@@ -309,7 +314,7 @@ class Bench:
         if not rivals:
             raise T5Error("expected one SDPA backend at least that compiles, got none")
         best = min(rivals, key=lambda c: Spread.of(c.seconds).median)
-        removed = next(c for c in contenders if c.name == REMOVED)
+        removed = next((c for c in contenders if c.name == REMOVED), None)
         for contender in contenders:
             row = self._rower(contender)
             latency = Spread.of(contender.seconds)
@@ -320,7 +325,7 @@ class Bench:
             # A faster softmax is no regression of the others that are held against it.
             better = "higher" if contender.name in (EVERY, TRITON, MEASURED) else ""
             yield row("speed-up", ratio, unit="x", better=better, detail=f"over {best.name}")
-            if better:
+            if better and removed:
                 share = _ratio(removed, contender)
                 yield row("share of bound", share, unit="share", better="higher")
             for measure, value in contender.facts.items():

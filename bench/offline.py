@@ -8,6 +8,7 @@ import collections
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -56,10 +57,10 @@ def launches(
     heads: int = 6,
     batch: int = 2,
     locality: str = "dwc_qk",
+    value_dim: int | None = None,
 ) -> dict[str, Launch]:
-    """Every launch of a forward and a backward on a packed projection: {name: (kernel, arguments)}.
-
-    Nothing is launched: the tensors are on the device "meta".
+    """The launches of a forward and a backward by name: (kernel, arguments), of several with one
+    name the first. The arguments are those of `each_launch`.
     """
     found: dict[str, Launch] = {}
 
@@ -70,10 +71,43 @@ def launches(
             name += "_keys" if settings["KEYS"] else "_queries"
         found.setdefault(name, (kernel, arguments))
 
+    each_launch(
+        record,
+        architecture,
+        dtype,
+        dim,
+        grid=grid,
+        heads=heads,
+        batch=batch,
+        locality=locality,
+        value_dim=value_dim,
+    )
+    return found
+
+
+def each_launch(
+    run: Callable[..., Any],
+    architecture: str,
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    grid: tuple[int, ...] = (64, 64),
+    heads: int = 6,
+    batch: int = 2,
+    locality: str = "dwc_qk",
+    value_dim: int | None = None,
+) -> None:
+    """Calls ``run`` as Triton's ``JITFunction.run``, for each launch of a forward and a backward.
+
+    q, k and v are parts of a packed projection; v is a tensor of its own with another ``value_dim``
+    than ``dim``. Nothing is launched: the tensors are on the device "meta".
+    """
     tokens = torch.Size(grid).numel() + 1
     packed = torch.empty(batch, tokens, 3, heads, dim, dtype=dtype, device="meta")
     q, k, v = packed.permute(2, 0, 3, 1, 4)
-    weights = [torch.empty(heads, dim, dim, device="meta") for _ in range(3)]
+    if value_dim not in (None, dim):
+        v = torch.empty(batch, heads, tokens, value_dim, dtype=dtype, device="meta")
+    weights = [torch.empty(heads, dim, width, device="meta") for width in (dim, dim, v.shape[3])]
     conv = []
     if locality != "none":
         weight = torch.empty(heads * dim, 1, *(3,) * len(grid), device="meta")
@@ -83,12 +117,11 @@ def launches(
     with (
         # Tracing would know what to do on the device "meta": nothing.
         mock.patch("torch.library.wrap_triton", lambda kernel: kernel),
-        mock.patch.object(triton.JITFunction, "run", record),
+        mock.patch.object(triton.JITFunction, "run", run),
         mock.patch(architecture_of, return_value=architecture),
     ):
         out, saved = forward(q, k, v, weights, conv, **settings)
         backward(torch.empty_like(out), q, k, v, weights, conv, saved, **settings)
-    return found
 
 
 def compiled(

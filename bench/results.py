@@ -213,7 +213,14 @@ class Results:
 
 
 def read(path: Path) -> list[Row]:
-    """Raises `T5Error` for a file that is no table of results."""
+    """The rows of a table that `t5fx bench` wrote, or of the lines (".jsonl") of a lease.
+
+    Raises `T5Error` for a file that is neither.
+    """
+    if path.suffix == ".jsonl":
+        from .lease import records
+
+        return records.read(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [_parsed(line) for line in csv.DictReader(file)]

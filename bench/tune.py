@@ -7,13 +7,16 @@ kernels/triton/configs.py, and writes them to docs/bench/configs.json with what 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+import triton
+from torch import Tensor
 
 from t5fx.errors import T5Error
 from t5fx.kernels.triton_kernels import configs
@@ -21,7 +24,7 @@ from t5fx.kernels.triton_kernels.configs import Config
 from t5fx.kernels.triton_kernels.launch import architecture
 from t5fx.measure import device_name
 
-from . import kernels
+from . import assembler, kernels
 
 FILE = Path("docs/bench/configs.json")
 #: (batch, heads, tokens, dim) that are tuned for.
@@ -30,10 +33,24 @@ SHAPES = ((1, 12, 16384, 64), (1, 12, 16384, 128))
 GAIN = 0.02
 
 
+@functools.cache
+def most_stages() -> int:
+    """Stages of a software pipeline that may be tried with the compiler in use.
+
+    One, which is no pipeline, with Triton 3.6 or older or an assembler of CUDA 12.8 or older: there
+    are reports of wrong results of matrix instructions with them (triton-lang/triton #11781, #9433,
+    #10573, #10821; fla-org/flash-linear-attention #826, #1262).
+    """
+    if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6):
+        return 1
+    used = assembler.used()
+    return 1 if used is not None and used.version[:2] <= (12, 8) else 4
+
+
 def neighbours(config: Config) -> Iterator[Config]:
     """Settings with one of them twice or half as large, within what kernels take, or turned."""
-    limits = {"block_n": (4, 256), "block_m": (16, 256), "warps": (4, 16), "stages": (1, 4),
-              "programs": (1, 8), "parts": (1, 4)}  # fmt: skip
+    limits = {"block_n": (4, 256), "block_m": (16, 256), "warps": (4, 16),
+              "stages": (1, most_stages()), "programs": (1, 8), "parts": (1, 4)}  # fmt: skip
     for field, (least, most) in limits.items():
         value = getattr(config, field)
         for other in (2 * value, value // 2):
@@ -41,6 +58,32 @@ def neighbours(config: Config) -> Iterator[Config]:
                 yield config._replace(**{field: other})
     if config.block_m:  # kernels that multiply convolve in a loop over columns, or without
         yield config._replace(unroll=not config.unroll)
+
+
+def start(kernel: str, gpu: str, width: int) -> Config:
+    """The settings in use for products of 16 bits."""
+    return configs.config(kernel, gpu, width, False)
+
+
+def fits(kernel: str, config: Config, width: int) -> bool:
+    """Whether they are other settings than those with fewer blocks or parts would be."""
+    if config.block_m > width:
+        return False  # the same kernel as with one block of all hidden units
+    most = max(1, config.block_m // 16) if kernel == "second_order_gradient" else 1
+    return config.parts <= most
+
+
+def candidates(kernel: str, gpu: str, width: int) -> list[Config]:
+    """The neighbours of the settings in use that fit."""
+    return [c for c in neighbours(start(kernel, gpu, width)) if fits(kernel, c, width)]
+
+
+def differ(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Whether one of several results is another than that of the settings in use."""
+    pairs = zip(found, wanted, strict=True)
+    return not all(
+        (got.float() - want.float()).norm() <= 0.02 * want.float().norm() for got, want in pairs
+    )
 
 
 def descend(start: Config, seconds: Callable[[Config], float | None]) -> tuple[Config, float]:
@@ -77,9 +120,7 @@ def tune(shape: tuple[int, int, int, int]) -> Iterator[dict[str, object]]:
         key = gpu, kernel, shape[3], False
 
         def seconds(config: Config, key: tuple[str, str, int, bool] = key) -> float | None:
-            if config.block_m > key[2]:
-                return None  # the same kernel as with one block of all hidden units
-            if config.parts > (config.block_m // 16 if key[1] == "second_order_gradient" else 1):
+            if not fits(key[1], config, key[2]):
                 return None
             configs.MEASURED[key] = config
             try:
@@ -88,25 +129,22 @@ def tune(shape: tuple[int, int, int, int]) -> Iterator[dict[str, object]]:
             except Exception as error:  # Triton has no common class for what does not fit
                 print(f"  {key[1]} {tuple(config)}: {type(error).__name__}")
                 return None
-            for got, want in zip(found, wanted, strict=True):
-                if not (got.float() - want.float()).norm() <= 0.02 * want.float().norm():
-                    print(f"  {key[1]} {tuple(config)}: other results")
-                    return None
+            if differ(found, wanted):
+                print(f"  {key[1]} {tuple(config)}: other results")
+                return None
             return time
 
-        start = configs.config(kernel, gpu, shape[3], False)
-        best, share = descend(start, seconds)
+        used = start(kernel, gpu, shape[3])
+        best, share = descend(used, seconds)
         configs.MEASURED[key] = best
         print(f"{key}: {best},  # {1 / share:.2f}x of {shape}", flush=True)
-        if best != start:
+        if best != used:
             yield {"key": key, "config": best, "speed-up of all": 1 / share, "shape": shape}
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         raise T5Error("expected a CUDA GPU, got none; the settings are of GPUs")
-    import triton
-
     found: list[dict[str, object]] = []
     machine = {
         "gpu": device_name(torch.device("cuda")),

@@ -35,6 +35,7 @@ from t5fx.dynamo import (
 )
 from t5fx.errors import AdapterError, ConfigError, NothingRewrittenWarning, UntrainedWarning
 from t5fx.kernels import TTT
+from t5fx.kernels.choice import resolved
 from t5fx.match import Match
 from t5fx.owned import OwnedModule
 from t5fx.policy import Plan, plan
@@ -361,6 +362,8 @@ def _add_site(
     owner = region.owner(entry.match.owner)
     node, new = adapters.obtain(tensor.value, identity, name, adapter, options.config, owner)
     like = next(node.parameters())
+    if new and entry.impl is not None:
+        node.impl = entry.impl  # for later graphs too
     site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
     sites.append(site)
     if new:
@@ -461,6 +464,7 @@ def _lower(
             with graph.inserting_before(call):
                 arguments = (*call.args, *inputs[call.target])
                 keywords = {"grid": [], **call.kwargs, **node.settings()}
+                keywords["impl"] = _impl(arguments, keywords)
                 new = graph.call_function(_TTT, arguments, keywords)
             new.meta = call.meta
             call.replace_all_uses_with(new)
@@ -468,6 +472,14 @@ def _lower(
     share_nodes(owner)
     close_checkpoints(owner, region.checkpoints)
     return _copy(gm, owner, graph), fakes
+
+
+def _impl(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+    """What `impl` "auto" is for a call in the graph; its argument, so that caches can tell."""
+    q, k, v, *lists = fx.map_arg(arguments, View.meta)
+    parameters = [tensor for some in lists for tensor in some]
+    node = {n: x for n, x in keywords.items() if n not in ("grid", "prefix")}
+    return resolved(node["impl"], q, k, v, parameters, len(keywords["grid"]), node)
 
 
 def _shared(gm: fx.GraphModule) -> fx.GraphModule:

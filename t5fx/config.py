@@ -43,16 +43,23 @@ class LinearizeConfig:
         axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
         of the call's arguments that returns one (evaluated at capture).
     min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
-        rewrites where the node needs fewer FLOPs than softmax (N > 4.5 D for "swiglu").
+        rewrites where the node needs fewer FLOPs than softmax (N > 4.5 D for "swiglu"), each
+        counted at the estimated rate of the implementation that will run.
     include, exclude: `fnmatch` patterns of owner names, e.g. ("blocks.[0-5].*",); exclude wins.
     overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
         where several patterns match, later ones win.
     policy: how the cost of a site is judged, at the example's sizes. "flops": counted. "measure":
         both forms are compiled and timed on the device (seconds for each shape that is new; kept
         in a folder, $T5FX_CACHE_DIR), forward only unless the model is in training mode, and a
-        site is rewritten where the node is the faster one. min_tokens is asked first, either way.
-    impl: "auto", "reference" (ordinary operators) or "triton" (kernels for GPUs; the default inner
-        model, loss and key norm, locality "dwc_qk" or "none"): see `t5fx.kernels.ttt`.
+        site is rewritten where the node is the faster one; where impl "auto" may be the Triton
+        kernels, these and the reference are timed and compared, and the faster one is taken.
+        min_tokens is asked first, either way.
+    impl: "auto", "reference" (ordinary operators) or "triton" (kernels for GPUs, unchecked; the
+        default inner model, loss and key norm, locality "dwc_qk" or "none"): see
+        `t5fx.kernels.ttt`. "auto" is decided by device: C++ on a CPU; on a GPU in 16 bits the
+        Triton kernels once a check of them there has passed, a minute or so for each kind of site,
+        remembered in $T5FX_CACHE_DIR (T5FX_TRITON=0: no check and no kernels); ordinary operators
+        else. `Site.impl` and `Site.impl_reason` say which it is and why.
     seed: fresh parameters depend on this number and the site's name alone.
     dynamic: whether the model is judged for all sizes of its arguments (True), for those of the
         example (False; each further size is judged at its first call), or for all sizes where that

@@ -9,16 +9,13 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from t5fx import cache
 from t5fx.digest import code_digest
 from t5fx.errors import MeasureError
 from t5fx.kernels import TTT
@@ -80,11 +78,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Median seconds of both, and the quartiles of softmax's time over the node's."""
+    """Median seconds of both, and the quartiles of softmax's time over the node's.
+
+    difference: of the Triton kernels' results from the reference's, relative, the largest of output
+    and gradients of q, k and v; 0 of another implementation. allowed: how large it may be.
+    """
 
     softmax: float
     ttt: float
     ratio: Spread
+    difference: float = 0.0
+    allowed: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the kernels compute what the reference does."""
+        return self.difference <= self.allowed
 
     @property
     def pays(self) -> bool:
@@ -159,53 +168,28 @@ def _refuse(device: torch.device) -> None:
     if several and torch.distributed.get_world_size() > 1:
         raise MeasureError(
             "policy='measure': ranks that measure could convert different sites; expected costs "
-            f"in {folder()}, which a run of one process with the same sizes leaves there, or "
+            f"in {cache.folder()}, which a run of one process with the same sizes leaves there, or "
             "policy='flops'"
         )
 
 
-# --- the folder ---------------------------------------------------------------------------------
-
-
-def folder() -> Path:
-    """Where costs are kept: $T5FX_CACHE_DIR, or t5fx in the user's folder for caches."""
-    given = os.environ.get("T5FX_CACHE_DIR")
-    if given:
-        return Path(given)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "t5fx"
-
-
-def _file(key: str) -> Path:
-    return folder() / f"cost-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-
-
 def _load(key: str) -> Cost | None:
     """A cost that is not there, or cannot be read, is measured again."""
+    data = cache.load("cost", key)
     try:
-        data = json.loads(_file(key).read_text(encoding="utf-8"))
-        found = Cost(float(data["softmax"]), float(data["ttt"]), Spread(*map(float, data["ratio"])))
-        return found if data["key"] == key and len(found.ratio) == 3 else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s cannot be read and is measured again: %s", _file(key), error)
+        if data is None:
+            return None
+        ratio = Spread(*map(float, data["ratio"]))
+        names = ("softmax", "ttt", "difference", "allowed")
+        found = Cost(**{name: float(data[name]) for name in names}, ratio=ratio)
+        return found if len(found.ratio) == 3 else None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is measured again: %s", cache.file_of("cost", key), error)
         return None
 
 
 def _save(key: str, found: Cost) -> None:
-    path = _file(key)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"key": key, **dataclasses.asdict(found)})
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        warnings.warn(
-            f"measured costs are kept for this process only: {error}; set T5FX_CACHE_DIR",
-            stacklevel=2,
-        )
+    cache.save("cost", key, dataclasses.asdict(found), "measured costs")
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -298,11 +282,32 @@ def _measure(shape: Shape, settings: dict[str, Any], device: torch.device) -> Co
             _call(_Softmax(scale), inputs, shape.trained),
             _call(_Node(node, shape.grid, shape.prefix), [*inputs, *parameters], shape.trained),
         ]
+        difference, allowed = 0.0, 0.0
+        if node.impl == "triton":
+            node.impl = "reference"
+            plain = _Node(node, shape.grid, shape.prefix)
+            exact = _call(plain, [*inputs, *parameters], shape.trained)
+            difference, allowed = _difference(calls[1](), exact()), _ROUNDINGS * _rounding(dtype)
         rounds = _rounds(calls, device)
     softmax, ttt = (statistics.median(times) for times in rounds)
     scaled = shape.batch * shape.heads / (batch * heads)
     ratio = Spread.of([s / t for s, t in zip(*rounds, strict=True)])
-    return Cost(scaled * softmax, scaled * ttt, ratio)
+    return Cost(scaled * softmax, scaled * ttt, ratio, difference, allowed)
+
+
+#: How far the kernels may be from the reference, in roundings of their dtype.
+_ROUNDINGS = 12
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _difference(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative difference of the output and the gradients of q, k and v; NaN is inf."""
+    pairs = list(zip(results, exact, strict=True))[:4]
+    shares = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+    return max(math.inf if math.isnan(share) else share for share in shares)
 
 
 def _affordable(shape: Shape, flops: float) -> tuple[int, int]:

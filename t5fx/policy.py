@@ -6,6 +6,7 @@ Legality is judged before the grid, the grid before cost; the first objection is
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,13 @@ from torch import fx, nn
 
 from t5fx.canon import View, expr, hint, same
 from t5fx.config import LinearizeConfig
-from t5fx.errors import GraphSpecError, MeasureError
+from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
+from t5fx.kernels import choice as choices
 from t5fx.kernels import flops
+from t5fx.kernels.choice import Call, Choice, choose, settings_of
 from t5fx.layout import Axes
 from t5fx.match import Match, find
-from t5fx.measure import Shape, cost
+from t5fx.measure import Cost, Shape, cost
 from t5fx.patterns.base import Binding, Operand, Refusal
 from t5fx.reports import Site, Tried
 from t5fx.tokens import Axis, layout_of
@@ -29,7 +32,8 @@ from t5fx.tokens import Axis, layout_of
 class Plan:
     """One attention and what is to become of it.
 
-    prefix, grid, suffix: token layout where it is rewritten: axes of the graph, or numbers.
+    prefix, grid, suffix: token layout where it is rewritten: axes of the graph, or numbers. impl:
+    what a measurement put in the place of the configuration's "auto", or None.
     """
 
     match: Match
@@ -38,6 +42,7 @@ class Plan:
     prefix: tuple[Axis | fx.Node | int, ...] = ()
     grid: tuple[Axis | fx.Node | int, ...] = ()
     suffix: tuple[Axis | fx.Node | int, ...] = ()
+    impl: str | None = None
 
 
 def _undecided(match: Match) -> bool | None:
@@ -158,10 +163,19 @@ def _judge(
         if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
             if axis.size not in view.sizes:
                 raise Refusal("grid-unknown", f"no node has the size {axis.size} of {_words(axis)}")
+    asked = decided is None and config.min_tokens is None  # the cost model
     if decided is None:
-        _pays(site, config)
-        if config.policy == "measure":
-            _is_faster(view, entry, _is_trained(view, match, owner))
+        _enough(site, config)
+    if asked and config.policy == "flops":
+        _pays(site, 1.0)  # before a check of kernels, which takes its time
+    trained = _is_trained(view, match, owner)
+    call = _call(view, entry, trained)
+    choice = choose(config.impl, call)
+    site.impl, site.impl_reason = choice
+    if asked and config.policy == "flops":
+        _pays(site, rate(call, choice))
+    if decided is None and config.policy == "measure":
+        _is_faster(view, entry, trained)
 
 
 def _is_trained(view: View, match: Match, owner: Callable[[str], nn.Module | None] | None) -> bool:
@@ -341,27 +355,80 @@ def _layout(
     return (prefix,), grid, (suffix,)
 
 
-def _pays(site: Site, config: LinearizeConfig) -> None:
+def _call(view: View, entry: Plan, trained: bool) -> Call:
+    """The site as a call of its node."""
+    site, binding = entry.site, entry.match.binding
+    assert binding is not None and site.head_dim is not None
+    q, k, v = (view.val(operand.like) for operand in (binding.q, binding.k, binding.v))
+    assert q is not None and k is not None and v is not None
+    widest = torch.float32
+    for tensor in (q, k, v):
+        widest = torch.promote_types(widest, tensor.dtype)
+    return Call(
+        device=q.device,
+        dtype=q.dtype if q.dtype == k.dtype == v.dtype else None,
+        widest=widest,
+        head_dim=site.head_dim,
+        value_dim=hint(view.shape(binding.v.like)[binding.v.channel]),
+        axes=len(entry.grid),
+        trained=trained,
+        node=settings_of(_node(entry) | {"scale": binding.scale}),
+    )
+
+
+def _node(entry: Plan) -> dict[str, Any]:
+    """The settings of a site's node."""
+    config = entry.config
+    names = ("inner", "inner_loss", "key_norm", "key_norm_eps", "impl")
+    node = {name: getattr(config, name) for name in names}
+    return node | {"locality": config.locality if entry.grid else "none"}
+
+
+#: What a FLOP of the node takes over one of softmax attention on the same GPU in 16 bits, by the
+#: node's implementation; 1 where nothing is said. Estimates, not measurements: softmax multiplies
+#: 16 bits in tensor cores, the reference float32 outside of them and with its intermediate results
+#: in memory.
+GPU_RATES = {"reference": 12.0, "written-out": 12.0}
+
+
+def rate(call: Call, choice: Choice) -> float:
+    """The node's time for a FLOP over softmax's, where a call runs as chosen."""
+    if choices.is_gpu(call.device) and call.dtype in (torch.float16, torch.bfloat16):
+        return GPU_RATES.get(choice.impl, 1.0)
+    return 1.0
+
+
+def _enough(site: Site, config: LinearizeConfig) -> None:
     assert site.num_tokens is not None
-    if config.min_tokens is not None:
-        if site.num_tokens < config.min_tokens:
-            detail = f"{site.num_tokens} tokens, fewer than min_tokens={config.min_tokens}"
-            raise Refusal("below-break-even", detail)
-        return
-    if config.policy == "measure":
-        return  # which counts no FLOPs
+    if config.min_tokens is not None and site.num_tokens < config.min_tokens:
+        detail = f"{site.num_tokens} tokens, fewer than min_tokens={config.min_tokens}"
+        raise Refusal("below-break-even", detail)
+
+
+def _pays(site: Site, rate: float) -> None:
+    """Raises `Refusal` where softmax takes less: FLOPs, each of the node's at that rate."""
+    assert site.num_tokens is not None
     before, after = site.flops_before or 0, site.flops_after or 0
-    if after >= before:
-        even = math.ceil(site.num_tokens * after / before) if before else 0
-        raise Refusal(
-            "below-break-even",
-            f"{site.num_tokens} tokens; the node needs fewer FLOPs than softmax from "
-            f"{even} on (min_tokens=0 rewrites anyway)",
+    if after * rate < before:
+        return
+    even = math.ceil(site.num_tokens * after * rate / before) if before else 0
+    why = "the node needs fewer FLOPs than softmax"
+    if rate != 1.0:
+        why = (
+            f"a FLOP of the node by impl {site.impl!r} ({site.impl_reason}) is estimated to take "
+            f"{rate:g} times one of softmax, so that the node needs less time"
         )
+    raise Refusal(
+        "below-break-even",
+        f"{site.num_tokens} tokens; {why} from {even} on (min_tokens=0 rewrites anyway)",
+    )
 
 
 def _is_faster(view: View, entry: Plan, trained: bool) -> None:
-    """Measure both forms at the site's sizes; raises `Refusal` where the node is not the faster."""
+    """Measure both forms at the site's sizes; raises `Refusal` where the node is not the faster.
+
+    Where "auto" may be the Triton kernels the reference is measured too, and the faster one taken.
+    """
     site, binding = entry.site, entry.match.binding
     assert binding is not None
     value = view.val(binding.q.like)
@@ -371,11 +438,32 @@ def _is_faster(view: View, entry: Plan, trained: bool) -> None:
         *(sizes.batch, sizes.heads, sizes.tokens, sizes.channels, values.channels),
         *(site.prefix or 0, site.grid or (), str(value.dtype).removeprefix("torch."), trained),
     )
-    names = ("inner", "inner_loss", "key_norm", "impl")
-    node = {name: getattr(entry.config, name) for name in names}
-    node["locality"] = entry.config.locality if entry.grid else "none"
-    found = cost(shape, node, value.device)
+    node = {name: value for name, value in _node(entry).items() if name != "key_norm_eps"}
+    if entry.config.impl == "auto" and site.impl == "triton":
+        costs = {i: cost(shape, node | {"impl": i}, value.device) for i in ("triton", "reference")}
+        _choose(entry, costs["triton"], costs["reference"])
+        found = costs[site.impl]
+    else:
+        found = cost(shape, node, value.device)
     site.seconds_before, site.seconds_after = found.softmax, found.ttt
     site.detail = f"measured{', with the backward pass' if trained else ''}: {found}"
     if not found.pays:
         raise Refusal("below-break-even", f"{site.num_tokens} tokens; {site.detail}")
+
+
+def _choose(entry: Plan, kernels: Cost, reference: Cost) -> None:
+    """The faster of two implementations, the kernels only if they computed the same."""
+    site = entry.site
+    times = f"Triton {1e3 * kernels.ttt:.3g} ms, reference {1e3 * reference.ttt:.3g} ms"
+    if not kernels.agrees:
+        entry.impl = site.impl = "reference"
+        site.impl_reason = (
+            f"the Triton kernels' results differ from the reference's by "
+            f"{100 * kernels.difference:.2g} % at these sizes; please report this"
+        )
+        warnings.warn(f"'{site.fqn}': {site.impl_reason}", SlowNodeWarning, stacklevel=2)
+    elif reference.ttt < kernels.ttt:
+        entry.impl = site.impl = "reference"
+        site.impl_reason = f"measured: {times}"
+    else:
+        site.impl_reason = f"{site.impl_reason}; measured: {times}"

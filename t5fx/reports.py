@@ -31,7 +31,9 @@ class Site:
 
     Token counts and FLOPs (a multiply-add is two; forward; whole batch, all heads) are those at
     the example's sizes. `grid` is None where it is unknown or was not judged. seconds_before and
-    seconds_after are there where both forms were measured (policy "measure").
+    seconds_after are there where both forms were measured (policy "measure"). impl is what computes
+    the node on the example's device: "triton", "c++", "written-out" (one operator in PyTorch with
+    its own backward) or "reference", and impl_reason why; None where no node was considered.
     """
 
     fqn: str
@@ -49,6 +51,8 @@ class Site:
     flops_after: int | None = None
     seconds_before: float | None = None
     seconds_after: float | None = None
+    impl: str | None = None
+    impl_reason: str = ""
 
     def __post_init__(self) -> None:
         if self.reason is not None and self.reason not in REASONS:
@@ -134,7 +138,7 @@ class Report:
                 _layout(site),
                 _giga(site.flops_before),
                 _giga(site.flops_after),
-                Text(site.status if site.reason is None else f"skipped: {site.reason}"),
+                Text(_status(site)),
             )
         yield table
         for reason, count in self.counts().items():
@@ -145,6 +149,9 @@ class Report:
         measured = Counter(s.detail for s in self.rewritten if s.seconds_before is not None)
         for detail, count in measured.items():
             yield Text(f"rewritten ({count}): {detail}")
+        chosen = Counter((s.impl, s.impl_reason) for s in self.rewritten if s.impl is not None)
+        for (impl, reason), count in chosen.items():
+            yield Text(f"impl {impl} ({count}): {reason}")
         used = {name: tried for name, tried in self.patterns.items() if tried.anchors}
         if used:
             parts = (
@@ -160,6 +167,11 @@ class Report:
 
 def _show(value: int | None) -> str:
     return "?" if value is None else f"{value}"
+
+
+def _status(site: Site) -> str:
+    more = site.reason or site.impl
+    return site.status if more is None else f"{site.status}: {more}"
 
 
 def _layout(site: Site) -> str:

@@ -139,6 +139,7 @@ def _module(view: View, entry: Plan) -> TTT:
     assert value is not None
     dtype = parameter_dtype(view.root, entry.match.owner, value.dtype)
     name, chosen = entry.match.key, settings(view, entry)
+    chosen["impl"] = entry.impl or chosen["impl"]
     return TTT(**chosen, name=name, device=value.device, dtype=dtype)
 
 

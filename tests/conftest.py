@@ -36,6 +36,9 @@ CORE_LIBRARIES = {
     "triton",  # comes with torch
 }
 
+# The modules of t5fx.bench that import no more than that.
+CORE_BENCH = tuple(f"t5fx.bench.{name}" for name in ("hazards", "interpreter", "offline", "races"))
+
 
 class _TorchRandom:
     """Hypothesis seeds torch's generator before each example, as it does Python's."""
@@ -98,8 +101,8 @@ def needs_extras(path: Path) -> bool:
     """Whether a test file imports a library that is not a core one, or what of t5fx.bench does."""
     names = _imported(path)
     top = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-    bench = {name for name in names if name.startswith("t5fx.bench.")} - {"t5fx.bench.offline"}
-    return bool(top - CORE_LIBRARIES or bench)
+    bench = {name for name in names if name.startswith("t5fx.bench.")}
+    return bool(top - CORE_LIBRARIES or not all(name.startswith(CORE_BENCH) for name in bench))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

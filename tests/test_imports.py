@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "t5fx.errors",
     "t5fx.digest",
+    "t5fx.cache",
     "t5fx.config",
     "t5fx.checkpoint",
     "t5fx.reports",
@@ -60,7 +61,7 @@ ONLY = {
         *("t5fx.errors", "t5fx.canon", "t5fx.axes", "t5fx.masks"),
         *("t5fx.patterns.base", "t5fx.patterns.operands", "t5fx.patterns.chains"),
     },
-    "t5fx.kernels": {"t5fx.errors", "t5fx.kernels"},
+    "t5fx.kernels": {"t5fx.errors", "t5fx.digest", "t5fx.cache", "t5fx.kernels"},
 }
 
 

@@ -5,7 +5,8 @@ import torch
 import triton
 
 from t5fx.bench import offline
-from t5fx.kernels.triton_kernels import configs
+from t5fx.bench.hazards import hazards, is_product
+from t5fx.kernels.triton_kernels import configs, launch
 
 #: Share of the instructions in a tile's loop that may store and load spilled registers, by how the
 #: name of the kernel begins. The sums of a gradient of the weights, 3 x D x BLOCK_M float32, stay
@@ -53,13 +54,66 @@ def test_kernels_that_multiply(architecture, dim, dtype):
         if "BLOCK_M" in arguments:
             compiled = offline.compiled(kernel, arguments, architecture)
             assert compiled.metadata.shared <= offline.SHARED_MEMORY[architecture], name
-            if (architecture, dtype) == ("sm_90", torch.bfloat16) and dim in (64, 128):
+            if (architecture, dtype) == ("sm_90", torch.bfloat16):
                 code = offline.instructions(compiled)
+                assert not hazards(code), (name, [str(hazard) for hazard in hazards(code)])
+                assert any(is_product(instruction) for instruction in code), name
+                if dim not in (64, 128):
+                    continue
                 counts = offline.token_loop(code)
                 spills = SPILLS.get(name.partition("_")[0])
                 limit = 0 if spills is None else spills + MORE_SPILLS
                 assert counts["LDL"] + counts["STL"] <= limit * counts.total(), name
                 assert not offline.serialised(code) or (name, dim) == SERIALISED, name
+
+
+@pytest.mark.parametrize(
+    "dim",
+    [pytest.param(d, marks=[] if d in (64, 128) else pytest.mark.slow) for d in configs.WIDTHS],
+)
+def test_float16_touches_nothing_in_flight(dim):
+    """As `test_kernels_that_multiply` looks at bfloat16."""
+    for name, (kernel, arguments) in offline.launches("sm_90", torch.float16, dim).items():
+        if "BLOCK_M" in arguments:
+            code = offline.instructions(offline.compiled(kernel, arguments, "sm_90"))
+            assert not hazards(code), (name, [str(hazard) for hazard in hazards(code)])
+            assert any(is_product(instruction) for instruction in code), name
+
+
+@pytest.mark.parametrize(
+    "dim", [64, *(pytest.param(d, marks=pytest.mark.slow) for d in (16, 32, 128, 256))]
+)
+@pytest.mark.extras
+def test_tf32(dim, monkeypatch):
+    """What float32 is multiplied by where the user lets cuBLAS use tf32: matrix instructions."""
+    monkeypatch.setattr(launch, "precision", lambda: "tf32")
+    for name, (kernel, arguments) in offline.launches("sm_90", torch.float32, dim).items():
+        if "BLOCK_M" in arguments:
+            compiled = offline.compiled(kernel, arguments, "sm_90")
+            assert compiled.metadata.shared <= offline.SHARED_MEMORY["sm_90"], name
+            code = offline.instructions(compiled)
+            assert any("MMA" in i.name and "TF32" in i.name for i in code), name
+            assert not hazards(code), (name, [str(hazard) for hazard in hazards(code)])
+
+
+#: Widths of q and k, and of v, that pad to different ones or to none of their own.
+PAIRS = [(16, 64), (8, 64), (16, 128), (16, 256), (64, 16), (128, 16), (256, 16), (24, 40)]
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("dim", "value_dim"),
+    [pytest.param(*pair, marks=[] if pair == (24, 40) else pytest.mark.slow) for pair in PAIRS],
+)
+def test_odd_pairs_of_widths(dim, value_dim, dtype):
+    launches = offline.launches("sm_90", dtype, dim, value_dim=value_dim, grid=(8, 8), heads=4)
+    for name, (kernel, arguments) in launches.items():
+        if "BLOCK_M" in arguments:
+            compiled = offline.compiled(kernel, arguments, "sm_90")
+            assert compiled.metadata.shared <= offline.SHARED_MEMORY["sm_90"], name
+            code = offline.instructions(compiled)
+            assert not hazards(code), (name, [str(hazard) for hazard in hazards(code)])
 
 
 @pytest.mark.parametrize(("architecture", "dim", "dtype"), list(cases(multiply=False)))

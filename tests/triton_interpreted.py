@@ -1,9 +1,9 @@
 """The Triton kernels in Triton's interpreter, on a CPU. Run by test_triton.py, in a process of its
 own: the interpreter is chosen for a whole process, before the kernels are imported."""
 
+import dataclasses
 import math
 
-import numpy
 import pytest
 import torch
 import triton
@@ -12,14 +12,23 @@ from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
-from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
-from triton_cases import arguments, assert_close, check, poisoned, run, run_op, run_reference, split
+from triton.runtime.interpreter import InterpretedFunction
+from triton_cases import (
+    arguments,
+    assert_close,
+    check,
+    poisoned,
+    run,
+    run_op,
+    run_reference,
+    split,
+)
 
+from t5fx.bench.interpreter import mended
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError
-from t5fx.kernels.triton_kernels import configs, convolution, forward, launch
+from t5fx.kernels.triton_kernels import backward, configs, convolution, forward, launch, parity
 from t5fx.kernels.triton_kernels import tiles as tiles_of
 from t5fx.kernels.triton_kernels.forward import empty_saved, fill_tables
 from t5fx.kernels.triton_kernels.query import query_output
@@ -32,66 +41,9 @@ LAYOUTS = ["BHND", "packed", "channels first", "every other"]
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    """Several tiles, chunks of tokens, blocks and parts of hidden units, on little data."""
-    small = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1, parts=2)
-    rows = dict.fromkeys(configs.WIDTHS, small)
-    monkeypatch.setattr(configs, "HALF", dict.fromkeys(configs.HALF, rows))
-    monkeypatch.setattr(configs, "SMALL", configs.HALF)
-    monkeypatch.setattr(configs, "WIDE", configs.HALF)
-
-
-@pytest.fixture(autouse=True)
-def _plain_calls(monkeypatch):
-    """Triton prepares its language for every call of a function in a kernel, as for the kernel
-    itself: most of the time that these tests would take. Its own functions need it."""
-    prepared = InterpretedFunction.__call__
-
-    def call(function, *args, **kwargs):
-        if function.fn.__module__.startswith("t5fx"):
-            return function.rewrite()(*args, **kwargs)
-        return prepared(function, *args, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "__call__", call)
-
-
-@pytest.fixture(autouse=True)
-def _bfloat16(monkeypatch):
-    """The interpreter keeps bfloat16 as its bits. It multiplies those in a product, and cuts
-    float32 off, or rounds it and loses what is carried; a GPU rounds to nearest even."""
-    product, convert = InterpreterBuilder.create_dot, interpreter._convert_float
-
-    def widened(operand):
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        bits = operand.data.astype(numpy.uint32) << 16
-        return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
-
-    def create_dot(builder, a, b, *rest):
-        return product(builder, widened(a), widened(b), *rest)
-
-    def converted(data, source, target, rounding):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, rounding)
-        rounded = torch.from_numpy(numpy.array(data)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(numpy.uint16)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
-
-
-@pytest.fixture(autouse=True)
-def _tanh(monkeypatch):
-    """The GPU's own, with the largest error that it may have, of either sign."""
-
-    def approximate(a):
-        values = numpy.tanh(a.handle.data)
-        off = torch.where(torch.rand(values.shape) < 0.5, 1 + 2**-11, 1 - 2**-11).numpy()
-        values = (values * off).clip(-1, 1).astype(numpy.float32)
-        return tl.tensor(interpreter.TensorHandle(values, tl.float32), a.type)
-
-    monkeypatch.setattr(tiles_of, "tanh", approximate)
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+def _mended():
+    with mended():
+        yield
 
 
 sizes = st.integers(1, 4)
@@ -295,6 +247,40 @@ def test_tokens_that_do_not_exist_overflow_nothing(keys):
     assert all(t.isfinite().all() for t in run(tensors, keywords, grad_out))
 
 
+@pytest.mark.parametrize(
+    ("grads", "values", "locality"),
+    [
+        (1e-7, 1.0, "dwc_qk"),
+        (1e-4, 1e-4, "dwc_qk"),
+        (1e3, 1e3, "dwc_qk"),
+        (1e-7, 1e-4, "none"),
+    ],
+)
+def test_float16_of_any_size(grads, values, locality):
+    """What is small or large in all has the errors of what is not, but for those of the dtype of
+    the results. A gradient of 0 stays 0.
+    """
+    tensors, keywords, grad_out = arguments(
+        batch=1, heads=2, head_dim=16, value_dim=16, grid=(15,), prefix=1, suffix=1,
+        locality=locality, dtype=torch.float16,
+    )  # fmt: skip
+    tensors[2] = tensors[2] * values
+    keywords["scale"] /= max(1.0, values * grads)  # or the gradient of k has no room in float16
+    grad_out = grad_out * grads
+    if locality == "none":
+        grad_out[0, 0] = 0.0
+    with poisoned():
+        results = run(tensors, keywords, grad_out)
+    if locality == "none":
+        assert not results[1][0, 0].any()
+    for name, got, want in zip(
+        parity.NAMES, results, run_reference(tensors, keywords, grad_out), strict=False
+    ):
+        rounding = 2.0**-25 * want.numel() ** 0.5 if got.dtype == torch.float16 else 0.0
+        error = (got.double() - want).norm()
+        assert error <= 4e-3 * want.norm() + rounding, f"{name}: {error:.2e} of {want.norm():.2e}"
+
+
 def test_no_batch_items():
     tensors, keywords, _ = arguments(batch=1, heads=1, head_dim=16, value_dim=16, grid=(2,))
     nothing = [t[:0] for t in tensors[:3]]
@@ -357,7 +343,8 @@ def test_what_is_saved_for_the_backward_pass(dtype):
     quads = [t for t in rest if t.dtype == torch.int64]
     assert [len(t) for t in quads] == [8]
     rows = 2 if dtype == torch.float32 else 2 + 5  # statistics; offsets of five codes
-    of_groups = 2 * 3 * (rows * 16 + 3 * 16 * 16)
+    largest = 0 if dtype == torch.float32 else 1  # magnitude of v
+    of_groups = 2 * 3 * (rows * 16 + 3 * 16 * 16 + largest)
     taps = 2 * 3 * (3 + 1) * 16
     assert sum(t.numel() for t in rest) - len(quads[0]) == of_groups + taps
     assert {t.dtype for t in rest} == {torch.float32, dtype, torch.int64}
@@ -410,3 +397,61 @@ def test_what_the_kernels_cannot_take(change, complaint):
     tensors, keywords, _ = arguments(**case)
     with pytest.raises(NodeArgumentError, match=complaint):
         forward(*tensors[:3], tensors[3:6], tensors[6:], **keywords)
+
+
+CASE = parity.Case(dtype="float16", head_dim=16, value_dim=16, grid=(2, 3), batch=1, heads=1)
+
+
+def test_parity_compares_all_that_is_saved_and_given():
+    found = parity.compare(CASE, "cpu", repeats=2)
+    assert found.ok and str(found) == "right"
+    assert list(found.errors) == [*parity.SAVED, *parity.NAMES]
+    assert all(0 <= error <= allowed for error, allowed in found.errors.values())
+    plain = dataclasses.replace(CASE, locality="none", dtype="float32", parameters="bfloat16")
+    found = parity.compare(plain, "cpu", training=False)
+    assert list(found.errors) == ["mean", "rstd", "w1'", "w2'", "w3'", "out"] and found.ok
+
+
+def test_parity_names_the_first_that_is_wrong(monkeypatch):
+    def wrong(*args, **keywords):
+        out, saved = forward(*args, **keywords)
+        saved.w2.mul_(1.1)
+        return out * torch.nan, saved
+
+    monkeypatch.setattr(parity, "forward", wrong)
+    found = parity.compare(CASE, "cpu")
+    assert (found.first_wrong, found.ok) == ("w2'", False)
+    error, allowed = found.errors["out"]
+    assert not error <= allowed
+    assert str(found).startswith("w2' is ")
+
+
+def test_parity_of_small_gradients(monkeypatch):
+    """They are held to their own size, and not to the output's."""
+    small = dataclasses.replace(CASE, gradient=2**-8)
+    assert parity.compare(small, "cpu").ok
+
+    def wrong(*args, **keywords):
+        dq, *rest = backward(*args, **keywords)
+        return dq * 1.1, *rest
+
+    monkeypatch.setattr(parity, "backward", wrong)
+    assert parity.compare(small, "cpu").first_wrong == "dq"
+
+
+def test_parity_sees_other_bits(monkeypatch):
+    calls = []
+
+    def unsteady(*args, **keywords):
+        calls.append(1)
+        out, saved = forward(*args, **keywords)
+        return out * (1 + 2**-10 * len(calls)), saved
+
+    monkeypatch.setattr(parity, "forward", unsteady)
+    found = parity.compare(CASE, "cpu", training=False, repeats=2)
+    assert found.first_wrong is None and not found.same_bits and not found.ok
+
+
+def test_no_compiler_traces_the_interpreter():
+    with pytest.raises(NodeArgumentError, match="compiled: expected None in Triton's interpreter"):
+        parity.compare(CASE, "cpu", compiled="static")

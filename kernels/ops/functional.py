@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import op  # noqa: F401  (registers torch.ops.t5fx.ttt)
 from .checks import check_counts, check_settings, check_shapes
+from .choice import resolved
 from .errors import require_name
 from .inner import inner_model
 from .reference import INNER_LOSSES
@@ -64,10 +65,12 @@ def ttt(
         locality: "dwc_qk", "dwc_v" or "none".
         impl: "reference", which autograd and compilers see as the ordinary operators it is made
             of; "triton", kernels for a GPU, float32 or narrower, for the settings "swiglu", "dot",
-            "instance" and "dwc_qk" or "none"; or "auto": with the same settings, one opaque
-            operator with a written-out backward where a gradient is recorded, and on a CPU, where
-            it is C++ that is compiled once for a machine; the reference for all else, in graphs
-            that are exported, and inside torch.func's transforms.
+            "instance" and "dwc_qk" or "none"; or "auto": with the same settings, on a GPU in 16
+            bits, these kernels, once a check of them on that GPU has passed (the first call makes
+            it, in a process of its own; T5FX_TRITON=0 switches both off); else one
+            opaque operator with a written-out backward where a gradient is recorded, and on a CPU,
+            where it is C++ that is compiled once for a machine; the reference for all else, in
+            graphs that are exported, and inside torch.func's transforms.
 
     Returns:
         ``[B, H, N, Dv]`` in q's dtype; computed in the widest of the arguments' dtypes and
@@ -88,21 +91,17 @@ def ttt(
     )
     check_counts(weights, conv, grid, inner=inner, locality=locality)
     check_shapes(q, k, v, weights, conv, grid=grid, prefix=prefix, inner=inner, locality=locality)
+    node = {
+        "scale": scale,
+        "inner": inner,
+        "inner_loss": inner_loss,
+        "key_norm": key_norm,
+        "key_norm_eps": key_norm_eps,
+        "locality": locality,
+    }
+    impl = resolved(impl, q, k, v, [*weights, *conv], len(grid), node)
     return torch.ops.t5fx.ttt(
-        q,
-        k,
-        v,
-        list(weights),
-        list(conv),
-        scale=scale,
-        grid=list(grid),
-        prefix=prefix,
-        inner=inner,
-        inner_loss=inner_loss,
-        key_norm=key_norm,
-        key_norm_eps=key_norm_eps,
-        locality=locality,
-        impl=impl,
+        q, k, v, list(weights), list(conv), grid=list(grid), prefix=prefix, **node, impl=impl
     )
 
 

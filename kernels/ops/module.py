@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_grid_ndim, check_settings
+from .choice import resolved
 from .errors import NodeArgumentError
 from .functional import flops
 from .inner import inner_model
@@ -119,9 +120,11 @@ class TTT(nn.Module):
         """``[B, H, N, D]`` twice and ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]``, in q's dtype."""
         if self._conv_names and len(grid) != self.grid_ndim:
             raise NodeArgumentError(f"grid: expected {self.grid_ndim} axes; got {tuple(grid)}")
+        weights, conv = self.tensors()
         settings = self.settings()
+        settings["impl"] = resolved(self.impl, q, k, v, [*weights, *conv], len(grid), settings)
         return torch.ops.t5fx.ttt(
-            q, k, v, *self.tensors(), grid=list(grid), prefix=prefix, **settings
+            q, k, v, weights, conv, grid=list(grid), prefix=prefix, **settings
         )
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,8 +3,9 @@
 It is CompositeImplicitAutograd. torch.export and Dynamo keep the call as one node; autograd,
 AOTAutograd with Inductor, FLOP counters and ``ExportedProgram.run_decompositions`` look through it:
 at the opaque operators of `opaque` where they compute what is asked for and it is trained or runs
-on a CPU, at the launches of ``t5fx.kernels.triton_kernels`` with impl "triton", else at the
-ordinary operators of `reference`. For the same reason it has no fake implementation, and torch
+on a CPU, at the launches of ``t5fx.kernels.triton_kernels`` with impl "triton", or "trusted" (what
+"auto" becomes before it is in a graph, see `choice`), else at the ordinary operators of
+`reference`. For the same reason it has no fake implementation, and torch
 accepts none for such an operator: on fake and meta tensors the body itself runs.
 """
 
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import cpp, opaque  # noqa: F401 (opaque registers the operators)
 from .checks import check_counts, check_settings, is_written_out
+from .choice import TRUSTED
 from .precision import widest
 from .reference import reference
 
@@ -40,6 +42,8 @@ def _ttt(
     impl: str = "auto",
 ) -> Tensor:
     """The body; its annotations and defaults are the operator's schema."""
+    if impl == TRUSTED:
+        impl = "auto" if _is_transformed() else "triton"
     check_settings(
         inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
     )
@@ -73,7 +77,7 @@ def _is_closed(*tensors: Tensor) -> bool:
     For training: they keep less and compile sooner. On a CPU: they are C++. What is exported is for
     other runtimes, and gets operators that these know.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or _has_tangents():
+    if _is_transformed():
         return False
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if any(not t.is_cpu for t in tensors) or widest(*tensors) != torch.float32:
@@ -86,9 +90,12 @@ def _is_closed(*tensors: Tensor) -> bool:
     return True
 
 
-def _has_tangents() -> bool:
-    """Whether forward-mode differentiation is on."""
-    return torch.autograd.forward_ad._current_level >= 0
+def _is_transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation are on, which want to see
+    ordinary operators.
+    """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or torch.autograd.forward_ad._current_level >= 0
 
 
 torch.library.define(

@@ -11,7 +11,17 @@ from torch import Tensor
 from .convolution_gradient import convolution_gradient, key_norm_gradient
 from .first_order import inner_gradient
 from .forward import Saved
-from .launch import Site, launch, near, padded, site, strides, sum_partials
+from .launch import (
+    Site,
+    largest,
+    launch,
+    near,
+    padded,
+    site,
+    strides,
+    sum_blocks,
+    sum_partials,
+)
 from .second_order import second_order_gradient
 
 
@@ -47,10 +57,12 @@ def backward(
     weights = [w.contiguous() for w in weights]
     kept = Saved(*saved)
 
-    grad_updated, at_q = _updated_weights(grad_out, q, kept, shape)
-    grad_weights, at_k, grad_v = _inner_gradient(k, v, weights, grad_updated, kept, scale, shape)
-    grad_q, conv_q_grads = _inputs(at_q, q, kept, shape, keys=False)
-    grad_k, conv_k_grads = _inputs(at_k, k, kept, shape, keys=True)
+    grad_updated, largest_u, *at_q = _updated_weights(grad_out, q, kept, shape)
+    grad_weights, grad_v, *at_k = _inner_gradient(
+        k, v, weights, grad_updated, largest_u, kept, scale, shape
+    )
+    grad_q, conv_q_grads = _inputs(*at_q, q, kept, shape, keys=False)
+    grad_k, conv_k_grads = _inputs(*at_k, k, kept, shape, keys=True)
     conv_grads = [
         grad.reshape(tensor.shape).to(
             tensor.dtype, copy=True, memory_format=torch.contiguous_format
@@ -63,26 +75,40 @@ def backward(
 
 def _updated_weights(
     grad_out: Tensor, q: Tensor, saved: Saved, shape: Site
-) -> tuple[list[Tensor], Tensor]:
-    """dL/dW' ``[B, H, ...]`` float32 and dL/dq' ``[B, N, H, D]``, q' the convolved queries."""
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """dL/dW' ``[B, H, ...]`` float32, the largest magnitudes in blocks of it, dL/dq'
+    ``[B, N, H, D]``, q' the convolved queries, and ``[B*H]`` by which it is to be multiplied.
+
+    The second and the last are empty unless products are of float16.
+    """
     parts = shape.tile_chunks(shape.config("inner_gradient"))
     partial = _float32(q, parts.splits, shape.groups, shape.matrices)
     at_q = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.dim)
+    unscale = _float32(q, shape.groups if shape.scaled else 0)
     unit, steps = strides(q, grad_out)
     launch(
         inner_gradient,
         shape.groups * parts.splits,
         *(q, grad_out, saved.w1, saved.w2, saved.w3, saved.taps[0]),
-        *(saved.offsets, saved.mean, saved.rstd, partial, at_q, *steps),
+        *(saved.offsets, saved.mean, saved.rstd, largest(grad_out, shape)),
+        *(partial, at_q, unscale, *steps),
         *(shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
         UNIT=unit,
         KEYS=False,
         CENTRED=False,
+        SCALED=shape.scaled,
         **shape.shape("inner_gradient"),
     )
     grads = [torch.empty_like(w, dtype=torch.float32) for w in (saved.w1, saved.w2, saved.w3)]
-    sum_partials(partial, grads, shape, owners=shape.groups)
-    return grads, at_q
+    largest_u = _float32(q, shape.groups, sum_blocks(shape) if shape.scaled else 0)
+    sum_partials(
+        partial,
+        grads,
+        shape,
+        owners=shape.groups,
+        largest=largest_u if shape.scaled else None,
+    )
+    return grads, largest_u, at_q, unscale
 
 
 def _inner_gradient(
@@ -90,38 +116,45 @@ def _inner_gradient(
     v: Tensor,
     weights: Sequence[Tensor],
     grad_updated: Sequence[Tensor],
+    largest_u: Tensor,
     saved: Saved,
     scale: float,
     shape: Site,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """dL/dW, dL/dk' ``[B, N, H, D]``, k' the convolved keys, and dL/dv ``[B, N, H, Dv]``."""
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """dL/dW, dL/dv ``[B, N, H, Dv]``, dL/dk' ``[B, N, H, D]``, k' the convolved keys, and
+    ``[B*H]`` by which it is to be multiplied, empty unless products are of float16.
+    """
     at_k = k.new_empty(shape.batch, shape.tokens, shape.heads, shape.dim)
     grad_v = v.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
     parts = shape.tile_chunks(shape.config("second_order_gradient"))
     partial = _float32(k, parts.splits, shape.groups, shape.matrices)
+    unscale = _float32(k, shape.groups if shape.scaled else 0)
     unit, steps = strides(k, v)
     launch(
         second_order_gradient,
         shape.groups * parts.splits,
         *(k, v, *weights, *grad_updated, saved.taps[1], saved.offsets),
-        *(saved.mean, saved.rstd, partial, at_k, grad_v, *steps),
-        *(shape.groups, shape.heads, *parts, scale, *shape.places(saved.quads)),
+        *(saved.mean, saved.rstd, saved.largest_v, largest_u),
+        *(partial, at_k, grad_v, unscale, *steps),
+        *(shape.groups, shape.heads, *parts, scale, sum_blocks(shape), *shape.places(saved.quads)),
         UNIT=unit,
         CENTRED=shape.centred,
+        SCALED=shape.scaled,
         PARTS=shape.config("second_order_gradient").parts,
         **shape.shape("second_order_gradient"),
     )
     grads = [torch.empty_like(w) for w in weights]
     # Beside what went through G stands what W' = W + r G hands on.
     sum_partials(partial, grads, shape, owners=shape.heads, base=grad_updated)
-    return grads, at_k, grad_v
+    return grads, grad_v, at_k, unscale
 
 
 def _inputs(
-    at_x: Tensor, x: Tensor, saved: Saved, shape: Site, *, keys: bool
+    at_x: Tensor, unscale: Tensor, x: Tensor, saved: Saved, shape: Site, *, keys: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """dL/dx ``[B, N, H, D]`` from that at the convolved x, and those of weight and bias, float32.
 
+    ``unscale``: ``[B*H]`` by which ``at_x`` is to be multiplied, if products are of float16.
     ``keys``: x was normalised before it was convolved.
     """
     convolved = bool(shape.conv_ndim)
@@ -139,12 +172,13 @@ def _inputs(
     launch(
         convolution_gradient,
         shape.groups * parts.splits,
-        *(x, at_x, saved.taps[int(keys)], saved.mean, saved.rstd, partial, grad),
+        *(x, at_x, saved.taps[int(keys)], saved.mean, saved.rstd, unscale, partial, grad),
         *(*steps, shape.groups, shape.heads, *parts, *shape.places(saved.quads)),
         D=shape.dim,
         NDIM=shape.conv_ndim,
         UNIT=unit,
         KEYS=keys,
+        SCALED=shape.scaled,
         BLOCK_D=padded(shape.dim),
         **settings.launched(),
     )
@@ -155,11 +189,12 @@ def _inputs(
         launch(
             key_norm_gradient,
             shape.groups * splits,
-            *(x, grad, sums, saved.mean, saved.rstd, *steps),
+            *(x, grad, sums, saved.mean, saved.rstd, unscale, *steps),
             *(shape.heads, shape.tokens, chunk, splits),
             D=shape.dim,
             COUNT=count,
             UNIT=unit,
+            SCALED=shape.scaled,
             BLOCK_D=padded(shape.dim),
             **settings.launched(),
         )

@@ -96,16 +96,18 @@ def add_own(sums, x_even, x_odd, even, odd, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def convolution_gradient(
-    x, g, taps, mean, rstd, partial, dx,
+    x, g, taps, mean, rstd, unscale, partial, dx,
     stride_b, stride_h, stride_n, stride_d, groups, heads, chunk, splits, tiles,
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx^ ``[B, N, H, D]`` and partial ``[splits, B*H, COUNT, D]`` float32 of a chunk of tiles:
     sum(dx^) and sum(dx^ x^) if ``KEYS``, what the bias gets, and what each tap gets.
 
     g is ``[B, N, H, D]``, contiguous. Without a convolution dx^ is g and is not written.
+    SCALED: g is scaled, and ``unscale`` ``[B*H]`` undoes it: for what the taps and the bias get
+    and, unless ``KEYS``, dx^.
     """
     TAPS: tl.constexpr = 3**NDIM if NDIM > 0 else 0
     OWN: tl.constexpr = 2 if KEYS else 0
@@ -134,6 +136,7 @@ def convolution_gradient(
     x_right = step(stride_n, UNIT)
     right = step(heads * (D // G_UNIT), G_UNIT)
     taps = head_taps(taps, head, NDIM, BLOCK_D)
+    undo = tl.load(unscale + group) if SCALED else 1.0
 
     # Sums of each lane; lanes are added up at the end.
     sums = (tl.zeros([L, HALF_D], tl.float32),) * (2 * COUNT)
@@ -173,6 +176,9 @@ def convolution_gradient(
                                     outs, sums, member, even, odd, xs, taps, OWN + 1,
                                     tap_to(frame, row, column, member, NDIM),
                                 )  # fmt: skip
+            if SCALED and not KEYS:
+                for member in tl.static_range(4):
+                    outs = scaled(outs, member, undo, undo)
             if KEYS:
                 for member in tl.static_range(4):
                     there = quads_with(flags, 0, member // WIDTH, member % WIDTH)
@@ -199,6 +205,8 @@ def convolution_gradient(
             )
             if NDIM > 0:
                 out = tl.join(even, odd).reshape(L, BLOCK_D)
+                if SCALED and not KEYS:
+                    out *= undo
                 store_tile(dx_base + first * heads * D, out, tokens, channels, there, D, heads)
             if KEYS:
                 x_even, x_odd = normed_halves(
@@ -209,18 +217,24 @@ def convolution_gradient(
 
     row = partial + (split.to(tl.int64) * groups + group) * (COUNT * D) + 2 * halves
     for i in tl.static_range(COUNT):
-        tl.store(row + i * D, tl.sum(sums[2 * i], 0), mask=2 * halves < D)
-        tl.store(row + i * D + 1, tl.sum(sums[2 * i + 1], 0), mask=2 * halves + 1 < D)
+        even, odd = tl.sum(sums[2 * i], 0), tl.sum(sums[2 * i + 1], 0)
+        if SCALED and i >= OWN:
+            even, odd = even * undo, odd * undo
+        tl.store(row + i * D, even, mask=2 * halves < D)
+        tl.store(row + i * D + 1, odd, mask=2 * halves + 1 < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_norm_gradient(
-    k, dx, sums, mean, rstd, stride_b, stride_h, stride_n, stride_d,
+    k, dx, sums, mean, rstd, unscale, stride_b, stride_h, stride_n, stride_d,
     heads, num_tokens, chunk, splits,
-    D: tl.constexpr, COUNT: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, COUNT: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """From dx^ to dx, in its place; ``sums`` ``[B*H, COUNT, D]``: sum(dx^), sum(dx^ x^), others."""
+    """From dx^ to dx, in its place; ``sums`` ``[B*H, COUNT, D]``: sum(dx^), sum(dx^ x^), others.
+
+    SCALED: dx^ and its sums are scaled, and ``unscale`` ``[B*H]`` undoes it.
+    """
     group = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     lanes = tl.arange(0, BLOCK_N)
@@ -230,6 +244,7 @@ def key_norm_gradient(
     sums += group.to(tl.int64) * (COUNT * D) + channels
     first = tl.load(sums, mask=channels < D, other=0.0) / num_tokens
     second = tl.load(sums + D, mask=channels < D, other=0.0) / num_tokens
+    undo = tl.load(unscale + group) if SCALED else 1.0
     k_base = head_base(k, group, heads, stride_b, stride_h, UNIT)
     dx += ((group // heads).to(tl.int64) * num_tokens * heads + group % heads) * D
 
@@ -242,4 +257,6 @@ def key_norm_gradient(
         normed = (x - mean_row[None, :]) * rstd_row[None, :]
         out = load_tile(dx_start, lanes, channels, inside, D, heads, 1, D).to(tl.float32)
         out = rstd_row[None, :] * (out - first[None, :] - normed * second[None, :])
+        if SCALED:
+            out *= undo
         store_tile(dx_start, out, lanes, channels, inside, D, heads)

@@ -18,6 +18,7 @@ from .tiles import (
     NONE,
     SIZES,
     head_base,
+    load_scale,
     load_tile,
     load_weights,
     own_tiles,
@@ -32,10 +33,16 @@ from .tiles import (
 
 
 @triton.jit
-def hidden_gradients(x, g, w12, w3, TANH: tl.constexpr, PRECISION: tl.constexpr):
-    """Of a block of hidden units, in x's dtype: Z ``[BLOCK_N, BLOCK_M]``, dA and dB as a `pair`."""
+def hidden_gradients(
+    x, g, w12, w3, scale, TANH: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Of a block of hidden units, in x's dtype: Z ``[BLOCK_N, BLOCK_M]``, dA and dB as a `pair`;
+    the latter times ``scale`` if ``SCALED``.
+    """
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     dz = tl.dot(g, tl.trans(w3), input_precision=PRECISION)
+    if SCALED:
+        dz *= scale
     silu, slope, _ = silu_terms(a, TANH)
     dtype: tl.constexpr = x.dtype
     return (silu * b).to(dtype), pair(dz * (b * slope), dz * silu).to(dtype)
@@ -43,10 +50,13 @@ def hidden_gradients(x, g, w12, w3, TANH: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def store_gradients(
-    base, g12, g3, channels, hidden, values, D: tl.constexpr, DV: tl.constexpr, TANH: tl.constexpr
-):
-    """Writes a block of hidden units of G1, G2 and G3, which lie one behind the other; if ``TANH``
-    ``g12`` has the gradient of W1 / 2.
+    base, g12, g3, channels, hidden, values, unscale, unscale3, D: tl.constexpr, DV: tl.constexpr,
+    TANH: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Writes a block of hidden units of G1, G2 and G3, which lie one behind the other, if
+    ``SCALED`` times ``unscale`` and, the last, ``unscale3``.
+
+    If ``TANH``, ``g12`` has the gradient of W1 / 2.
 
     ``g3`` comes as its transpose, ``[BLOCK_V, BLOCK_M]``, like the others: with as many rows as a
     product of 8 warps wants.
@@ -56,6 +66,8 @@ def store_gradients(
     g1, g2 = unpair(g12)
     if TANH:
         g1 *= 0.5
+    if SCALED:
+        g1, g2, g3 = g1 * unscale, g2 * unscale, g3 * unscale3
     tl.store(at, g1, mask=columns)
     tl.store(at + D * D, g2, mask=columns)
     rows = (values < DV)[:, None] & (hidden < D)[None, :]
@@ -75,13 +87,13 @@ def add_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def inner_gradient(
-    x, g, w1, w2, w3, taps, offsets, mean, rstd, partial, dx,
+    x, g, w1, w2, w3, taps, offsets, mean, rstd, largest, partial, dx, dx_unscale,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     groups, heads, chunk, splits, tiles,
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
-    KEYS: tl.constexpr, CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TANH: tl.constexpr, UNROLL: tl.constexpr,
+    KEYS: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, TANH: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """partial ``[splits, B*H, 2*D*D + D*Dv]`` float32: G1, G2, G3 of a chunk of tiles.
@@ -89,6 +101,9 @@ def inner_gradient(
     KEYS: x is normalised with mean and rstd, and the weights are ``[H, ...]``; one program for each
     (batch item, head), chunk and block of hidden units. Otherwise x are the queries, the weights
     are ``[B*H, ...]``, dx ``[B, N, H, D]`` is written too, and one program does all blocks.
+    SCALED: dZ is scaled by a power of two, from ``largest`` ``[B*H]``, the largest magnitude of g,
+    and with it dA and dB; ``partial`` is not. If there is a convolution to go back through, dx is
+    scaled too, and ``dx_unscale`` ``[B*H]`` is written, which undoes it.
     WIDE: products of float32, not of the dtype of x.
     """
     BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
@@ -113,6 +128,10 @@ def inner_gradient(
     at = partial + (split.to(tl.int64) * groups + group) * (2 * D * D + D * DV)
     places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
+    scale, unscale = load_scale(largest, group, SCALED)
+    if SCALED and NDIM > 0 and not KEYS:
+        if split == 0:
+            tl.store(dx_unscale + group, unscale)
 
     for turn in range(BLOCKS_M // SHARED_AMONG):
         block = turn + tl.program_id(0) % SHARED_AMONG
@@ -138,9 +157,13 @@ def inner_gradient(
                 g_base + place[2] * (g_stride_n * UNIT), tokens, values, exist, DV, g_stride_n,
                 g_stride_d, UNIT,
             ).to(dtype)  # fmt: skip
-            z, dab = hidden_gradients(x_tile, g_tile, w12_block, w3_block, TANH, PRECISION)
+            z, dab = hidden_gradients(
+                x_tile, g_tile, w12_block, w3_block, scale, TANH, SCALED, PRECISION
+            )
             if not KEYS:
                 back = tl.dot(dab, tl.trans(w12_block), input_precision=PRECISION)
+                if SCALED and NDIM == 0:
+                    back *= unscale
                 add_tile(
                     dx_base + place[2] * heads * D, back, tokens, channels, exist, D, heads, block,
                     BLOCKS_M,
@@ -148,6 +171,8 @@ def inner_gradient(
             sum3 = tl.dot(tl.trans(g_tile), z, sum3, input_precision=PRECISION)
             sum12 = tl.dot(tl.trans(dab), x_tile, sum12, input_precision=PRECISION)
         hidden = block * BLOCK_M + units
-        store_gradients(at, tl.trans(sum12), sum3, channels, hidden, values, D, DV, TANH)
+        store_gradients(
+            at, tl.trans(sum12), sum3, channels, hidden, values, unscale, 1.0, D, DV, TANH, SCALED
+        )
         if not KEYS:  # the next block reads dx
             tl.debug_barrier()

@@ -11,7 +11,9 @@ from .launch import (
     Site,
     code_count,
     is_centred,
+    is_scaled,
     is_wide,
+    largest,
     launch,
     near,
     padded,
@@ -36,6 +38,7 @@ class Saved(NamedTuple):
     w1: Tensor  # W', [B, H, D, D] in the dtype of the products
     w2: Tensor
     w3: Tensor  # [B, H, D, Dv]
+    largest_v: Tensor  # magnitude of v, [B, H] float32; [B, 0] unless products are of float16
 
 
 def empty_saved(
@@ -62,6 +65,7 @@ def empty_saved(
         q.new_empty(batch, heads, dim, dim, dtype=dtype),
         q.new_empty(batch, heads, dim, dim, dtype=dtype),
         q.new_empty(batch, heads, dim, v.shape[3], dtype=dtype),
+        q.new_empty(batch, heads if is_scaled(q, k, v) else 0, dtype=torch.float32),
     )
 
 
@@ -94,9 +98,9 @@ def forward(
     shape = site(q, k, v, grid=grid, prefix=prefix, locality=locality, key_norm_eps=key_norm_eps)
     q, k, v = (near(t, shape) for t in (q, k, v))
     weights = [w.contiguous() for w in weights]
-    saved = empty_saved(q, k, v, conv, grid, key_norm_eps)
+    saved = empty_saved(q, k, v, conv, grid, key_norm_eps)._replace(largest_v=largest(v, shape))
     fill_tables(saved, k, conv, shape, key_norm_eps)
-    mean, rstd, offsets, taps, quads, *updated = saved
+    mean, rstd, offsets, taps, quads, *updated, largest_v = saved
 
     blocks = shape.hidden_blocks("inner_gradient")
     parts = shape.tile_chunks(shape.config("inner_gradient"), blocks)
@@ -105,12 +109,13 @@ def forward(
     launch(
         inner_gradient,
         shape.groups * parts.splits * blocks,
-        *(k, v, *weights, taps[1], offsets, mean, rstd, partial, partial),
+        *(k, v, *weights, taps[1], offsets, mean, rstd, largest_v, partial, partial, partial),
         *(*steps, shape.groups, shape.heads, *parts),
         *shape.places(quads),
         UNIT=unit,
         KEYS=True,
         CENTRED=shape.centred,
+        SCALED=shape.scaled,
         **shape.shape("inner_gradient"),
     )
     sum_partials(
@@ -141,7 +146,7 @@ def forward(
 def fill_tables(
     saved: Saved, k: Tensor, conv: Sequence[Tensor], shape: Site, key_norm_eps: float
 ) -> None:
-    """Writes all of ``saved`` but W'."""
+    """Writes the rows of channels and ``quads`` of ``saved``."""
     # What is not there is not read.
     weight_q, bias_q, weight_k, bias_k = [c.contiguous() for c in conv] or [k] * 4
     settings = shape.config("prepare")

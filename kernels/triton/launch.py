@@ -48,6 +48,7 @@ class Site:
     grid: tuple[int, ...]  # of three axes, missing ones first, of size 1
     wide: bool  # products of float32
     tanh: bool  # silu by the GPU's own tanh
+    scaled: bool  # products of float16: see ``tiles.power_of_two``
     centred: bool  # the mean of the keys is subtracted before all else: see ``convolved_tile``
 
     @property
@@ -175,6 +176,7 @@ def site(
         grid=((1,) * (3 - len(axes)) + axes),
         wide=is_wide(q, k, v),
         tanh=is_tanh(q, k, v),
+        scaled=is_scaled(q, k, v),
         centred=is_centred(q, k, v, key_norm_eps),
     )
 
@@ -190,6 +192,23 @@ def is_tanh(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     rounded = q.dtype == torch.bfloat16 and not is_wide(q, k, v)
     return rounded and architecture(q.device).startswith("sm_")
+
+
+def is_scaled(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether what is multiplied is scaled by powers of two: in float16, in which what is smaller
+    than 6e-5 loses digits.
+    """
+    return q.dtype == torch.float16 and not is_wide(q, k, v)
+
+
+def largest(tensor: Tensor, shape: Site) -> Tensor:
+    """The largest magnitude in each (batch item, head) of ``[B, H, N, C]``, ``[B, H]`` float32;
+    empty where nothing is scaled.
+    """
+    if not shape.scaled:
+        return tensor.new_empty(shape.batch, 0, dtype=torch.float32)
+    infinity = math.inf
+    return torch.linalg.vector_norm(tensor, infinity, (2, 3), dtype=torch.float32)
 
 
 def is_centred(q: Tensor, k: Tensor, v: Tensor, key_norm_eps: float) -> bool:
@@ -329,6 +348,11 @@ def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
         kernel[(programs,)](*args, **settings)
 
 
+def sum_blocks(shape: Site) -> int:
+    """Programs that sum up the matrices of one owner."""
+    return triton.cdiv(shape.matrices, SUM_BLOCK)
+
+
 def sum_partials(
     partial: Tensor,
     out: Sequence[Tensor],
@@ -338,19 +362,23 @@ def sum_partials(
     scale: float = 1.0,
     tokens: int = 1,
     base: Sequence[Tensor] = (),
+    largest: Tensor | None = None,
 ) -> None:
     """out = base + scale / tokens * the sum of the rows of ``partial``, for each of three matrices.
 
     ``partial``: ``[splits, B*H, matrices]``; owners are the B*H groups or, for sums over the batch
     too, the H heads. ``base``: ``[H, ...]``, or ``[B, H, ...]`` to be summed over the batch.
+    ``largest``: ``[owners, `sum_blocks`]``, to be given the largest magnitude in each block.
     """
     base_rows = 0 if not base else shape.batch if base[0].dim() == 4 else 1
     launch(
         sum_matrices,
-        owners * triton.cdiv(shape.matrices, SUM_BLOCK),
-        *(partial, *(base or out), *out, owners, shape.heads),
+        owners * sum_blocks(shape),
+        *(partial, *(base or out), *out, partial if largest is None else largest),
+        *(owners, shape.heads),
         *(partial.shape[0] * (shape.groups // owners), base_rows, scale, tokens),
         D=shape.dim,
         DV=shape.value_dim,
+        LARGEST=largest is not None,
         BLOCK=SUM_BLOCK,
     )

@@ -28,7 +28,7 @@ def ttt_triton_forward(
     grid: Sequence[int],
     prefix: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output ``[B, H, N, Dv]`` and what the backward needs: see `forward`."""
     for tensor in (*weights, *conv):
         check_dtype("parameters", tensor)

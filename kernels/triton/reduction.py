@@ -23,15 +23,16 @@ def _load(w1, w2, w3, owner, at, D: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def sum_matrices(
-    partial, base1, base2, base3, out1, out2, out3,
+    partial, base1, base2, base3, out1, out2, out3, largest,
     owners, base_owners, rows, base_rows, scale, num_tokens,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = sum over base_rows of base + scale / num_tokens * sum over rows of partial, for three
     matrices.
 
     partial: ``[rows, owners, 2*D*D + D*Dv]`` float32; out: ``[owners, ...]`` contiguous, each in a
     dtype of its own; base: ``[base_rows, base_owners, ...]``, read at owner modulo base_owners.
+    LARGEST: also ``[owners, blocks of BLOCK]`` float32, the largest magnitude of each block.
     """
     SIZE: tl.constexpr = 2 * D * D + D * DV
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
@@ -45,6 +46,8 @@ def sum_matrices(
     for row in range(base_rows):
         base_owner = row * base_owners + owner % base_owners
         total += _load(base1, base2, base3, base_owner, at, D, DV)
+    if LARGEST:
+        tl.store(largest + tl.program_id(0), tl.max(tl.abs(total), 0))
     first = at < D * D
     tl.store(out1 + owner * (D * D) + at, total.to(out1.dtype.element_ty), mask=first)
     second = (at >= D * D) & (at < 2 * D * D)

@@ -23,10 +23,12 @@ from .tiles import (
     NONE,
     SIZES,
     head_base,
+    load_scale,
     load_tile,
     load_weights,
     own_tiles,
     pair,
+    power_of_two,
     quad_places,
     silu_terms,
     tile_place,
@@ -34,18 +36,25 @@ from .tiles import (
     unpair,
 )
 
+#: Magnitudes that are compared at a time.
+LANES = tl.constexpr(128)
+
 
 @triton.jit
 def second_order_terms(
-    x, g, weights, part: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr
-):
+    x, g, weights, scale, part: tl.constexpr, TANH: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """Of a part of the hidden units, in x's dtype: a `pair` of dL/dA and dL/dB, dL/d dZ, a pair of
-    dA and dB, and one of dL/d dZ and Z. ``weights``: what `load_part` gave, of all parts.
+    dA and dB, and one of dL/d dZ and Z. ``weights``: what `load_part` gave, of all parts;
+    ``scale``: of dZ and T, if ``SCALED``.
     """
     w12, u12, w3u3 = weights[3 * part : 3 * part + 3]
     a, b = unpair(tl.dot(x, w12, input_precision=PRECISION))
     p, r = unpair(tl.dot(x, u12, input_precision=PRECISION))
     dz, t = unpair(tl.dot(g, w3u3, input_precision=PRECISION))
+    if SCALED:
+        dz, t = dz * scale, t * scale
     silu, slope, curvature = silu_terms(a, TANH)
     b_slope, dz_slope = b * slope, dz * slope
     at_dz = p * b_slope + r * silu
@@ -113,15 +122,29 @@ def gradient_at_x(
     return back
 
 
+@triton.jit
+def scale_of_gradient(largest, group, blocks, rate):
+    """`power_of_two` for U, small enough for its products; ``largest`` ``[B*H, blocks]``: of parts
+    of dL/dW'.
+    """
+    most = tl.zeros([LANES], tl.float32)
+    for first in range(0, blocks, LANES):
+        at = first + tl.arange(0, LANES)
+        more = tl.load(largest + group * blocks + at, mask=at < blocks, other=0.0)
+        most = tl.maximum(most, more)
+    return power_of_two(tl.max(most, 0) * tl.abs(rate), -4)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def second_order_gradient(
-    x, g, w1, w2, w3, u1, u2, u3, taps, offsets, mean, rstd, partial, dx, dg,
+    x, g, w1, w2, w3, u1, u2, u3, taps, offsets, mean, rstd, largest_g, largest_u,
+    partial, dx, dg, dx_unscale,
     x_stride_b, x_stride_h, x_stride_n, x_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
-    groups, heads, chunk, splits, tiles, scale,
+    groups, heads, chunk, splits, tiles, scale, u_blocks,
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
-    CENTRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TANH: tl.constexpr,
-    UNROLL: tl.constexpr, PARTS: tl.constexpr,
+    CENTRED: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TANH: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What comes back through the inner gradient; u is dL/dW', ``[B*H, ...]``, U / r, and r is
@@ -155,6 +178,13 @@ def second_order_gradient(
     begin, end = own_tiles(split, chunk, tiles)
 
     rate = tl.cast(scale, tl.float32) / num_tokens
+    g_scale, g_unscale = load_scale(largest_g, group, SCALED)
+    u_unscale = 1.0
+    if SCALED:
+        u_scale, u_unscale = scale_of_gradient(largest_u, at_group, u_blocks, rate)
+        rate *= u_scale
+        if split == 0:
+            tl.store(dx_unscale + group, g_unscale * u_unscale)
     for block in range(BLOCKS_M):
         weights, sums = (), ()
         for part in tl.static_range(PARTS):
@@ -181,11 +211,15 @@ def second_order_gradient(
             ).to(dtype)  # fmt: skip
             terms, more = (), ()
             for part in tl.static_range(PARTS):
-                of_part = second_order_terms(x_tile, g_tile, weights, part, TANH, PRECISION)
+                of_part = second_order_terms(
+                    x_tile, g_tile, weights, g_scale, part, TANH, SCALED, PRECISION
+                )
                 more += add_sums(sums, part, x_tile, g_tile, of_part, PRECISION)
                 terms += of_part
             sums = more
             back = gradient_at_g(terms, weights, PARTS, PRECISION, BLOCK_N, BLOCK_V)
+            if SCALED:
+                back *= u_unscale
             add_tile(
                 dg_base + place[2] * heads * DV, back, tokens, values, exist, DV, heads, block,
                 BLOCKS_M,
@@ -198,7 +232,7 @@ def second_order_gradient(
         for part in tl.static_range(PARTS):
             hidden = block * BLOCK_M + part * PART_M + units
             store_gradients(
-                at, tl.trans(sums[2 * part]), sums[2 * part + 1], channels, hidden, values, D, DV,
-                TANH,
+                at, tl.trans(sums[2 * part]), sums[2 * part + 1], channels, hidden, values,
+                g_unscale * u_unscale, u_unscale, D, DV, TANH, SCALED,
             )  # fmt: skip
         tl.debug_barrier()  # the next block reads dx and dg

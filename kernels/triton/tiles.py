@@ -192,6 +192,33 @@ def load_weights(
 
 
 @triton.jit
+def power_of_two(largest, TOP: tl.constexpr):
+    """The power of two that takes ``largest``, float32 and not negative, to between 2**TOP and
+    2**(TOP + 1), and its reciprocal; 1 and 1 of 0, infinity and NaN.
+
+    So float16 has the same digits of a gradient of any size.
+    """
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    power = tl.minimum(tl.maximum(254 + TOP - exponent, 1), 253)
+    power = tl.where((exponent == 0) | (exponent == 255), 127, power)
+    return (power << 23).to(tl.float32, bitcast=True), ((254 - power) << 23).to(
+        tl.float32, bitcast=True
+    )
+
+
+@triton.jit
+def load_scale(largest, group, SCALED: tl.constexpr):
+    """`power_of_two` for a tensor of which ``largest`` has the largest magnitude of each (batch
+    item, head): as large as what is normally distributed, of variance 1. 1 and 1 unless ``SCALED``.
+    """
+    if SCALED:
+        scale, unscale = power_of_two(tl.load(largest + group), 2)
+    else:
+        scale, unscale = 1.0, 1.0
+    return scale, unscale
+
+
+@triton.jit
 def sigmoid(a):
     """1 / (1 + exp(-a)), to a few ulps: the division is a squared reciprocal root.
 
