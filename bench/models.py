@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import t5fx
+from t5fx.copies import duplicate
 from t5fx.errors import NothingRewrittenWarning, T5Error, UntrainedWarning
 from t5fx.kernels import TTT
 from t5fx.measure import Spread, clock
@@ -137,7 +138,7 @@ class Bench:
     def _contenders(self, rest: list[Row]) -> Iterator[Contender]:
         config = t5fx.LinearizeConfig(min_tokens=0, dynamic=False, **self.entry.options)
         linear = t5fx.linearize(
-            self.model, (), self.inputs, config=config, inplace=True
+            duplicate(self.model, share=True), (), self.inputs, config=config, inplace=True
         ).train(self.entry.training)
         self.report: Report = t5fx.report(linear)
         self._make_attention_matter(linear)
@@ -166,7 +167,7 @@ class Bench:
         found = t5fx.explain(self.model, (), self.inputs, config=chosen)
         if found.rewritten:
             partly = t5fx.linearize(
-                self.model, (), self.inputs, config=chosen, inplace=True
+                duplicate(self.model, share=True), (), self.inputs, config=chosen, inplace=True
             )
             wanted = self._run(partly.train(self.entry.training))()
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -171,7 +170,7 @@ def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, 
     return structure, constants_of(leaves)
 
 
-# --- attributes ------------------------------------------------------------------------------------
+# --- attributes ---
 
 
 def watched(module: Any) -> tuple[tuple[str, ...], ...]:

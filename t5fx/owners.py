@@ -204,7 +204,8 @@ def _symbolic(fake: FakeTensorMode, environment: ShapeEnv, i: int, leaf: Any) ->
         else torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device="meta")
     )
     kinds = [
-        DimDynamic.STATIC if axis in leaf.fixed else DimDynamic.DYNAMIC for axis in range(like.dim())
+        DimDynamic.STATIC if axis in leaf.fixed else DimDynamic.DYNAMIC
+        for axis in range(like.dim())
     ]
     context = StatelessSymbolicContext(dynamic_sizes=kinds)
     value = fake.from_tensor(like, source=source, symbolic_context=context)
@@ -237,9 +238,7 @@ def _children_called(owner: nn.Module, inline: frozenset[str]) -> Iterator[None]
         nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
-def _record(
-    tracer: Any, name: str | None, run: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
+def _record(tracer: Any, name: str | None, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     def proxy(value: Any) -> Any:
         traced = isinstance(value, (torch.Tensor, *py_sym_types))
         return tracer.unwrap_proxy(value) if traced else value

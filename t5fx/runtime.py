@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -318,7 +318,7 @@ def _sources(layout: Layout) -> Iterator[Source]:
             yield term
 
 
-# --- hooks -----------------------------------------------------------------------------------------
+# --- hooks ---
 
 
 @dataclass

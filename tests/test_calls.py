@@ -60,7 +60,9 @@ def test_forward_has_the_signature_of_the_original():
         assert type(same) is Wrapped
         assert torch.equal(same(images), lin(images))
     attention = lin.vit.blocks[0].attn
-    assert inspect.signature(attention.forward) == inspect.signature(model.vit.blocks[0].attn.forward)
+    assert inspect.signature(attention.forward) == inspect.signature(
+        model.vit.blocks[0].attn.forward
+    )
 
 
 def test_the_signature_survives_pickle():
