@@ -149,7 +149,7 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
     for judged in kinds:
         known = judged.calls.get(state.name, ())
         if any(s == described[0] and fits(c, described[1]) for s, c in known):
-            runtime.extend(module, state.name, structure, spec, leaves, judged, kind is not None)
+            runtime.extend(runtime, module, state.name, structure, spec, leaves, judged, kind is not None)
             return
     if kind is None:
         raise RefusedCallError(
@@ -158,7 +158,7 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
             f"model so first, or use t5fx.softmax(model)"
         )
     # The model's code is another one than when it was judged: it must prove itself.
-    runtime.extend(module, state.name, structure, spec, leaves, kind, False)
+    runtime.extend(runtime, module, state.name, structure, spec, leaves, kind, False)
 
 
 def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -86,12 +85,23 @@ class Runtime:
     """What the modules of one linearized model share. It holds none of them.
 
     kinds: judged kinds of calls, the latest last; forms: by description of an owner, its forms.
-    original: the original attention runs, for a while.
+    original: the original attention runs, for a while. judge: (runtime, model, args, kwargs), judges
+    a kind of call; extend: (runtime, owner, ...), builds another form of an owner: see
+    `t5fx.judging`, which makes runtimes.
     """
 
-    def __init__(self, config: LinearizeConfig, signature: Signature, model: str) -> None:
+    def __init__(
+        self,
+        config: LinearizeConfig,
+        signature: Signature,
+        model: str,
+        judge: Callable[..., None],
+        extend: Callable[..., None],
+    ) -> None:
         self.config = config
         self.signature = signature
+        self.judge = judge
+        self.extend = extend
         self.report = Report(model)
         self.kinds: list[Kind] = []
         self.forms: dict[str, list[Any]] = {}
@@ -300,12 +310,6 @@ class Runtime:
         """Of the owner's forms the latest are kept."""
         self.forms[owner] = [*self.forms.get(owner, [])[-KEPT + 1 :], form]
 
-    def extend(self, module: nn.Module, *about: Any) -> None:
-        """Build another form of an owner; see `t5fx.judging.extend`."""
-        from t5fx.judging import extend
-
-        extend(self, module, *about)
-
 
 def _as_sizes(sizes: list[int]) -> torch.Tensor:
     """Sizes as those of a tensor without elements: compilers keep these apart from its values."""
@@ -345,9 +349,7 @@ class Before:
     "without torch.compile, in this train/eval mode and with arguments like these, then compile it"
 )
 def _judge(runtime: Runtime, module: nn.Module, args: Any, kwargs: Any) -> None:
-    from t5fx.judging import judge_again
-
-    judge_again(runtime, module, args, kwargs)
+    runtime.judge(runtime, module, args, kwargs)
 
 
 @dataclass
@@ -388,12 +390,3 @@ class Entry:
 
 
 HOOKS = (Before, After, Origin, Entry)
-
-
-@contextmanager
-def softmax_of(runtime: Runtime) -> Iterator[None]:
-    before, runtime.original = runtime.original, True
-    try:
-        yield
-    finally:
-        runtime.original = before
