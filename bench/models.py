@@ -131,9 +131,9 @@ class Bench:
 
     def _contenders(self, rest: list[Row]) -> Iterator[Contender]:
         config = t5fx.LinearizeConfig(min_tokens=0, dynamic=False, **self.entry.options)
-        linear = t5fx.linearize(
-            self.model, (), self.inputs, config=config, inplace=True
-        ).train(self.entry.training)
+        linear = t5fx.linearize(self.model, (), self.inputs, config=config, inplace=True).train(
+            self.entry.training
+        )
         self.report: Report = t5fx.report(linear)
         self._make_attention_matter(linear)
         softmax, before = self._counted(self.model)
@@ -160,9 +160,7 @@ class Bench:
         chosen = t5fx.LinearizeConfig(**measuring, dynamic=False)
         found = t5fx.explain(self.model, (), self.inputs, config=chosen)
         if found.rewritten:
-            partly = t5fx.linearize(
-                self.model, (), self.inputs, config=chosen, inplace=True
-            )
+            partly = t5fx.linearize(self.model, (), self.inputs, config=chosen, inplace=True)
             wanted = self._run(partly.train(self.entry.training))()
         else:
             wanted = softmax

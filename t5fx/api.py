@@ -24,7 +24,6 @@ from t5fx.errors import (
     T5Error,
 )
 from t5fx.hooks import Hook, hooks_of, run
-from t5fx.kernels import TTT
 from t5fx.judging import (
     install,
     judge,
@@ -34,13 +33,13 @@ from t5fx.judging import (
     refuse_missing,
     runtime_for,
 )
+from t5fx.kernels import TTT
 from t5fx.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
 from t5fx.policy import plan
 from t5fx.reports import Report, Site, why_nothing
 from t5fx.rewrite import rewrite
 from t5fx.templates import bare, clean_thread
 from t5fx.writes import settle
-
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -139,9 +138,7 @@ def build(
     return result
 
 
-def with_nodes(
-    model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TTT]
-) -> nn.Module:
+def with_nodes(model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TTT]) -> nn.Module:
     """Give a model nodes that were saved, in place; its first call is judged when it comes.
 
     A GraphModule is rewritten at once.

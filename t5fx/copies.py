@@ -76,7 +76,7 @@ class _Rebinder:
 
     def visit(self, value: Any) -> None:
         """Replace the functions in a copied object's attributes, items and elements, in place."""
-        if isinstance(value, _PLAIN) or callable(value) and not hasattr(value, "__dict__"):
+        if isinstance(value, _PLAIN) or (callable(value) and not hasattr(value, "__dict__")):
             return
         if id(value) in self.seen:
             return

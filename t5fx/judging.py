@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import nn
 
 from t5fx.calls import Signature, formula, printed
 from t5fx.canon import View, expr, same
@@ -230,7 +230,7 @@ def refuse_calls(view: View, plans: list[Plan], existing: Mapping[str, TTT]) -> 
                 )
 
 
-# --- what each owner is told ------------------------------------------------------------------------
+# --- what each owner is told ----------------------------------------------------------------------
 
 
 def _verdicts(
@@ -276,7 +276,9 @@ class _Places:
     have recorded.
     """
 
-    def __init__(self, looked: _Looked, recorded: Mapping[str, tuple[tuple[int, int], ...]]) -> None:
+    def __init__(
+        self, looked: _Looked, recorded: Mapping[str, tuple[tuple[int, int], ...]]
+    ) -> None:
         self.looked = looked
         self.origins = {name: list(axes) for name, axes in recorded.items()}
         self.arguments: list[Any] = []
@@ -409,7 +411,7 @@ def extend(
     runtime.keep_form(name, clean_thread(work))
 
 
-# --- putting it into the model -----------------------------------------------------------------------
+# --- putting it into the model --------------------------------------------------------------------
 
 
 def install(runtime: Runtime, model: nn.Module, nodes: Mapping[str, nn.Module]) -> None:

@@ -38,7 +38,10 @@ from t5fx.calls import Guards, guards_of
 
 @dataclass(frozen=True)
 class Described:
-    """A tensor argument: what tracing needs to know of it. fixed: axes whose sizes are constants."""
+    """A tensor argument: what tracing needs to know of it.
+
+    fixed: axes whose sizes are constants.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -204,7 +207,8 @@ def _symbolic(fake: FakeTensorMode, environment: ShapeEnv, i: int, leaf: Any) ->
         else torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device="meta")
     )
     kinds = [
-        DimDynamic.STATIC if axis in leaf.fixed else DimDynamic.DYNAMIC for axis in range(like.dim())
+        DimDynamic.STATIC if axis in leaf.fixed else DimDynamic.DYNAMIC
+        for axis in range(like.dim())
     ]
     context = StatelessSymbolicContext(dynamic_sizes=kinds)
     value = fake.from_tensor(like, source=source, symbolic_context=context)
@@ -237,9 +241,7 @@ def _children_called(owner: nn.Module, inline: frozenset[str]) -> Iterator[None]
         nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
-def _record(
-    tracer: Any, name: str | None, run: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
+def _record(tracer: Any, name: str | None, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     def proxy(value: Any) -> Any:
         traced = isinstance(value, (torch.Tensor, *py_sym_types))
         return tracer.unwrap_proxy(value) if traced else value

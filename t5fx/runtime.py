@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -85,9 +85,9 @@ class Runtime:
     """What the modules of one linearized model share. It holds none of them.
 
     kinds: judged kinds of calls, the latest last; forms: by description of an owner, its forms.
-    original: the original attention runs, for a while. judge: (runtime, model, args, kwargs), judges
-    a kind of call; extend: (runtime, owner, ...), builds another form of an owner: see
-    `t5fx.judging`, which makes runtimes.
+    original: the original attention runs, for a while. judge: called with (runtime, model, args,
+    kwargs), judges a kind of call; extend: called with (runtime, owner, ...), builds another form of
+    an owner. Both are `t5fx.judging`'s, which makes runtimes.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ def _sources(layout: Layout) -> Iterator[Source]:
             yield term
 
 
-# --- hooks -----------------------------------------------------------------------------------------
+# --- hooks ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -387,6 +387,3 @@ class Entry:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             self.runtime.enter(self.name, args, kwargs)
-
-
-HOOKS = (Before, After, Origin, Entry)

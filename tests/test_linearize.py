@@ -208,7 +208,9 @@ def test_survives_deepcopy_and_torch_save(shape):
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert torch.equal(loaded(images), out)
-    assert [s.fqn for s in t5fx.report(loaded).rewritten] == [s.fqn for s in t5fx.report(lin).rewritten]
+    assert [s.fqn for s in t5fx.report(loaded).rewritten] == [
+        s.fqn for s in t5fx.report(lin).rewritten
+    ]
     loaded.load_state_dict(lin.state_dict())
     assert not torch.equal(loaded(images), out)
 

@@ -10,8 +10,8 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import t5fx
-from t5fx.lookup import runtimes
 from t5fx.kernels import TTT
+from t5fx.lookup import runtimes
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
 
@@ -94,7 +94,9 @@ def test_dit():
         "class_labels": torch.tensor([3, 4]),
     }
     lin = t5fx.linearize(model, kwargs=inputs, config=ALL)
-    assert [(s.prefix, s.grid, s.suffix) for s in t5fx.report(lin).rewritten] == [(0, (4, 4), 0)] * 2
+    assert [(s.prefix, s.grid, s.suffix) for s in t5fx.report(lin).rewritten] == [
+        (0, (4, 4), 0)
+    ] * 2
     assert isinstance(lin(**inputs), Transformer2DModelOutput)
     assert lin.config.num_attention_heads == 2
     lin(**inputs).sample.pow(2).sum().backward()
