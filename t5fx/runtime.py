@@ -86,8 +86,8 @@ class Runtime:
 
     kinds: judged kinds of calls, the latest last; forms: by description of an owner, its forms.
     original: the original attention runs, for a while. judge: called with (runtime, model, args,
-    kwargs), judges a kind of call; extend: called with (runtime, owner, ...), builds another form of
-    an owner. Both are `t5fx.judging`'s, which makes runtimes.
+    kwargs), judges a kind of call; extend: called with (runtime, owner, ...), builds another form
+    of an owner. Both are functions of `t5fx.judging`, which makes runtimes.
     """
 
     def __init__(
