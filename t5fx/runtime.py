@@ -38,7 +38,7 @@ class Source(NamedTuple):
     """
 
     module: str
-    index: int
+    place: int
 
 
 Term = int | Source
@@ -190,7 +190,7 @@ class Runtime:
     ) -> tuple[int, ...]:
         def value(term: Term | None) -> int | None:
             if isinstance(term, Source):
-                return sizes[term.module].shape[term.index] - SHIFT
+                return sizes[term.module].shape[term.place] - SHIFT
             return term
 
         grid = [value(term) for term in wanted.grid]
