@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import t5fx
 from t5fx.errors import T5Error
 from t5fx.measure import Spread, interleave
 

@@ -279,11 +279,11 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
     """
     result: Parameters | None = None
     origins: dict[str, str] = {}
-    for key, node, label, configs in _found(model):
+    for key, node, label, found in _found(model):
         if config is not None and not matches(node, config.at(key.rpartition(".")[0])):
             continue
         if result is None:
-            result = Parameters(configs[0] if config is None else config)
+            result = Parameters(found[0] if config is None else config)
         if origins.setdefault(key, label) != label or result.nodes().get(key, node) is not node:
             raise AdapterError(
                 f"'{key}' is the key of several nodes, as the model was compiled with several "

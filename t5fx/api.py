@@ -24,13 +24,20 @@ from t5fx.errors import (
     T5Error,
 )
 from t5fx.hooks import Hook, hooks_of, run
-from t5fx.judging import install, judge, keep, refuse_calls, refuse_foreign, refuse_missing
+from t5fx.judging import (
+    install,
+    judge,
+    keep,
+    refuse_calls,
+    refuse_foreign,
+    refuse_missing,
+    runtime_for,
+)
 from t5fx.kernels import TTT
 from t5fx.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
 from t5fx.policy import plan
 from t5fx.reports import Report, Site, why_nothing
 from t5fx.rewrite import rewrite
-from t5fx.runtime import Runtime
 from t5fx.templates import bare, clean_thread
 from t5fx.writes import settle
 
@@ -117,7 +124,7 @@ def build(
     site that has a node cannot be rewritten to it, `CaptureError` where it is not in the model.
     """
     result = model if inplace else duplicate(model)
-    runtime = Runtime(config, Signature(result.forward), type(model).__name__)
+    runtime = runtime_for(result, config)
     outcome = judge(runtime, result, args, kwargs, nodes)
     if not inplace:
         refuse_foreign(model, outcome)
@@ -138,7 +145,7 @@ def with_nodes(model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TT
     """
     if isinstance(model, fx.GraphModule):
         return build_graph(model, (), {}, config, nodes)
-    runtime = Runtime(config, Signature(model.forward), type(model).__name__)
+    runtime = runtime_for(model, config)
     runtime.report.capture = "saved: the first call is judged when it comes"
     runtime.report.sites = [
         Site(

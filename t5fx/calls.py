@@ -143,7 +143,8 @@ def guards_of(placeholders: list[fx.Node]) -> Guards:
     for node in placeholders:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            sizes, shown = list(value.shape), []
+            shown: list[Any] = []
+            sizes: list[Any] = list(value.shape)
             for size in sizes:
                 symbol = expr(size)
                 shown.append(symbol if isinstance(symbol, int) else printed(symbol))

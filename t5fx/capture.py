@@ -222,7 +222,6 @@ def _from_program(
         elif "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)  # holds for the captured dtypes, which `Guards` checks
     scatter_writes(View(graph, program.graph_module))
-    leaves = pytree.tree_leaves((args, kwargs))
     guards = guards_of(users)
     if dynamic:
         sizes = [w[2] for w in guards.leaves if isinstance(w, tuple)]

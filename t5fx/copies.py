@@ -72,7 +72,7 @@ def _sharded_copied(model: nn.Module) -> Iterator[None]:
     kinds = {type(m) for m in model.modules() if isinstance(m, fsdp)} - set(dispatch)
 
     def duplicated(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        base = next(c for c in type(module).__mro__[1:] if not issubclass(c, fsdp))
+        base: Any = next(c for c in type(module).__mro__[1:] if not issubclass(c, fsdp))
         twin = memo[id(module)] = base.__new__(base)
         vars(twin).update(copy.deepcopy(vars(module), memo))
         return twin
@@ -130,12 +130,12 @@ class _Rebinder:
             same = owner is value.__self__ and function is value.__func__
             return value if same else types.MethodType(function, owner)
         if isinstance(value, functools.partial):
-            parts = [self.rebound(value.func), *map(self._mapped, value.args)]
+            parts: list[Any] = [self.rebound(value.func), *map(self._mapped, value.args)]
             named = {name: self._mapped(item) for name, item in value.keywords.items()}
             before = [value.func, *value.args, *value.keywords.values()]
             if all(a is b for a, b in zip(before, [*parts, *named.values()], strict=True)):
                 return value
-            new = functools.partial(*parts, **named)
+            new: Any = functools.partial(*parts, **named)
             new.__dict__.update({n: self._mapped(v) for n, v in vars(value).items()})
             return new
         return value

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from t5fx.calls import formula, printed
+from t5fx.calls import Signature, formula, printed
 from t5fx.canon import View, expr, same
 from t5fx.capture import Capture, capture, first_line
 from t5fx.config import LinearizeConfig
@@ -85,6 +85,15 @@ class _Recorded:
     def clear(self) -> None:
         self.calls.clear()
         self.outputs.clear()
+
+
+def runtime_for(model: nn.Module, config: LinearizeConfig) -> Runtime:
+    """What the modules of a model that is being linearized are going to share."""
+    return Runtime(
+        *(config, Signature(model.forward), type(model).__name__),
+        judge=judge_again,
+        extend=extend,
+    )
 
 
 def judge(
@@ -221,7 +230,7 @@ def refuse_calls(view: View, plans: list[Plan], existing: Mapping[str, TTT]) -> 
                 )
 
 
-# --- what each owner is told ---
+# --- what each owner is told ----------------------------------------------------------------------
 
 
 def _verdicts(
@@ -402,7 +411,7 @@ def extend(
     runtime.keep_form(name, clean_thread(work))
 
 
-# --- putting it into the model ---
+# --- putting it into the model --------------------------------------------------------------------
 
 
 def install(runtime: Runtime, model: nn.Module, nodes: Mapping[str, nn.Module]) -> None:

@@ -63,12 +63,12 @@ def owned_class(base: type[nn.Module]) -> type[nn.Module]:
             assert form is not None
         return form(self, state, leaves)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+    def reduced(self: Any, protocol: Any) -> Any:
         return _rebuilt, (base,), self.__getstate__()
 
     members = {
         "forward": forward,
-        "__reduce_ex__": __reduce_ex__,
+        "__reduce_ex__": reduced,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -148,7 +148,9 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
     for judged in kinds:
         known = judged.calls.get(state.name, ())
         if any(s == described[0] and fits(c, described[1]) for s, c in known):
-            runtime.extend(module, state.name, structure, spec, leaves, judged, kind is not None)
+            runtime.extend(
+                runtime, module, state.name, structure, spec, leaves, judged, kind is not None
+            )
             return
     if kind is None:
         raise RefusedCallError(
@@ -157,7 +159,7 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
             f"model so first, or use t5fx.softmax(model)"
         )
     # The model's code is another one than when it was judged: it must prove itself.
-    runtime.extend(module, state.name, structure, spec, leaves, kind, False)
+    runtime.extend(runtime, module, state.name, structure, spec, leaves, kind, False)
 
 
 def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
@@ -170,7 +172,7 @@ def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, 
     return structure, constants_of(leaves)
 
 
-# --- attributes ---
+# --- attributes -----------------------------------------------------------------------------------
 
 
 def watched(module: Any) -> tuple[tuple[str, ...], ...]:
@@ -182,7 +184,8 @@ def watched(module: Any) -> tuple[tuple[str, ...], ...]:
         if n not in ("_parameters", "_buffers", "_modules", STATE) and _is_object(v)
     ]
     base = getattr(type(module), "_t5fx_base", type(module))
-    for function in (base.forward, *(getattr(type(o), "__call__", None) for o in objects)):
+    calls = (getattr(type(o), "__call__", None) for o in objects)  # noqa: B004
+    for function in (base.forward, *calls):
         names |= _names(function)
     return (tuple(sorted(names)),)
 
@@ -207,7 +210,7 @@ def _is_object(value: Any) -> bool:
 
 def flags_of(module: Any, known: Any) -> tuple[Any, ...]:
     """The values of the watched attributes and the train/eval flag: they choose the code's way."""
-    names = known[0] if isinstance(known[0], tuple) else known[0]
+    names = known[0]
     found: list[Any] = [names, module.training]
     attributes = module.__dict__
     for name in names:

@@ -38,7 +38,10 @@ from t5fx.calls import Guards, guards_of
 
 @dataclass(frozen=True)
 class Described:
-    """A tensor argument: what tracing needs to know of it. fixed: axes whose sizes are constants."""
+    """A tensor argument: what tracing needs to know of it.
+
+    fixed: axes whose sizes are constants.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -164,7 +167,8 @@ def _trace(
         # Said of the transposes of weights, when they become fake ones.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         traced = make_fx(body, pre_dispatch=True)(*given)
-    graph, constants = traced.graph, {}
+    graph = traced.graph
+    constants: dict[str, Any] = {}
     graph.owning_module = None
     names = _names_of(owner)
     for node in list(graph.nodes):
@@ -208,7 +212,7 @@ def _symbolic(fake: FakeTensorMode, environment: ShapeEnv, i: int, leaf: Any) ->
         for axis in range(like.dim())
     ]
     context = StatelessSymbolicContext(dynamic_sizes=kinds)
-    value = fake.from_tensor(like, source=source, symbolic_context=context)
+    value: torch.Tensor = fake.from_tensor(like, source=source, symbolic_context=context)
     with fake:
         value = value.to(leaf.device)
     return value.requires_grad_(leaf.requires_grad)

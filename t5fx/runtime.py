@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ class Source(NamedTuple):
     """
 
     module: str
-    index: int
+    place: int
 
 
 Term = int | Source
@@ -86,12 +85,23 @@ class Runtime:
     """What the modules of one linearized model share. It holds none of them.
 
     kinds: judged kinds of calls, the latest last; forms: by description of an owner, its forms.
-    original: the original attention runs, for a while.
+    original: the original attention runs, for a while. judge: called with (runtime, model, args,
+    kwargs), judges a kind of call; extend: called with (runtime, owner, ...), builds another form
+    of an owner. Both are functions of `t5fx.judging`, which makes runtimes.
     """
 
-    def __init__(self, config: LinearizeConfig, signature: Signature, model: str) -> None:
+    def __init__(
+        self,
+        config: LinearizeConfig,
+        signature: Signature,
+        model: str,
+        judge: Callable[..., None],
+        extend: Callable[..., None],
+    ) -> None:
         self.config = config
         self.signature = signature
+        self.judge = judge
+        self.extend = extend
         self.report = Report(model)
         self.kinds: list[Kind] = []
         self.forms: dict[str, list[Any]] = {}
@@ -180,7 +190,7 @@ class Runtime:
     ) -> tuple[int, ...]:
         def value(term: Term | None) -> int | None:
             if isinstance(term, Source):
-                return sizes[term.module].shape[term.index] - SHIFT
+                return sizes[term.module].shape[term.place] - SHIFT
             return term
 
         grid = [value(term) for term in wanted.grid]
@@ -300,12 +310,6 @@ class Runtime:
         """Of the owner's forms the latest are kept."""
         self.forms[owner] = [*self.forms.get(owner, [])[-KEPT + 1 :], form]
 
-    def extend(self, module: nn.Module, *about: Any) -> None:
-        """Build another form of an owner; see `t5fx.judging.extend`."""
-        from t5fx.judging import extend
-
-        extend(self, module, *about)
-
 
 def _as_sizes(sizes: list[int]) -> torch.Tensor:
     """Sizes as those of a tensor without elements: compilers keep these apart from its values."""
@@ -318,7 +322,7 @@ def _sources(layout: Layout) -> Iterator[Source]:
             yield term
 
 
-# --- hooks ---
+# --- hooks ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -345,9 +349,7 @@ class Before:
     "without torch.compile, in this train/eval mode and with arguments like these, then compile it"
 )
 def _judge(runtime: Runtime, module: nn.Module, args: Any, kwargs: Any) -> None:
-    from t5fx.judging import judge_again
-
-    judge_again(runtime, module, args, kwargs)
+    runtime.judge(runtime, module, args, kwargs)
 
 
 @dataclass
@@ -385,15 +387,3 @@ class Entry:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             self.runtime.enter(self.name, args, kwargs)
-
-
-HOOKS = (Before, After, Origin, Entry)
-
-
-@contextmanager
-def softmax_of(runtime: Runtime) -> Iterator[None]:
-    before, runtime.original = runtime.original, True
-    try:
-        yield
-    finally:
-        runtime.original = before

@@ -238,7 +238,7 @@ def test_floats_make_no_new_kind_of_call_and_kinds_are_bounded():
     constants = constants_of([float("nan"), 1, images])
     assert constants == constants_of([2.0, 1, images])
     assert len({constants_of([v]) for v in (None, 1, True, "1", 1.0)}) == 5
-    for batch in range(3, 3 + KEPT):
+    for _ in range(KEPT):
         runtime.keep(runtime.kinds[-1])
         runtime.keep_form("vit.blocks.0.attn", runtime.forms["vit.blocks.0.attn"][-1])
     assert len(runtime.kinds) == KEPT == len(runtime.forms["vit.blocks.0.attn"])

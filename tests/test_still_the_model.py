@@ -29,7 +29,7 @@ def image(height, width, batch=1):
     return torch.randn(batch, 3, 4 * height, 4 * width)
 
 
-# --- no dead weights ---
+# --- no dead weights ------------------------------------------------------------------------------
 
 
 def wrapped_forward(model):
@@ -91,7 +91,7 @@ def test_a_copy_that_reads_the_originals_tensors_is_refused():
         t5fx.linearize(model, (images,), config=ALL)
 
 
-# --- hooks ---
+# --- hooks ----------------------------------------------------------------------------------------
 
 
 def test_hooks_see_each_modules_own_arguments_and_may_change_them():
@@ -147,7 +147,7 @@ def test_an_identity_between_can_be_hooked():
     torch.testing.assert_close(lin(x), plain / 2)
 
 
-# --- where the grid of a call comes from ---
+# --- where the grid of a call comes from ----------------------------------------------------------
 
 
 class Features(nn.Module):
@@ -308,7 +308,7 @@ def test_replicas_of_data_parallel_run_their_own_parameters():
         torch.testing.assert_close(other(images), twin(images))
 
 
-# --- kinds of calls ---
+# --- kinds of calls -------------------------------------------------------------------------------
 
 
 class Guided(nn.Module):
@@ -385,7 +385,7 @@ def test_an_owner_that_was_told_another_way_of_attention_proves_itself_or_is_ref
         lin(x)
 
 
-# --- parents that go around their children ---
+# --- parents that go around their children --------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference"])
@@ -443,7 +443,7 @@ def test_a_shared_core_without_parameters_makes_its_callers_owners():
     assert all(p.grad is not None for p in lin.parameters())
 
 
-# --- editing afterwards ---
+# --- editing afterwards ---------------------------------------------------------------------------
 
 
 def test_parts_can_be_replaced_shortened_and_taken_away():
