@@ -78,7 +78,7 @@ def owned_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuilt(base: type[nn.Module]) -> nn.Module:
-    kind = owned_class(base)
+    kind = owned_class(base)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -92,7 +92,7 @@ def own(module: nn.Module, runtime: Runtime, name: str) -> None:
     """Make a module an owner, in place."""
     replaced = vars(module).pop("forward", None)
     vars(module)[STATE] = Owned(runtime, name, replaced)
-    module.__class__ = owned_class(type(module))
+    module.__class__ = owned_class(type(module))  # type: ignore[arg-type]
 
 
 def disown(module: nn.Module) -> None:
