@@ -286,7 +286,8 @@ class _Places:
 
     def layout(self, entry: Plan) -> Layout:
         grid = tuple(self._term(axis) for axis in entry.grid)
-        prefix, suffix = self._total(entry.prefix), self._total(entry.suffix)
+        prefix: Term | None = self._total(entry.prefix)
+        suffix = self._total(entry.suffix)
         if prefix is None and suffix is None:
             size: Any = 0
             for axis in entry.prefix:
