@@ -373,7 +373,8 @@ def _forms(runtime: Runtime, template: nn.Module, recorded: _Recorded, kind: Kin
                 for ones in (False, True):
                     form = build(*about, flags, trusted=True, traced=True, ones=ones)
                     forms.append(form)
-                    if form.guards.accept([examples[i] for i in form.positions], typed=False):
+                    given = [examples[i] for i in form.positions]
+                    if form.guards.accept(given, typed=False) is not None:
                         break
                 if not any(form.own for form in forms):
                     made[key] = forms
@@ -419,7 +420,7 @@ def extend(
         return build(
             *(template, structure, leaves, spec, verdict, config, name, flags),
             trusted=trusted,
-            traced=config.dynamic is False,
+            traced=config.dynamic is False or config.gives_layout,
         )
 
     runtime.keep_form(name, clean_thread(work))
