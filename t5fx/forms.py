@@ -161,6 +161,9 @@ def build(
     if refused and trusted:
         proved = False
         view.trusted = True
+        # What an unproved mask hid shows now: that the probabilities are among the results.
+        found = _matches(view, verdict)
+        refused = _refused(found, verdict)
         used = [m for m, _ in refused if m.refusal and m.refusal.reason == "probabilities-used"]
         _drop_probabilities(view, used)
         found = _matches(view, verdict)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
@@ -165,6 +166,8 @@ def _trace(
     with (
         symbolic_config.patch(backed_size_oblivious=ones),
         torch.enable_grad(),
+        enable_python_dispatcher(),  # for factories of tensors with symbolic sizes
+        fake,
         warnings.catch_warnings(),
     ):
         # Said of the transposes of weights, when they become fake ones.
