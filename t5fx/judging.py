@@ -420,7 +420,7 @@ def extend(
         return build(
             *(template, structure, leaves, spec, verdict, config, name, flags),
             trusted=trusted,
-            traced=config.dynamic is False or config.gives_layout,
+            traced=not kind.guards.symbols,
         )
 
     runtime.keep_form(name, clean_thread(work))
