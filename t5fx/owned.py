@@ -55,6 +55,8 @@ def owned_class(base: type[nn.Module]) -> type[nn.Module]:
         state = self.__dict__[STATE]
         if state.runtime.original:
             return run_original(self, state, args, kwargs)
+        if not state.name:  # the model itself, whose calls were judged in one spelling
+            args, kwargs = state.runtime.signature.bind(args, kwargs)
         structure, spec, leaves = flatten(args, kwargs)
         form = find_form(self, structure, leaves)
         if form is None:
