@@ -89,6 +89,7 @@ def test_timm_checkpoints_of_two_sizes_in_flight(vit):
 # --- transformers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("kind", ["vit", "siglip"])
 @pytest.mark.parametrize("way", ["sdpa", "eager"])
 def test_transformers(kind, way):
