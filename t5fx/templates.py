@@ -43,6 +43,7 @@ def bare(model: nn.Module) -> nn.Module:
             for name, child in list(module._modules.items()):
                 if isinstance(child, TTT):
                     del module._modules[name]
+        _unwrap(module)
         tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for named in tensors:
             for name, tensor in named.items():
