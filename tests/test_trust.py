@@ -245,7 +245,7 @@ class TestVerdicts:
                 {"inner_loss": "l2"}, {"key_norm": "rms"}, {"window": 5},
             )),
         ],
-        ids=str,
+        ids=lambda change: next(iter(change)),
     )  # fmt: skip
     def test_each_part_of_the_key_counts(self, gpu, monkeypatch, change):
         before = trust.key_of(QUESTION, GPU)
