@@ -142,11 +142,13 @@ def build(
     flags: Any,
     *,
     trusted: bool,
+    inside: bool = False,
     traced: bool,
 ) -> Form:
     """Trace, match and rewrite one kind of call of a module.
 
-    traced: the leaves are those of a trace. trusted: masks need no proof here, the graph of the
+    traced: the leaves are those of a trace. inside: it is for a judged call of the whole model, in
+    which nobody reads the probabilities that the module may return. trusted: masks need no proof here, the graph of the
     whole model had it. Raises `RefusedCallError` where the attentions in this call are not those of
     the verdict.
     """
@@ -157,9 +159,9 @@ def build(
     proved = True
     found = _matches(view, verdict)
     refused = _refused(found, verdict)
-    if refused and trusted:
+    if refused and (trusted or inside):
         proved = False
-        view.trusted = True
+        view.trusted = trusted
         # What an unproved mask hid shows now: that the probabilities are among the results.
         found = _matches(view, verdict)
         refused = _refused(found, verdict)
