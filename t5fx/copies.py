@@ -135,7 +135,7 @@ class _Rebinder:
             before = [value.func, *value.args, *value.keywords.values()]
             if all(a is b for a, b in zip(before, [*parts, *named.values()], strict=True)):
                 return value
-            new: Any = functools.partial(*parts, **named)
+            new: Any = functools.partial(parts[0], *parts[1:], **named)
             new.__dict__.update({n: self._mapped(v) for n, v in vars(value).items()})
             return new
         return value

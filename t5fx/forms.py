@@ -144,15 +144,16 @@ def build(
     trusted: bool,
     inside: bool = False,
     traced: bool,
+    ones: bool = False,
 ) -> Form:
     """Trace, match and rewrite one kind of call of a module.
 
-    traced: the leaves are those of a trace. inside: it is for a judged call of the whole model, in
-    which nobody reads the probabilities that the module may return. trusted: masks need no proof here, the graph of the
-    whole model had it. Raises `RefusedCallError` where the attentions in this call are not those of
-    the verdict.
+    traced: the leaves are those of a trace. ones: sizes of one are constants. trusted: masks need
+    no proof here, the graph of the whole model had it. inside: it is for a judged call of the whole
+    model, in which nobody reads the probabilities that the module may return. Raises
+    `RefusedCallError` where the attentions in this call are not those of the verdict.
     """
-    about = [described(leaf, traced=traced) for leaf in leaves]
+    about = [described(leaf, traced=traced, ones=ones) for leaf in leaves]
     result = trace(module, about, spec, verdict.inline)
     view = View(result.graph, module, result.constants)
     settle(view)

@@ -22,11 +22,12 @@ from t5fx.capture import Capture, capture, first_line
 from t5fx.config import LinearizeConfig
 from t5fx.copies import duplicate
 from t5fx.errors import CaptureError, ConfigError, RefusedCallError
-from t5fx.forms import Judged, Verdict, build, constants_of, flatten
+from t5fx.forms import Form, Judged, Verdict, build, constants_of, flatten
 from t5fx.kernels import TTT
 from t5fx.lookup import nodes_in
 from t5fx.match import module_stack
 from t5fx.owned import call_of, flags_of, own, state_of, watched
+from t5fx.owners import hint
 from t5fx.policy import Plan, plan
 from t5fx.reports import Tried
 from t5fx.rewrite import nodes_for, settings
@@ -286,7 +287,8 @@ class _Places:
 
     def layout(self, entry: Plan) -> Layout:
         grid = tuple(self._term(axis) for axis in entry.grid)
-        prefix, suffix = self._total(entry.prefix), self._total(entry.suffix)
+        prefix: Term | None = self._total(entry.prefix)
+        suffix = self._total(entry.suffix)
         if prefix is None and suffix is None:
             size: Any = 0
             for axis in entry.prefix:
@@ -352,8 +354,11 @@ def _calls(
 
 
 def _forms(runtime: Runtime, template: nn.Module, recorded: _Recorded, kind: Kind) -> None:
-    """Build the form of each owner's calls; owners that are alike share theirs."""
-    made: dict[Any, Any] = {}
+    """Build the forms of each owner's calls; owners that are alike share theirs.
+
+    Where the code knows a size of one from others, an example of one gets a form of its own.
+    """
+    made: dict[Any, list[Form]] = {}
     for name, verdict in kind.verdicts.items():
         module = template.get_submodule(name)
         for args, kwargs in recorded.calls.get(name, []):
@@ -361,17 +366,27 @@ def _forms(runtime: Runtime, template: nn.Module, recorded: _Recorded, kind: Kin
             flags = flags_of(module, watched(module))
             alike = (type(module), repr(module), structure, constants_of(leaves), flags, verdict)
             key = (*alike, tuple(_about(leaf) for leaf in leaves), _tensors(module))
-            form = made.get(key)
-            if form is None:
-                config = runtime.config.at(name)
-                form = build(
-                    *(module, structure, leaves, spec, verdict, config, name, flags),
-                    trusted=True,
-                    traced=True,
-                )
-                if not form.own:
-                    made[key] = form
-            runtime.keep_form(name, form)
+            forms = made.get(key, [])
+            if not forms:
+                about = (module, structure, leaves, spec, verdict, runtime.config.at(name), name)
+                examples = [_example(leaf) for leaf in leaves]
+                for ones in (False, True):
+                    form = build(*about, flags, trusted=True, traced=True, ones=ones)
+                    forms.append(form)
+                    given = [examples[i] for i in form.positions]
+                    if form.guards.accept(given, typed=False) is not None:
+                        break
+                if not any(form.own for form in forms):
+                    made[key] = forms
+            for form in forms:
+                runtime.keep_form(name, form)
+
+
+def _example(leaf: Any) -> Any:
+    """A leaf of a traced call, with the sizes that it has in the example."""
+    if isinstance(leaf, torch.Tensor):
+        return torch.empty([hint(n) for n in leaf.shape], dtype=leaf.dtype, device="meta")
+    return hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
 
 def _about(leaf: Any) -> Any:
@@ -407,7 +422,7 @@ def extend(
             *(template, structure, leaves, spec, verdict, config, name, flags),
             trusted=trusted,
             inside=inside,
-            traced=config.dynamic is False,
+            traced=not kind.guards.symbols,
         )
 
     runtime.keep_form(name, clean_thread(work))

@@ -55,6 +55,8 @@ def owned_class(base: type[nn.Module]) -> type[nn.Module]:
         state = self.__dict__[STATE]
         if state.runtime.original:
             return run_original(self, state, args, kwargs)
+        if not state.name:  # the model itself, whose calls were judged in one spelling
+            args, kwargs = state.runtime.signature.bind(args, kwargs)
         structure, spec, leaves = flatten(args, kwargs)
         form = find_form(self, structure, leaves)
         if form is None:
@@ -78,7 +80,7 @@ def owned_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuilt(base: type[nn.Module]) -> nn.Module:
-    kind = owned_class(base)
+    kind = owned_class(base)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -92,7 +94,7 @@ def own(module: nn.Module, runtime: Runtime, name: str) -> None:
     """Make a module an owner, in place."""
     replaced = vars(module).pop("forward", None)
     vars(module)[STATE] = Owned(runtime, name, replaced)
-    module.__class__ = owned_class(type(module))
+    module.__class__ = owned_class(type(module))  # type: ignore[arg-type]
 
 
 def disown(module: nn.Module) -> None:

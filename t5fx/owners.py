@@ -66,21 +66,27 @@ class Number:
     value: float
 
 
-def described(value: Any, *, traced: bool) -> Any:
+def described(value: Any, *, traced: bool, ones: bool = False) -> Any:
     """Of one leaf of a call's arguments what tracing needs; what is no tensor and no size itself.
 
-    traced: it was seen in a trace, where sizes that are plain numbers are constants.
+    traced: it was seen in a trace, where sizes that are plain numbers are constants. ones: so are
+    sizes of one; without, they are taken for sizes of two, since batches of one are not the rule.
     """
+    least = 1 if ones else 2
     if isinstance(value, torch.Tensor):
-        shape = tuple(_hint(n) for n in value.shape)
+        shape = tuple(hint(n, least) for n in value.shape)
         try:
-            stride = tuple(_hint(n) for n in value.stride())
+            stride = tuple(hint(n, least) for n in value.stride())
         except RuntimeError:  # a sparse or nested tensor
             stride = ()
-        fixed = tuple(i for i, n in enumerate(value.shape) if traced and isinstance(n, int))
+        fixed = tuple(
+            i
+            for i, n in enumerate(value.shape)
+            if (traced and isinstance(n, int)) or (ones and shape[i] == 1)
+        )
         return Described(shape, stride, value.dtype, value.device, value.requires_grad, fixed)
     if isinstance(value, torch.SymInt):
-        return Size(_hint(value))
+        return Size(hint(value, least))
     if isinstance(value, torch.SymFloat):
         return Number(float(value))
     if isinstance(value, torch.SymBool):
@@ -90,11 +96,8 @@ def described(value: Any, *, traced: bool) -> Any:
     return value
 
 
-def _hint(size: Any) -> int:
-    """The example's size; where it comes from symbols that are one there, these are taken for two.
-
-    A size of one is a constant to the code that is traced, and batches of one are not the rule.
-    """
+def hint(size: Any, least: int = 1) -> int:
+    """The example's size; symbols that are less than `least` in the example are taken for it."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     environment = size.node.shape_env
@@ -102,7 +105,7 @@ def _hint(size: Any) -> int:
     free = size.node.expr.free_symbols
     if any(symbol not in values for symbol in free):
         return int(size)
-    known = {symbol: max(2, int(values[symbol])) for symbol in free}
+    known = {symbol: max(least, int(values[symbol])) for symbol in free}
     return int(size.node.expr.xreplace(known))
 
 

@@ -154,3 +154,13 @@ def test_what_is_no_self_attention_over_a_grid_is_left(fused_switch):
     assert reasons["cait_xxs24_224"] <= {"scores-changed", "probabilities-used", "cross-attention"}
     assert reasons["xcit_nano_12_p16_224"] <= {"not-attention", "cross-attention"}
     assert reasons["beit_base_patch16_224"] == {"additive-bias"}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_image_as_the_example_is_served_at_once(batch):
+    """Compiled as one graph, with no call before: timm's code compares the batch with one."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64).eval()
+    lin = t5fx.linearize(model, (torch.randn(1, 3, 64, 64),), config=ALL)
+    fast = torch.compile(lin, backend="eager", fullgraph=True)
+    images = torch.randn(batch, 3, 64, 64)
+    torch.testing.assert_close(fast(images), lin(images))

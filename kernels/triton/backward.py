@@ -57,12 +57,12 @@ def backward(
     weights = [w.contiguous() for w in weights]
     kept = Saved(*saved)
 
-    grad_updated, largest_u, *at_q = _updated_weights(grad_out, q, kept, shape)
-    grad_weights, grad_v, *at_k = _inner_gradient(
+    grad_updated, largest_u, at_q, unscale_q = _updated_weights(grad_out, q, kept, shape)
+    grad_weights, grad_v, at_k, unscale_k = _inner_gradient(
         k, v, weights, grad_updated, largest_u, kept, scale, shape
     )
-    grad_q, conv_q_grads = _inputs(*at_q, q, kept, shape, keys=False)
-    grad_k, conv_k_grads = _inputs(*at_k, k, kept, shape, keys=True)
+    grad_q, conv_q_grads = _inputs(at_q, unscale_q, q, kept, shape, keys=False)
+    grad_k, conv_k_grads = _inputs(at_k, unscale_k, k, kept, shape, keys=True)
     conv_grads = [
         grad.reshape(tensor.shape).to(
             tensor.dtype, copy=True, memory_format=torch.contiguous_format
