@@ -142,14 +142,16 @@ def build(
     flags: Any,
     *,
     trusted: bool,
+    inside: bool = False,
     traced: bool,
     ones: bool = False,
 ) -> Form:
     """Trace, match and rewrite one kind of call of a module.
 
     traced: the leaves are those of a trace. ones: sizes of one are constants. trusted: masks need
-    no proof here, the graph of the whole model had it. Raises `RefusedCallError` where the
-    attentions in this call are not those of the verdict.
+    no proof here, the graph of the whole model had it. inside: it is for a judged call of the whole
+    model, in which nobody reads the probabilities that the module may return. Raises
+    `RefusedCallError` where the attentions in this call are not those of the verdict.
     """
     about = [described(leaf, traced=traced, ones=ones) for leaf in leaves]
     result = trace(module, about, spec, verdict.inline)
@@ -158,9 +160,9 @@ def build(
     proved = True
     found = _matches(view, verdict)
     refused = _refused(found, verdict)
-    if refused and trusted:
+    if refused and (trusted or inside):
         proved = False
-        view.trusted = True
+        view.trusted = trusted
         # What an unproved mask hid shows now: that the probabilities are among the results.
         found = _matches(view, verdict)
         refused = _refused(found, verdict)

@@ -413,6 +413,7 @@ def extend(
     """Build the form for another kind of call of an owner, on a bare copy of it, and keep it."""
     config = runtime.config.at(name)
     flags = flags_of(module, watched(module))
+    inside = runtime.running()[0] is not None
 
     def work() -> Any:
         template = bare(duplicate(module, share=True))
@@ -420,6 +421,7 @@ def extend(
         return build(
             *(template, structure, leaves, spec, verdict, config, name, flags),
             trusted=trusted,
+            inside=inside,
             traced=not kind.guards.symbols,
         )
 

@@ -79,6 +79,8 @@ class Records(threading.local):
     def __init__(self) -> None:
         self.kind: Kind | None = None
         self.sizes: dict[str, torch.Tensor] = {}
+        #: The backward pass in which these were found again, or -1.
+        self.backward = -1
 
 
 class Runtime:
@@ -148,7 +150,7 @@ class Runtime:
     def _set(self, kind: Kind | None, sizes: dict[str, torch.Tensor]) -> None:
         self.kind, self.sizes = kind, sizes
         if not torch.compiler.is_compiling():
-            self.local.kind, self.local.sizes = kind, sizes
+            self.local.kind, self.local.sizes, self.local.backward = kind, sizes, -1
 
     def record(self, module: str, sizes: list[int]) -> None:
         """The output of a module shows these sizes."""
@@ -165,6 +167,8 @@ class Runtime:
         """The kind of the call that this thread is in, if it is in one, and what was recorded."""
         if torch.compiler.is_compiling():
             return self.kind, self.sizes
+        if self.local.backward not in (-1, torch._C._current_graph_task_id()):
+            self.end()  # that backward pass is over
         return self.local.kind, self.local.sizes
 
     def layout(self, owner: str, index: int, tokens: int) -> tuple[int, ...]:
@@ -232,10 +236,11 @@ class Runtime:
         if torch._C._current_graph_task_id() != -1:
             self._again(module, tensors)
             return
-        if self.local.sizes and (
+        kind, sizes = self.running()
+        if (kind is not None or sizes) and (
             torch.is_grad_enabled() or any(t.requires_grad for t in tensors[:4])
         ):
-            known = (self.local.kind, self.local.sizes)
+            known = (kind, sizes)
             for tensor in tensors[:4]:
                 key = self._key(module, tensor)
                 if key is not None:
@@ -251,12 +256,12 @@ class Runtime:
         for tensor in tensors[:4]:
             found = self.entered.get(self._key(module, tensor) or ())
             if found is not None and not found[0].expired():
-                self.local.kind, self.local.sizes = found[1]
-                self.kind, self.sizes = found[1]
+                self._resume(*found[1])
                 return
         known = [state for reference, state in self.entered.values() if not reference.expired()]
         layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in s.items())) for _, s in known}
-        if self.local.sizes:  # set by a module around this one, in the same recomputation
+        kind, sizes = self.running()
+        if kind is not None or sizes:  # set by a module around this one, in the same recomputation
             return
         if len(layouts) > 1:
             raise LayoutUnknownError(
@@ -265,7 +270,11 @@ class Runtime:
                 f"run the backward pass of each call before the next call"
             )
         if known:
-            self.local.kind, self.local.sizes = known[-1]
+            self._resume(*known[-1])
+
+    def _resume(self, kind: Kind | None, sizes: dict[str, torch.Tensor]) -> None:
+        self._set(kind, sizes)
+        self.local.backward = torch._C._current_graph_task_id()
 
     @staticmethod
     def _key(module: str, tensor: torch.Tensor) -> tuple[Any, ...] | None:

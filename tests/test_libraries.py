@@ -90,7 +90,7 @@ def test_timm_checkpoints_of_two_sizes_in_flight(vit):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize(("kind", "way"), [("vit", "sdpa"), ("siglip", "sdpa")])
+@pytest.mark.parametrize(("kind", "way"), [("vit", "sdpa"), ("vit", "eager"), ("siglip", "sdpa")])
 def test_transformers(kind, way):
     options = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     options |= {"image_size": 24, "patch_size": 8, "intermediate_size": 32}
