@@ -158,10 +158,11 @@ class Runtime:
         if torch.compiler.is_compiling():
             self.sizes[module] = found
             return
-        records = self.local
-        if records.sizes is not self.sizes:
-            self.sizes = records.sizes
-        records.sizes[module] = found
+        kind, sizes = self.running()
+        backward = self.local.backward
+        # Not in place: calls that a backward pass may come back to have noted these sizes.
+        self._set(kind, {**sizes, module: found})
+        self.local.backward = backward
 
     def running(self) -> tuple[Kind | None, dict[str, torch.Tensor]]:
         """The kind of the call that this thread is in, if it is in one, and what was recorded."""
