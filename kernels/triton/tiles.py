@@ -31,11 +31,11 @@ QUAD = tl.constexpr(16)
 NONE = tl.constexpr(2**10)
 
 #: Arguments that Triton must not specialise on: they differ from one resolution or batch to the
-#: next, and a kernel that is called directly is compiled once for all of them. Inductor (torch 2.11
-#: to 2.15, ``define_user_defined_triton_kernel``) disregards that: of what it knows when it makes a
-#: graph, all integers of a static one, it makes constants where they are 1, and tells Triton where
-#: they are multiples of 16. So two static graphs share a kernel's binary only if they agree in both;
-#: a graph with symbolic sizes has one for all of them.
+#: next, and a kernel that is called directly is compiled once for all of them. Inductor disregards
+#: that (``define_user_defined_triton_kernel`` in torch 2.11 to 2.15): of the integers that it knows
+#: when it makes a graph, all of a static one, it makes those that are 1 constants, and tells Triton
+#: which are multiples of 16. So two static graphs share a kernel's binary only if they agree in
+#: both; a graph with symbolic sizes has one for all of them.
 SIZES = [
     *("groups", "owners", "num_tokens", "chunk", "splits", "tiles", "rows", "base_rows"),
     *("num_quads", "prefix", "grid_tokens", "g0", "g1", "g2"),
