@@ -30,7 +30,7 @@ endef
 export PYTHONUTF8 := 1
 , := ,
 
-.PHONY: help demo classify bench test test-newest test-oldest unit lint types format gpu on-gpu nightly hooks clean
+.PHONY: help demo classify bench test test-newest test-oldest unit lint types format roofline gpu on-gpu nightly hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -68,6 +68,10 @@ types: .venv/.test-installed
 
 test-oldest: .venv-oldest/.test-installed  ## the tests that need no model library, on the oldest torch
 	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
+
+roofline: .venv/.test-installed .venv-oldest/.test-installed  ## what the Triton kernels can reach, by both versions; docs/roofline.md
+	.venv-oldest/bin/python -m t5fx.bench.roofline > /dev/null
+	.venv/bin/python -m t5fx.bench.roofline
 
 gpu:  ## ten minutes that matter most on a GPU, then tests and benchmarks, with the packages found there
 	@if missing=$$($(PYTHON) -c "$(GPU_IMPORTS)" 2>&1); then \

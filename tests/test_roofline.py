@@ -44,6 +44,7 @@ def test_a_bound_is_the_sum_of_the_highest_floors():
         "special": 0.0,
         "serialised": False,
         "config": "",
+        "resident": 1,
     }
     one = roofline.Kernel("prepare", 3, 0, **config)
     two = roofline.Kernel("query_output", 1, 9, **config)
@@ -51,6 +52,48 @@ def test_a_bound_is_the_sum_of_the_highest_floors():
     seconds, share = roofline.bound([one, two], ("forward",), 64, gpu)
     assert seconds == 3 + 18
     assert share == pytest.approx(max(4, 18) / 21)
+
+
+def kernel(resident):
+    config = {"spills": 0.0, "special": 0.0, "serialised": False, "config": ""}
+    return roofline.Kernel("query_output", 2, 3, 192.0, **config, resident=resident)
+
+
+def test_what_is_expected_lies_between_the_sum_and_the_bound():
+    """One program does one thing after the other; many fill each other's waits."""
+    gpu = roofline.Gpu("round", bandwidth=4.0, products=64.0, multiprocessors=1, clock=1.0)
+    one, two, many = (kernel(resident).expected(64, gpu) for resident in (1, 2, 10**9))
+    assert kernel(1).seconds(64, gpu) == {"memory": 1.0, "products": 6.0, "issue": 1.5}
+    assert one == 8.5
+    assert two == (8.5 + 6) / 2
+    assert many == pytest.approx(6)
+
+
+def test_partial_sums_are_what_is_launched(monkeypatch):
+    """Of one weight in float32, 3 D^2, from each program; written once and read once."""
+    sums = roofline.partial_bytes(("forward",), 64, 2**14) * roofline.HEADS * 2**14 * 64
+    statistics = 2 * 64 * 4 * 2
+    programs, rest = divmod(sums, 3 * 64 * 64 * 4 * 2)
+    slots = 2 * roofline.H200.multiprocessors
+    assert slots // 2 < programs <= 8 * slots
+    assert rest % statistics == 0
+
+
+def test_the_page_has_each_version_of_triton(tmp_path, monkeypatch):
+    """What another version gave of other kernels is dropped, of the same kept."""
+    monkeypatch.setattr(roofline, "kernels", lambda dim: [kernel(2)])
+    path = tmp_path / "counts.json"
+    monkeypatch.setattr(roofline.triton, "__version__", "3.6.0")
+    assert list(roofline.count(path)) == ["3.6.0"]
+    monkeypatch.setattr(roofline.triton, "__version__", "3.10.0")
+    found = roofline.tables(roofline.count(path))
+    assert list(found) == ["3.10.0", "3.6.0"]
+    assert found["3.6.0"][64] == [kernel(2)]
+    page = roofline.page(found)
+    assert "with Triton 3.10.0 and 3.6.0" in page
+    assert page.count("| query_output | 3.6.0 |") == len(roofline.DIMS)
+    monkeypatch.setattr(roofline, "digest", lambda: "others")
+    assert list(roofline.count(path)) == ["3.10.0"]
 
 
 @counted
