@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from t5fx.bench import app, assembler, results, tune
-from t5fx.bench.lease import compiling, exactness, plan, records, run, summary, tools
+from t5fx.bench.lease import __main__, compiling, exactness, plan, records, run, summary, tools
 from t5fx.bench.lease.__main__ import main
 from t5fx.bench.lease.plan import Item, Step
 from t5fx.bench.results import Experiment, Row
@@ -70,7 +70,9 @@ def test_every_step_of_a_rehearsal_leaves_rows(rehearsed):
     assert len(files) <= 8 and all(file.is_file() for file in files)
 
 
-def test_a_second_call_skips_what_is_done(rehearsed, capsys):
+def test_a_second_call_skips_what_is_done(rehearsed, monkeypatch, capsys):
+    """Its time counts from the call, however old the process is that makes it."""
+    monkeypatch.setattr(__main__, "_age", lambda: 1e6)
     before = lines(rehearsed / "rows.jsonl")
     assert main(["--rehearse", "tiny", "--out", str(rehearsed), "--steps", "parity", "ncu"]) == 0
     after = lines(rehearsed / "rows.jsonl")[len(before) :]
@@ -220,6 +222,13 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "cpu")
     with pytest.raises(T5Error, match="expected a CUDA GPU, got none; --rehearse"):
         run.run(run.Options(tmp_path, command=FAKE), Console(file=io.StringIO()))
+
+
+def test_a_worker_that_does_not_start_is_told(tmp_path):
+    sleeps = (sys.executable, "-c", "import time; time.sleep(600)")
+    options = run.Options(tmp_path, seconds=4, rehearse="tiny", command=sleeps)
+    with pytest.raises(T5Error, match="a worker that starts in time, got none after 2 s of 4"):
+        run.run(options, Console(file=io.StringIO()))
 
 
 # --- its parts ----------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from t5fx.errors import T5Error
 from .run import Options, run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    begun = time.monotonic() - _age()
+def main(arguments: Sequence[str] | None = None, age: float = 0.0) -> int:
+    """Run the plan. age: seconds that the lease's own process has taken already."""
+    begun = time.monotonic() - age
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _ended)  # what cuts a lease off may ask first
     console = Console(soft_wrap=True)
@@ -81,4 +82,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(age=_age()))

@@ -147,7 +147,15 @@ class Lease:
         """What identifies the machine and the code, asked of a worker: it may see a GPU."""
         child = self.child(self.environment(None))
         child.send({"columns": True})
-        said = child.hear(min(self.end, time.monotonic() + self._time(HERE_SECONDS)))
+        until = min(self.end, time.monotonic() + self._time(HERE_SECONDS))
+        try:
+            said = child.hear(until)
+        except TimeoutError:
+            taken = time.monotonic() - self.begun
+            raise T5Error(
+                f"expected a worker that starts in time, got none after {taken:.0f} s of "
+                f"{self.options.seconds:.0f}: give the lease more --seconds, or see log.txt"
+            ) from None
         if said is None:
             raise T5Error(f"expected a worker that starts, but {child.death()}: see log.txt")
         self._spare = child
