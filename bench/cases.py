@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t5fx.report import REASONS, Report
+from t5fx.reports import REASONS, Report
 
 #: A model in eval mode with the arguments of one call.
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]

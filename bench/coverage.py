@@ -32,7 +32,7 @@ from rich.progress import track
 
 import t5fx
 from t5fx.capture import first_line
-from t5fx.report import REASONS
+from t5fx.reports import REASONS
 
 from .cases import Call, Case, outcome_of, parse, show
 from .executed import count

@@ -135,7 +135,7 @@ def reload(linear: nn.Module, model: nn.Module, folder: Path, console: Console) 
     image = dinov2.preprocess(photos.centre_crops(("astronaut", "chelsea"), ALIGN_SIZE))
     with step(console, f"saving to {folder}, loading again"):
         t5fx.save_pretrained(linear, folder, adapter_only=True)
-        again = t5fx.from_pretrained(folder, model, (image,)).eval()
+        again = t5fx.from_pretrained(folder, model).eval()
         with torch.no_grad():
             if not torch.equal(again(image), linear(image)):
                 raise t5fx.T5Error("expected a reloaded model with the same outputs, got others")

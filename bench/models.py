@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import t5fx
+from t5fx.copies import duplicate
 from t5fx.errors import NothingRewrittenWarning, T5Error, UntrainedWarning
 from t5fx.kernels import TTT
 from t5fx.measure import Spread, clock
-from t5fx.report import Report
+from t5fx.reports import Report
 
 from .results import Experiment, Row
 from .zoo import Built, Entry, entries
@@ -135,11 +136,11 @@ class Bench:
             torch.set_default_dtype(default)
 
     def _contenders(self, rest: list[Row]) -> Iterator[Contender]:
-        config = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0.0, **self.entry.options)
+        config = t5fx.LinearizeConfig(min_tokens=0, dynamic=False, **self.entry.options)
         linear = t5fx.linearize(
-            self.model, (), self.inputs, config=config, share_parameters=True
+            duplicate(self.model, share=True), (), self.inputs, config=config, inplace=True
         ).train(self.entry.training)
-        self.report: Report = linear.report
+        self.report: Report = t5fx.report(linear)
         self._make_attention_matter(linear)
         softmax, before = self._counted(self.model)
         node, after = self._counted(linear)
@@ -162,11 +163,11 @@ class Bench:
             contender = Contender(TRITON, self._run(self._t5({**ours, "impl": "triton"})))
             yield from self._tried(contender, node, rest)
         measuring = {**self.entry.options, "policy": "measure"}
-        chosen = t5fx.LinearizeConfig(**measuring, capture_seconds=0.0)
+        chosen = t5fx.LinearizeConfig(**measuring, dynamic=False)
         found = t5fx.explain(self.model, (), self.inputs, config=chosen)
         if found.rewritten:
             partly = t5fx.linearize(
-                self.model, (), self.inputs, config=chosen, share_parameters=True
+                duplicate(self.model, share=True), (), self.inputs, config=chosen, inplace=True
             )
             wanted = self._run(partly.train(self.entry.training))()
         else:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import t5fx
 from t5fx.errors import T5Error
 from t5fx.measure import Spread, interleave
 
@@ -129,7 +130,7 @@ def break_even(linear: nn.Module) -> float | None:
     """
     meets = {
         round(site.num_tokens * site.flops_after / site.flops_before)
-        for site in linear.report.sites
+        for site in t5fx.report(linear).sites
         if site.status == "rewritten"
     }
     return meets.pop() if len(meets) == 1 else None

@@ -13,6 +13,9 @@ from t5fx.masks import harmless, refusal
 from t5fx.patterns.base import Binding, Pattern, Refusal
 from t5fx.patterns.operands import fused_binding
 
+#: torch's own: the name in torch.nn.functional may be given to something else later.
+_ATTENTION = F.scaled_dot_product_attention
+
 
 def _repeated(q: Tensor, x: Tensor) -> Tensor:
     return x[:, :1].repeat_interleave(q.shape[1], 1)
@@ -66,7 +69,7 @@ class Fused(Pattern):
 
     @staticmethod
     def shape(q: Any, k: Any, v: Any) -> Any:
-        return F.scaled_dot_product_attention(q, k, v)
+        return _ATTENTION(q, k, v)
 
     def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
         node = found["scaled_dot_product_attention"]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from t5fx.adapters import adapter
     from t5fx.align import Align
-    from t5fx.api import explain, linearize
+    from t5fx.api import example_inputs, explain, linearize, report, softmax
     from t5fx.config import LinearizeConfig
     from t5fx.errors import T5Error
     from t5fx.finetune import FineTune
     from t5fx.pretrained import from_pretrained, save_pretrained
-    from t5fx.report import Report, Site
+    from t5fx.reports import Report, Site
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,10 +24,13 @@ __all__ = [
     "Site",
     "T5Error",
     "adapter",
+    "example_inputs",
     "explain",
     "from_pretrained",
     "linearize",
+    "report",
     "save_pretrained",
+    "softmax",
 ]
 
 _HOMES = {
@@ -38,9 +41,12 @@ _HOMES = {
     "adapter": "adapters",
     "linearize": "api",
     "explain": "api",
+    "report": "api",
+    "softmax": "api",
+    "example_inputs": "api",
     "LinearizeConfig": "config",
-    "Report": "report",
-    "Site": "report",
+    "Report": "reports",
+    "Site": "reports",
     "T5Error": "errors",
 }
 

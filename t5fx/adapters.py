@@ -27,6 +27,7 @@ from t5fx.checkpoint import Checkpoint
 from t5fx.config import LinearizeConfig
 from t5fx.errors import AdapterError
 from t5fx.kernels import TTT
+from t5fx.lookup import config_of, configs
 
 
 class Place(NamedTuple):
@@ -173,7 +174,7 @@ class Adapter:
             tensors = origin.state_dict()
             self.label = f"a {type(origin).__name__}"
             self.source = _serials.setdefault(origin, next(_serial))
-            self.config = getattr(origin, "linearize_config", None)
+            self.config = _config_of(origin)
         elif isinstance(origin, str | os.PathLike) and Path(origin).is_dir():
             checkpoint = Checkpoint(Path(origin))
             self.label, self.source = f"'{origin}'", checkpoint.digest
@@ -278,11 +279,11 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
     """
     result: Parameters | None = None
     origins: dict[str, str] = {}
-    for key, node, label, configs in _found(model):
+    for key, node, label, found in _found(model):
         if config is not None and not matches(node, config.at(key.rpartition(".")[0])):
             continue
         if result is None:
-            result = Parameters(configs[0] if config is None else config)
+            result = Parameters(found[0] if config is None else config)
         if origins.setdefault(key, label) != label or result.nodes().get(key, node) is not node:
             raise AdapterError(
                 f"'{key}' is the key of several nodes, as the model was compiled with several "
@@ -302,8 +303,9 @@ def _found(model: nn.Module) -> Iterator[tuple[str, TTT, str, list[LinearizeConf
     with _LOCK:
         own: list[LinearizeConfig] = [LinearizeConfig()]
         for name, module in model.named_modules():
-            if hasattr(module, "linearize_config"):
-                own = [module.linearize_config]
+            found = config_of(module)
+            if found is not None:
+                own = [found]
             if isinstance(module, TTT):
                 yield _clean(name), module, "own", own
             for identity, entry in _OWNED.get(module, {}).items():
@@ -316,6 +318,12 @@ def _found(model: nn.Module) -> Iterator[tuple[str, TTT, str, list[LinearizeConf
                 key = identity.place.key(_clean(name))
                 if key is not None and entry.owner is None:
                     yield key, entry.follow(parameter), repr(identity), entry.configs
+
+
+def _config_of(module: nn.Module) -> LinearizeConfig | None:
+    if isinstance(module, Parameters):
+        return module.linearize_config
+    return next(configs(module), None)
 
 
 def _clean(name: str) -> str:

@@ -10,16 +10,18 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from t5fx.adapters import adapter
 from t5fx.api import build
+from t5fx.copies import duplicate
 from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
-from t5fx.linearized import Linearized, template_of
+from t5fx.lookup import is_linearized
 from t5fx.muon import Muon
-from t5fx.report import Report
+from t5fx.reports import Report
+from t5fx.templates import bare
 from t5fx.training import (
     as_call,
     check_positive,
@@ -167,14 +169,15 @@ class Align:
         """
         first = next(batches)
         module = getattr(module, "_orig_mod", module)
-        if isinstance(module, Linearized | fx.GraphModule):
+        if is_linearized(module):
             return module, first
         nodes_of(module)  # an error, where there is nothing to train
         new = adapter(module)
         device = next(new.parameters()).device
-        template = template_of(module, share=True).eval()
-        call = self._call(first, device)
-        return build(template, *call, new.linearize_config, new.nodes()), first
+        template = bare(duplicate(module, share=True)).eval()
+        args, kwargs = self._call(first, device)
+        config = new.linearize_config
+        return build(template, args, kwargs, config, new.nodes(), inplace=True), first
 
     def _call(self, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return as_call(batch if self.inputs is None else self.inputs(batch), device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -14,48 +15,67 @@ from t5fx.calls import Signature
 from t5fx.canon import View
 from t5fx.capture import capture
 from t5fx.config import LinearizeConfig
-from t5fx.errors import AlreadyLinearizedError, CaptureError, ConfigError, NothingRewrittenError
+from t5fx.copies import duplicate
+from t5fx.errors import (
+    AlreadyLinearizedError,
+    CaptureError,
+    ConfigError,
+    NothingRewrittenError,
+    T5Error,
+)
 from t5fx.hooks import Hook, hooks_of, run
+from t5fx.judging import (
+    install,
+    judge,
+    keep,
+    refuse_calls,
+    refuse_foreign,
+    refuse_missing,
+    runtime_for,
+)
 from t5fx.kernels import TTT
-from t5fx.linearized import Linearized, refuse_calls, resolve, template_of
+from t5fx.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
 from t5fx.policy import plan
-from t5fx.report import Report, why_nothing
+from t5fx.reports import Report, Site, why_nothing
 from t5fx.rewrite import rewrite
+from t5fx.templates import bare, clean_thread
 from t5fx.writes import settle
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @torch.inference_mode(False)
 def linearize(
-    model_or_gm: nn.Module,
+    model: M,
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     *,
     config: LinearizeConfig | None = None,
     finetune: Hook | Sequence[Hook] | None = None,
-    share_parameters: bool = False,
-) -> nn.Module:
+    inplace: bool = False,
+) -> M:
     """Rewrite every legal softmax attention of a model into a linear-time TTT node.
 
     The method is "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772). All
-    pretrained weights are kept; each site gets fresh ones at `<owner>.t5`, which fine-tuning has
-    to train before the outputs mean what they meant.
+    pretrained weights are kept; each site gets fresh ones at `<owner>.t5`, which training has to
+    fit before the outputs mean what they meant.
 
     Args:
-        model_or_gm: an nn.Module, or a torch.fx.GraphModule from any tracer.
+        model: an nn.Module, or a torch.fx.GraphModule from any tracer.
         args, kwargs: example inputs of one call. Of a GraphModule whose nodes carry shapes
             (`meta["val"]` or `meta["example_value"]`) none are needed.
         config: what to rewrite and how; see `LinearizeConfig`.
         finetune: what to train the result with: a hook or several, called in turn with the
             linearized module and the report. A hook changes the module in place, or returns
             another; `t5fx.Align` and `t5fx.FineTune` make such hooks.
-        share_parameters: use the model's own parameters instead of copies of them, so that a
-            large model needs no second copy; what trains them then trains the model's.
+        inplace: change the model that is given, instead of a copy of it.
 
     Returns:
-        For an nn.Module an nn.Module with the same call signature and return type, the original
-        parameter names and its train/eval flags; for a GraphModule a GraphModule. `.report` says
-        what was done. The given model is not changed; its forward and backward hooks are not
-        taken over: register them on the returned one.
+        The model: the same class, code, methods, children, hooks and state_dict keys. Only the
+        modules that own a rewritten attention have another forward, and their new parameters at
+        `<owner>.t5`. `t5fx.report(model)` says what was done, `t5fx.softmax(model)` brings the
+        original attention back for a while. A call of a kind that was not judged yet (other
+        arguments than tensors, other sizes where these are static) is judged before it runs.
 
     Raises:
         NothingRewrittenError: no site was rewritten; says why, and what would change it.
@@ -65,19 +85,23 @@ def linearize(
         T5Error: base of all of these.
     """
     config = _config(config)
-    arguments, keywords = check_call(model_or_gm, args, kwargs)
+    arguments, keywords = check_call(model, args, kwargs)
     hooks = hooks_of(finetune)
-    refuse_linearized(model_or_gm)
-    template = template_of(model_or_gm, share_parameters)
-    result = build(template, arguments, keywords, config, {})
-    if not result.report.rewritten:
-        raise NothingRewrittenError(why_nothing(result.report))
-    return run(hooks, result, result.report)
+    refuse_linearized(model)
+    result: Any
+    if isinstance(model, fx.GraphModule):
+        result = build_graph(
+            model if inplace else duplicate(model), arguments, keywords, config, {}
+        )
+    else:
+        result = build(model, arguments, keywords, config, {}, inplace=inplace)
+    made: M = run(hooks, result, report(result))  # type: ignore[assignment]
+    return made
 
 
 def refuse_linearized(model: nn.Module) -> None:
     """Raise `AlreadyLinearizedError` for a model that has TTT nodes."""
-    if any(isinstance(m, Linearized | TTT) for m in model.modules()):
+    if nodes_in(model):
         raise AlreadyLinearizedError(
             f"expected a model with softmax attention, got {type(model).__name__} with TTT "
             f"nodes in it; take the original, with `include`/`exclude` to choose sites"
@@ -85,32 +109,56 @@ def refuse_linearized(model: nn.Module) -> None:
 
 
 def build(
-    template: nn.Module,
+    model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     config: LinearizeConfig,
     nodes: Mapping[str, TTT],
-) -> Linearized | fx.GraphModule:
-    """The linearized form of a template (`template_of`), its report in `.report`.
+    *,
+    inplace: bool,
+) -> nn.Module:
+    """The linearized form of a model.
 
     nodes: by key, those of the sites that are to be rewritten; where there are none, the
     configuration chooses the sites and fresh ones are made. Raises `RefusedCallError` where a
     site that has a node cannot be rewritten to it, `CaptureError` where it is not in the model.
     """
-    if isinstance(template, fx.GraphModule):
-        result: Linearized | fx.GraphModule = _build_graph(template, args, kwargs, config, nodes)
-        used = {name for name, m in result.named_modules() if isinstance(m, TTT)}
-    else:
-        result = Linearized(template, config, nodes)
-        bound = result._captures.signature.bind(args, kwargs)
-        used = set(result.capture(*bound, result._mode()).nodes)
-    if not used.issuperset(nodes):
-        raise CaptureError(
-            f"expected attention at {', '.join(map(repr, sorted(set(nodes) - used)))} in this call "
-            f"of {type(template).__name__}, found none there"
-        )
-    _count(result.report, result)
+    result = model if inplace else duplicate(model)
+    runtime = runtime_for(result, config)
+    outcome = judge(runtime, result, args, kwargs, nodes)
+    if not inplace:
+        refuse_foreign(model, outcome)
+    refuse_missing(model, set(nodes), outcome)
+    if not outcome.nodes:
+        told = Report(type(model).__name__, sites=[entry.site for entry in outcome.plans])
+        raise NothingRewrittenError(why_nothing(told))
+    install(runtime, result, outcome.nodes)
+    keep(runtime, result, outcome)
+    _count(runtime.report, result)
     return result
+
+
+def with_nodes(model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TTT]) -> nn.Module:
+    """Give a model nodes that were saved, in place; its first call is judged when it comes.
+
+    A GraphModule is rewritten at once.
+    """
+    if isinstance(model, fx.GraphModule):
+        return build_graph(model, (), {}, config, nodes)
+    runtime = runtime_for(model, config)
+    runtime.report.capture = "saved: the first call is judged when it comes"
+    runtime.report.sites = [
+        Site(
+            fqn=key.rpartition(".")[0],
+            status="rewritten",
+            num_heads=node.num_heads,
+            head_dim=node.head_dim,
+        )
+        for key, node in nodes.items()
+    ]
+    install(runtime, model, nodes)
+    _count(runtime.report, model)
+    return model
 
 
 def explain(
@@ -127,24 +175,101 @@ def explain(
     """
     config = _config(config)
     arguments, keywords = check_call(model_or_gm, args, kwargs)
-    report = Report(type(model_or_gm).__name__)
-    if isinstance(model_or_gm, Linearized):
-        return model_or_gm.report
-    template = template_of(model_or_gm, share=True)
-    if isinstance(template, fx.GraphModule):
-        report.capture = _shapes(template, arguments, keywords)
+    if is_linearized(model_or_gm):
+        return report(model_or_gm)
+    told = Report(type(model_or_gm).__name__)
+    if isinstance(model_or_gm, fx.GraphModule):
+        template: nn.Module = duplicate(model_or_gm, share=True)
+        told.capture = _shapes(template, arguments, keywords)
         view = View(template.graph, template)
         settle(view)
-        resolved = resolve(config, arguments, keywords)
+        resolved = config.called(lambda f: f(*arguments, **keywords))
     else:
+        template = bare(duplicate(model_or_gm, share=True))
         bound = Signature(template.forward).bind(arguments, keywords)
-        captured = capture(template, *bound, seconds=0.0)
-        report.capture = captured.note
+        captured = clean_thread(lambda: capture(template, *bound, dynamic=False))
+        told.capture = captured.note
         view = View(captured.graph, template, captured.constants)
-        resolved = resolve(config, *bound)
-    report.sites = [entry.site for entry in plan(view, resolved, tried=report.patterns)]
-    _count(report, model_or_gm)
-    return report
+        resolved = config.called(lambda f: f(*bound[0], **bound[1]))
+    told.sites = [entry.site for entry in plan(view, resolved, tried=told.patterns)]
+    _count(told, model_or_gm)
+    return told
+
+
+def report(model: nn.Module) -> Report:
+    """What `linearize` did to a model.
+
+    Args:
+        model: what `linearize` returned, what torch.compile made of it, or a model that it is part
+            of.
+
+    Raises:
+        T5Error: nothing in the model was linearized.
+    """
+    model = getattr(model, "_orig_mod", model)
+    found = next(reports(model), None)
+    if found is not None:
+        return found
+    raise T5Error(
+        f"expected a linearized model, got a {type(model).__name__} with no TTT node: "
+        f"t5fx.explain(model, args) says what could be rewritten"
+    )
+
+
+@contextmanager
+def softmax(model: nn.Module) -> Iterator[None]:
+    """The original softmax attention is back in a linearized model, for a while.
+
+    Raises `T5Error` for a model with nothing linearized in it.
+    """
+    model = getattr(model, "_orig_mod", model)
+    found = list(runtimes(model))
+    if not found:
+        raise T5Error(
+            f"expected a linearized model, got a {type(model).__name__} with no rewritten module"
+        )
+    before = [runtime.original for runtime in found]
+    try:
+        for runtime in found:
+            runtime.original = True
+        yield
+    finally:
+        for runtime, original in zip(found, before, strict=True):
+            runtime.original = original
+
+
+def example_inputs(
+    model: nn.Module, run: Callable[[], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of the first call that `run()` makes of a model; the call itself is not made.
+
+    For models inside pipelines: `linearize(pipe.transformer, *example_inputs(pipe.transformer,
+    lambda: pipe("a cat")))`. `run` is left at that call, by an exception that no `except Exception`
+    catches.
+
+    Raises `T5Error` where `run` does not call the model.
+    """
+
+    def take(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        raise _CalledError(args, kwargs)
+
+    handle = model.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
+    try:
+        run()
+    except _CalledError as called:
+        return called.call
+    finally:
+        handle.remove()
+    raise T5Error(
+        f"run: expected a function that calls the {type(model).__name__} (as model(...), not as "
+        f"model.forward(...)), got one that ended without"
+    )
+
+
+class _CalledError(BaseException):
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = (args, kwargs)
 
 
 def _config(config: Any) -> LinearizeConfig:
@@ -170,31 +295,34 @@ def check_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
     return tuple(args), dict(kwargs or {})
 
 
-def _build_graph(
+def build_graph(
     gm: fx.GraphModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     config: LinearizeConfig,
     nodes: Mapping[str, TTT],
 ) -> fx.GraphModule:
-    report = Report(type(gm).__name__)
-    report.capture = _shapes(gm, args, kwargs)
+    told = Report(type(gm).__name__)
+    told.capture = _shapes(gm, args, kwargs)
     view = View(gm.graph, gm)
     settle(view)
-    resolved = resolve(config, args, kwargs)
+    resolved = config.called(lambda f: f(*args, **kwargs))
     plans = plan(
         view,
         resolved,
         lambda m: m.key in nodes if nodes else None,
-        tried=report.patterns,
+        tried=told.patterns,
     )
     refuse_calls(view, plans, nodes)
-    report.sites = [entry.site for entry in plans]
+    told.sites = [entry.site for entry in plans]
+    if not told.rewritten:
+        raise NothingRewrittenError(why_nothing(told))
     for key, module in rewrite(view, plans, nodes).items():
         module.train(gm.training)
         gm.add_submodule(key, module)
     gm.recompile()
-    gm.report, gm.linearize_config = report, config
+    gm.meta[REPORT], gm.meta[CONFIG] = told, config
+    _count(told, gm)
     return gm
 
 

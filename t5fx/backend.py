@@ -37,18 +37,18 @@ from t5fx.errors import AdapterError, ConfigError, NothingRewrittenWarning, Untr
 from t5fx.kernels import TTT
 from t5fx.kernels.choice import resolved
 from t5fx.match import Match
+from t5fx.owned import OwnedModule
 from t5fx.policy import Plan, plan
-from t5fx.report import Report, why_nothing
+from t5fx.reports import Report, why_nothing
 from t5fx.rewrite import rewrite, settings
 from t5fx.sharing import share_nodes
-from t5fx.tree import Block
 
 log = logging.getLogger(__name__)
 
 _TTT = torch.ops.t5fx.ttt.default
 
 #: Fields of LinearizeConfig that mean nothing to a graph that Dynamo captured.
-_NOT_HERE = ("capture_seconds",)
+_NOT_HERE = ("dynamic",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _is_linearized(gm: fx.GraphModule) -> bool:
     return any(
         node.target in (_TTT, torch.ops.t5fx.ttt)
         or any(
-            isinstance(kind, type) and issubclass(kind, Block)
+            isinstance(kind, type) and issubclass(kind, OwnedModule | TTT)
             for _, kind in (node.meta.get("nn_module_stack") or {}).values()
         )
         for graph in graphs

@@ -222,34 +222,3 @@ def _shared_stack(body: fx.GraphModule) -> dict[str, Any]:
     return dict(
         level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)
     )
-
-
-class AutocastState:
-    """The autocast modes at some point, to come back to after an error inside a captured block.
-
-    depth: how many autocast blocks are open; torch drops its cast weights when the last one ends.
-    """
-
-    def __init__(self, devices: tuple[str, ...]) -> None:
-        self.depth = torch.autocast_increment_nesting() - 1
-        torch.autocast_decrement_nesting()
-        self.cache = torch.is_autocast_cache_enabled()
-        self.modes = [
-            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices
-        ]
-
-    @staticmethod
-    def devices(graph: fx.Graph) -> tuple[str, ...]:
-        """The devices whose autocast mode a captured graph sets."""
-        enter = torch.amp.autocast_mode._enter_autocast
-        return tuple(dict.fromkeys(str(n.args[0]) for n in graph.nodes if n.target is enter))
-
-    def restore(self) -> None:
-        open_blocks = torch.autocast_increment_nesting() - self.depth
-        for _ in range(open_blocks):
-            if torch.autocast_decrement_nesting() == 0:
-                torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(self.cache)
-        for device, enabled, dtype in self.modes:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)

@@ -49,72 +49,122 @@ class Signature:
         return plain and type(value) is type(default) and bool(value == default)
 
 
+#: Of one argument leaf: dtype, device and sizes of a tensor, or the symbol that an integer is.
+#: A size is a number or the name of a symbol.
+Wanted = tuple[torch.dtype, torch.device, tuple[int | str, ...]] | str | None
+
+
 @dataclass
 class Guards:
-    """For which tensors a capture is valid: dtypes, ranks, sizes, and relations between sizes.
+    """For which arguments a capture is valid: dtypes, ranks, sizes, and relations between sizes.
 
-    leaves: for each argument leaf None, or (dtype, device, sizes); a size is a number or the name
-    of a symbol. check: takes the symbols' values, says whether every relation holds. pinned: a
-    relation leaves a symbol only one value.
+    leaves: for each argument leaf what it has to be; None where nothing is asked of it. check:
+    takes the symbols' values, says whether every relation holds. pinned: a relation leaves a
+    symbol only one value.
     """
 
-    leaves: list[tuple[torch.dtype, torch.device, tuple[int | str, ...]] | None]
+    leaves: list[Wanted]
     symbols: tuple[str, ...] = ()
     source: str = "True"
     pinned: bool = False
     check: Callable[..., bool] = field(init=False, repr=False)
+    _formulas: dict[str, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        names = ", ".join(self.symbols)
-        helpers: dict[str, Any] = {"Min": min, "Max": max, "Mod": lambda a, b: a % b}
-        self.check = eval(f"lambda {names}: {self.source}", {**helpers, **_math()})
+        self.check = formula(self.symbols, self.source)
 
-    def accept(self, leaves: list[Any]) -> bool:
+    def accept(self, leaves: list[Any], *, typed: bool = True) -> dict[str, Any] | None:
+        """The symbols' values where the capture serves a call, else None.
+
+        typed: dtypes and devices have to be those of the capture; else only whether they are
+        floating-point.
+        """
         values: dict[str, Any] = {}
+        derived: list[tuple[str, Any]] = []
         for leaf, wanted in zip(leaves, self.leaves, strict=True):
             if wanted is None:
                 continue
-            dtype, device, sizes = wanted
-            if leaf.dtype != dtype or leaf.dim() != len(sizes) or leaf.device != device:
-                return False
-            for size, want in zip(leaf.shape, sizes, strict=True):
-                if isinstance(want, str):
-                    if values.setdefault(want, size) != size:
-                        return False
+            if isinstance(wanted, str):
+                if not isinstance(leaf, int | torch.SymInt) or isinstance(leaf, bool):
+                    return None
+                pairs: Any = ((leaf, wanted),)
+            else:
+                dtype, device, sizes = wanted
+                if not isinstance(leaf, torch.Tensor) or leaf.dim() != len(sizes):
+                    return None
+                if typed and (leaf.dtype != dtype or leaf.device != device):
+                    return None
+                if leaf.dtype.is_floating_point != dtype.is_floating_point:
+                    return None
+                pairs = zip(leaf.shape, sizes, strict=True)
+            for size, want in pairs:
+                if isinstance(want, str) and want in self.symbols:
+                    if want not in values:
+                        values[want] = size
+                    elif size != values[want]:
+                        return None
+                elif isinstance(want, str):
+                    derived.append((want, size))
                 elif size != want:
-                    return False
-        return bool(self.check(**values))
+                    return None
+        known = [values[name] for name in self.symbols]
+        if not all(self._formula(source)(*known) == size for source, size in derived):
+            return None
+        return values if self.check(*known) else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "check"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+    def _formula(self, source: str) -> Callable[..., Any]:
+        if source not in self._formulas:
+            self._formulas[source] = formula(self.symbols, source)
+        return self._formulas[source]
 
 
-def guards_of(users: list[fx.Node], leaves: list[Any]) -> Guards:
-    """Read dtypes, sizes and the relations between sizes off the placeholders' fake tensors."""
+def formula(symbols: tuple[str, ...], source: str) -> Callable[..., Any]:
+    """A function of the symbols' values, from the Python that sympy's printer writes."""
+    helpers: dict[str, Any] = {"Min": min, "Max": max, "Mod": lambda a, b: a % b}
+    names = {"math": math, "torch": torch}
+    function: Callable[..., Any] = eval(
+        f"lambda {', '.join(symbols)}: {source}", {**helpers, **names}
+    )
+    return function
+
+
+def printed(expression: Any) -> str:
+    """Python for a sympy expression of sizes."""
     from torch.utils._sympy.printers import PythonPrinter
 
-    wanted: list[tuple[torch.dtype, torch.device, tuple[int | str, ...]] | None] = []
+    return str(PythonPrinter().doprint(expression))
+
+
+def guards_of(placeholders: list[fx.Node]) -> Guards:
+    """Read dtypes, sizes and the relations between sizes off the placeholders' fake values."""
+    wanted: list[Wanted] = []
     symbols: dict[str, Any] = {}
     environment = None
-    for node, leaf in zip(users, leaves, strict=True):
+    for node in placeholders:
         value = node.meta.get("val")
-        if not isinstance(leaf, torch.Tensor) or not isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
+            shown: list[Any] = []
+            sizes: list[Any] = list(value.shape)
+            for size in sizes:
+                symbol = expr(size)
+                shown.append(symbol if isinstance(symbol, int) else printed(symbol))
+            wanted.append((value.dtype, value.device, tuple(shown)))
+        elif isinstance(value, torch.SymInt):
+            sizes = [value]
+            symbol = expr(value)
+            wanted.append(None if isinstance(symbol, int) else printed(symbol))
+        else:
             wanted.append(None)
             continue
-        sizes = tuple(n if isinstance(n, int) else str(n) for n in map(expr, value.shape))
-        for size, symbol in zip(value.shape, map(expr, value.shape), strict=True):
+        for size in sizes:
+            symbol = expr(size)
             if isinstance(size, torch.SymInt) and not isinstance(symbol, int):
-                symbols.setdefault(str(symbol), symbol)
                 environment = size.node.shape_env
-        wanted.append((leaf.dtype, leaf.device, sizes))
+                if symbol.is_Symbol:
+                    symbols.setdefault(str(symbol), symbol)
     relations: list[str] = []
     pinned = False
     if environment is not None:
-        printer = PythonPrinter()
         for name, symbol in symbols.items():
             bounds = environment.var_to_range.get(symbol)
             if bounds is not None and bounds.lower.is_Integer and bounds.lower > 0:
@@ -125,13 +175,9 @@ def guards_of(users: list[fx.Node], leaves: list[Any]) -> Guards:
             relation = environment.replace(guard.expr)
             free = {str(s) for s in relation.free_symbols}
             if free and free <= set(symbols):
-                relations.append(printer.doprint(relation))
+                relations.append(printed(relation))
                 pinned |= (
                     relation.is_Equality and relation.rhs.is_Integer and relation.lhs.is_Symbol
                 )
     source = " and ".join(f"({r})" for r in dict.fromkeys(relations)) or "True"
     return Guards(wanted, tuple(symbols), source, pinned)
-
-
-def _math() -> dict[str, Any]:
-    return {"math": math, "torch": torch}

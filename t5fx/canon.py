@@ -110,6 +110,8 @@ class View:
         self.root = root
         self.constants = constants or {}
         self._ops: dict[fx.Node, str] = {}
+        #: Masks need no proof here: the graph of the whole model had it.
+        self.trusted = False
 
     @cached_property
     def order(self) -> dict[fx.Node, int]:

@@ -7,14 +7,9 @@ the shapes it is valid for and the structure of its output.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import inspect
-import threading
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,37 +43,46 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: bool | None,
+    restart: Callable[[], None] = lambda: None,
 ) -> Capture:
-    """Trace `model(*args, **kwargs)`; sizes are dynamic if that takes at most `seconds`.
+    """Trace `model(*args, **kwargs)`, with dynamic sizes, static ones, or (None) what works.
 
-    Past the budget, or where dynamic sizes fail, sizes are static. Raises `CaptureError` where
-    the model cannot be traced at all.
+    restart: is called before each attempt. Raises `CaptureError` where the model cannot be traced,
+    or not with dynamic sizes if these are asked for.
     """
     reason = "asked for"
-    if seconds > 0:
+    if dynamic is not False:
         try:
-            start = time.monotonic()
-            program = _within(seconds, lambda: _export(model, args, kwargs, dynamic=True))
+            restart()
+            program = _export(model, args, kwargs, dynamic=True)
             captured = _from_program(program, args, kwargs, "dynamic sizes", dynamic=True)
             if not captured.guards.pinned:
                 return captured
             # The model fixes a size of one that was kept dynamic; without it, all is simpler.
-            rest = seconds - (time.monotonic() - start)
-            program = _within(rest, lambda: _export(model, args, kwargs, dynamic=True, ones=False))
+            restart()
+            program = _export(model, args, kwargs, dynamic=True, ones=False)
             return _from_program(program, args, kwargs, "dynamic sizes", dynamic=True)
-        except _OutOfTimeError:
-            reason = f"with dynamic sizes it took more than {seconds:g} s"
         except Exception as error:
+            if dynamic:
+                raise _failed(model, error) from error
             reason = f"dynamic sizes failed: {first_line(error)}"
     try:
-        program = _within(None, lambda: _export(model, args, kwargs, dynamic=False))
+        restart()
+        program = _export(model, args, kwargs, dynamic=False)
     except Exception as error:
-        raise CaptureError(
-            f"expected a model that torch.export can trace; {type(model).__name__} failed with "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise _failed(model, error) from error
     return _from_program(program, args, kwargs, f"static sizes ({reason})", dynamic=False)
+
+
+def _failed(model: nn.Module, error: Exception) -> CaptureError:
+    return CaptureError(
+        f"expected a model that torch.export can trace; {type(model).__name__} failed with "
+        f"{type(error).__name__}: {first_line(error)}"
+    )
 
 
 def _export(
@@ -185,40 +189,6 @@ def _all_dims(leaf: Any) -> Any:
     return sizes
 
 
-class _OutOfTimeError(BaseException):
-    """Raised inside a capture that is past its budget; no `except Exception` swallows it."""
-
-
-_workers = [ThreadPoolExecutor(1, thread_name_prefix="t5fx-capture")]
-
-
-def _within(seconds: float | None, work: Callable[[], Any]) -> Any:
-    """Run `work` in a thread kept for it and abort it after `seconds`.
-
-    The tracing modes that torch.export enters are thread-local: an aborted capture's thread is not
-    used again, so whatever it left behind harms nobody. No thread ends, since torch 2.11 keeps
-    pointers into the one that first used fake tensors.
-    """
-    thread: dict[str, int] = {}
-
-    def run() -> Any:
-        thread["ident"] = threading.get_ident()
-        return work()
-
-    future = _workers[-1].submit(run)
-    try:
-        return future.result(seconds)
-    except FutureTimeoutError:
-        if future.done():
-            raise
-    _workers.append(ThreadPoolExecutor(1, thread_name_prefix="t5fx-capture"))
-    kind = ctypes.py_object(_OutOfTimeError)
-    while not future.done():  # again after a while, should somebody have swallowed it
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread["ident"]), kind)
-        wait([future], 5.0)
-    return future.result()
-
-
 def _from_program(
     program: ExportedProgram,
     args: tuple[Any, ...],
@@ -252,15 +222,14 @@ def _from_program(
         elif "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)  # holds for the captured dtypes, which `Guards` checks
     scatter_writes(View(graph, program.graph_module))
-    leaves = pytree.tree_leaves((args, kwargs))
-    guards = guards_of(users, leaves)
+    guards = guards_of(users)
     if dynamic:
-        sizes = [w[2] for w in guards.leaves if w is not None]
+        sizes = [w[2] for w in guards.leaves if isinstance(w, tuple)]
         dynamic = any(isinstance(s, str) for size in sizes for s in size)
         shown = ", ".join(
             f"{node.name} [{', '.join(map(str, wanted[2]))}]"
             for node, wanted in zip(users, guards.leaves, strict=True)
-            if wanted is not None
+            if isinstance(wanted, tuple)
         )
         note = f"dynamic sizes: {shown}" if dynamic else "static sizes (the model fixes them all)"
     return Capture(graph, guards, program.call_spec.out_spec, note, dynamic, constants)

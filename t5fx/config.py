@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 #: Fields that decide which sites are taken at all; an override per site may not set them.
-_GLOBAL_ONLY = ("include", "exclude", "overrides", "seed", "policy", "capture_seconds")
+_GLOBAL_ONLY = ("include", "exclude", "overrides", "seed", "policy", "dynamic")
 
 Layout = int | Callable[..., int] | None
 Grid = tuple[int, ...] | Callable[..., tuple[int, ...]] | None
@@ -61,8 +61,9 @@ class LinearizeConfig:
         remembered in $T5FX_CACHE_DIR (T5FX_TRITON=0: no check and no kernels); ordinary operators
         else. `Site.impl` and `Site.impl_reason` say which it is and why.
     seed: fresh parameters depend on this number and the site's name alone.
-    capture_seconds: budget of the capture with dynamic sizes, in seconds; past it, or where it
-        fails, sizes are captured static and the report says so. 0 captures static at once.
+    dynamic: whether the model is judged for all sizes of its arguments (True), for those of the
+        example (False; each further size is judged at its first call), or for all sizes where that
+        can be traced (None); the report says which it was.
 
     Raises `ConfigError` for a value outside its domain.
     """
@@ -82,7 +83,7 @@ class LinearizeConfig:
     policy: str = "flops"
     impl: str = "auto"
     seed: int = 0
-    capture_seconds: float = 20.0
+    dynamic: bool | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -106,10 +107,11 @@ class LinearizeConfig:
             wanted = value is None or _natural(value) or (name != "min_tokens" and callable(value))
             if not wanted:
                 raise ConfigError(f"{name}: expected a number of tokens >= 0, got {value!r}")
-        for name in ("key_norm_eps", "capture_seconds"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{name}: expected a finite number >= 0, got {value!r}")
+        eps = self.key_norm_eps
+        if not isinstance(eps, int | float) or not math.isfinite(eps) or eps < 0:
+            raise ConfigError(f"key_norm_eps: expected a finite number >= 0, got {eps!r}")
+        if self.dynamic not in (None, True, False):
+            raise ConfigError(f"dynamic: expected True, False or None, got {self.dynamic!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed: expected an integer, got {self.seed!r}")
         names = [f.name for f in dataclasses.fields(self) if f.name not in _GLOBAL_ONLY]
@@ -144,6 +146,12 @@ class LinearizeConfig:
         given = (self.grid, self.prefix, self.suffix)
         names = {name for changes in self.overrides.values() for name in changes}
         return any(v is not None for v in given) or bool(names & {"grid", "prefix", "suffix"})
+
+    @property
+    def has_callables(self) -> bool:
+        """Whether the layout of any site is a callable of the call's arguments."""
+        fields = ({"grid": self.grid, "prefix": self.prefix, "suffix": self.suffix},)
+        return any(callable(v) for f in (*fields, *self.overrides.values()) for v in f.values())
 
     def called(self, call: Callable[[Callable[..., Any]], Any]) -> LinearizeConfig:
         """The same with each layout that is a callable replaced by what `call` makes of it."""

@@ -32,8 +32,8 @@ class RefusedCallError(T5Error):
     """A call of a linearized model needs something that the rewritten graph cannot do."""
 
 
-class UnavailableMethodError(T5Error, AttributeError):
-    """A method of the original model that is not proved right on the linearized one."""
+class LayoutUnknownError(T5Error):
+    """A rewritten attention runs on tokens whose place on a grid is not known in this call."""
 
 
 class MeasureError(T5Error):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
-from t5fx.report import Report
+from t5fx.reports import Report
 from t5fx.training import (
     check_positive,
     endless,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from t5fx.errors import ConfigError, HookError
-from t5fx.report import Report
+from t5fx.reports import Report
 
 #: Trains a linearized module in place (and returns None), or returns another module.
 Hook = Callable[[nn.Module, Report], nn.Module | None]

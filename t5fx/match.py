@@ -18,21 +18,22 @@ from typing import Any
 
 import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher
-from torch import fx
+from torch import fx, nn
 
 from t5fx.canon import View
 from t5fx.patterns import patterns
 from t5fx.patterns.base import Binding, Pattern, Refusal, Unlike
 from t5fx.patterns.chains import PRODUCTS, climb, descend
-from t5fx.report import Tried
+from t5fx.reports import Tried
 
 
 @dataclass
 class Match:
     """One anchor: bound to an attention, or refused.
 
-    owner: name of the innermost module in which both products (or the fused call) run, "" for the
-    root; key: name of the module that takes the new parameters, `<owner>.t5`, `.t5_1`, ...
+    owner: name of the innermost module with parameters in which all of it runs, "" for the root;
+    key: name of the module that takes the new parameters, `<owner>.t5`, `.t5_1`, ...; inline: names
+    (seen from the owner) of the modules inside the owner in which parts of it run.
     """
 
     anchor: fx.Node
@@ -41,13 +42,22 @@ class Match:
     refusal: Refusal | None
     owner: str
     key: str
+    inline: frozenset[str] = frozenset()
 
 
-def find(view: View, tried: dict[str, Tried] | None = None) -> list[Match]:
+#: The module that has a name in a graph, or None where it is not at hand.
+Modules = Callable[[str], nn.Module | None]
+
+
+def find(
+    view: View, tried: dict[str, Tried] | None = None, modules: Modules | None = None
+) -> list[Match]:
     """Every attention of the graph, and everything that looks like one, in graph order.
 
-    tried: is told what each pattern did, by its name.
+    tried: is told what each pattern did, by its name. modules: without it the modules are those
+    under the graph's root.
     """
+    modules = modules or _under(view.root)
     found: list[tuple[fx.Node, str, Binding | Refusal, tuple[fx.Node, ...]]] = []
     for pattern in patterns():
         start, count = time.perf_counter(), Tried()
@@ -66,13 +76,14 @@ def find(view: View, tried: dict[str, Tried] | None = None) -> list[Match]:
     matches = []
     ordinals: Counter[tuple[str, ...]] = Counter()
     for anchor, name, result, nodes in found:
-        owner, call = owner_of(nodes)
+        region = nodes if isinstance(result, Refusal) else _region(result, nodes)
+        owner, call, inline = owner_of(region, modules)
         ordinal = ordinals[call]
         ordinals[call] += 1
         key = f"{owner}." if owner else ""
         key += f"t5_{ordinal}" if ordinal else "t5"
         binding, refusal = (None, result) if isinstance(result, Refusal) else (result, None)
-        matches.append(Match(anchor, name, binding, refusal, owner, key))
+        matches.append(Match(anchor, name, binding, refusal, owner, key, inline))
     return matches
 
 
@@ -166,16 +177,50 @@ def _pattern_graph(shape: Callable[..., Any]) -> nx.DiGraph:
 _NO_STACK = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export gives nodes of its own
 
 
-def owner_of(nodes: tuple[fx.Node, ...]) -> tuple[str, tuple[str, ...]]:
-    """Name of the innermost module that all nodes run in, and the identity of its call."""
-    stacks = [module_stack(node) for node in nodes]
+def _region(binding: Binding, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """All nodes of an attention: products, what is between them, scales and layouts around them."""
+    replayed = (n for o in (binding.q, binding.k, binding.v) for n in o.replay)
+    return (*nodes, *binding.nodes, *binding.temperatures, *replayed, binding.output)
+
+
+def owner_of(
+    nodes: tuple[fx.Node, ...], modules: Modules
+) -> tuple[str, tuple[str, ...], frozenset[str]]:
+    """Name of the innermost module with parameters that all nodes run in, the identity of its call,
+    and the names, seen from it, of the modules inside it that some of them run in.
+
+    A core without parameters that several modules share is no owner: its callers are.
+    """
+    stacks = [stack for node in nodes if (stack := module_stack(node))]
     shared: list[tuple[str, str]] = []
     for entries in zip(*stacks, strict=False):
         if len(set(entries)) > 1:
             break
         shared.append(entries[0])
+    while shared and shared[-1][1]:
+        module = modules(shared[-1][1])
+        if module is None or next(module.parameters(), None) is not None:
+            break
+        shared.pop()
     owner = shared[-1][1] if shared else ""
-    return owner, tuple(key for key, _ in shared)
+    stem = f"{owner}." if owner else ""
+    inside = {
+        name.removeprefix(stem)
+        for stack in stacks
+        for _, name in stack[len(shared) :]
+        if name.startswith(stem) and name != owner
+    }
+    return owner, tuple(key for key, _ in shared), frozenset(inside)
+
+
+def _under(root: nn.Module) -> Modules:
+    def module(name: str) -> nn.Module | None:
+        try:
+            return root.get_submodule(name)
+        except AttributeError:
+            return None
+
+    return module
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:

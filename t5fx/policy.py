@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from t5fx.canon import View, expr, hint, same
 from t5fx.config import LinearizeConfig
@@ -24,7 +24,7 @@ from t5fx.layout import Axes
 from t5fx.match import Match, find
 from t5fx.measure import Cost, Shape, cost
 from t5fx.patterns.base import Binding, Operand, Refusal
-from t5fx.report import Site, Tried
+from t5fx.reports import Site, Tried
 from t5fx.tokens import Axis, layout_of
 
 
@@ -32,15 +32,16 @@ from t5fx.tokens import Axis, layout_of
 class Plan:
     """One attention and what is to become of it.
 
-    prefix, grid: token layout where it is rewritten: an axis of the graph, or a number. impl: what
-    a measurement put in the place of the configuration's "auto", or None.
+    prefix, grid, suffix: token layout where it is rewritten: axes of the graph, or numbers. impl:
+    what a measurement put in the place of the configuration's "auto", or None.
     """
 
     match: Match
     site: Site
     config: LinearizeConfig
-    prefix: tuple[Axis | int, ...] = ()
-    grid: tuple[Axis | int, ...] = ()
+    prefix: tuple[Axis | fx.Node | int, ...] = ()
+    grid: tuple[Axis | fx.Node | int, ...] = ()
+    suffix: tuple[Axis | fx.Node | int, ...] = ()
     impl: str | None = None
 
 
@@ -72,7 +73,7 @@ def plan(
     (and judged again for legality and layout, but not for selection and cost); False, it is left;
     None, nothing yet.
     """
-    matches = find(view, tried)
+    matches = find(view, tried, owner)
     axes = Axes(view) if matches else None
     plans = []
     for match in matches:
@@ -157,7 +158,7 @@ def _judge(
     if decided is False:
         raise Refusal("excluded", "not one of the sites that were rewritten before")
     tokens = axes[binding.q.like][binding.q.token]
-    entry.prefix, entry.grid = _layout(tokens, site, config)
+    entry.prefix, entry.grid, entry.suffix = _layout(tokens, site, config)
     for axis in (*entry.prefix, *entry.grid):
         if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
             if axis.size not in view.sizes:
@@ -320,17 +321,17 @@ def _words(axis: Axis) -> str:
 
 def _layout(
     tokens: Axis, site: Site, config: LinearizeConfig
-) -> tuple[tuple[Axis | int, ...], tuple[Axis | int, ...]]:
+) -> tuple[tuple[Axis | int, ...], tuple[Axis | int, ...], tuple[Axis | int, ...]]:
     found = layout_of(tokens)
     if config.grid is None and config.prefix is None and config.suffix is None:
         if isinstance(found, str):
             if config.locality == "none":
-                return (), ()
+                return (), (), ()
             raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
         site.prefix = sum(a.count for a in found.prefix)
         site.suffix = sum(a.count for a in found.suffix)
         site.grid = tuple(a.count for a in found.grid)
-        return found.prefix, found.grid
+        return found.prefix, found.grid, found.suffix
     assert site.num_tokens is not None
     grid = config.grid
     if grid is None:
@@ -351,7 +352,7 @@ def _layout(
             f"{prefix} + {'x'.join(map(str, grid))} + {suffix}",
         )
     site.prefix, site.grid, site.suffix = prefix, grid, suffix
-    return (prefix,), grid
+    return (prefix,), grid, (suffix,)
 
 
 def _call(view: View, entry: Plan, trained: bool) -> Call:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from t5fx.adapters import Parameters, adapter
-from t5fx.api import build, check_call, refuse_linearized
+from t5fx.api import check_call, refuse_linearized, with_nodes
 from t5fx.checkpoint import (
     CALLABLE,
     CONFIG_NAME,
@@ -23,11 +23,14 @@ from t5fx.checkpoint import (
     write,
 )
 from t5fx.config import LinearizeConfig
+from t5fx.copies import duplicate
 from t5fx.errors import CheckpointError
 from t5fx.kernels import TTT
 from t5fx.kernels.module import SETTINGS
-from t5fx.linearized import Linearized, template_of
+from t5fx.lookup import configs, nodes_in
 from t5fx.rewrite import parameter_dtype
+
+M = TypeVar("M", bound=nn.Module)
 
 #: The arguments of a node that are kept with it; its name, dtype and device are the model's.
 _SETTINGS = ("num_heads", "head_dim", "value_dim", "grid_ndim", *SETTINGS, "seed")
@@ -75,7 +78,7 @@ def save_pretrained(
             )
     description = Description(
         content="adapter" if adapter_only or isinstance(lin, Parameters) else "model",
-        model=lin.report.model if isinstance(lin, Linearized) else type(lin).__name__,
+        model=type(lin).__name__,
         config=config.to_dict(callables=CALLABLE),
         sites={k: {name: getattr(n, name) for name in _SETTINGS} for k, n in nodes.items()},
         made_with={"torch": torch.__version__},
@@ -84,11 +87,9 @@ def save_pretrained(
 
 
 def _nodes_of(lin: nn.Module) -> tuple[dict[str, TTT], LinearizeConfig]:
-    if isinstance(lin, Linearized | fx.GraphModule):
-        found = {name: m for name, m in lin.named_modules() if isinstance(m, TTT)}
-        if not found:
-            raise CheckpointError(f"expected a linearized model, got a {type(lin).__name__}")
-        return found, lin.linearize_config
+    config = next(configs(lin), None)
+    if config is not None:
+        return nodes_in(lin), config
     if not isinstance(lin, Parameters):
         lin = adapter(lin)
     return lin.nodes(), lin.linearize_config
@@ -118,40 +119,42 @@ def _check_values(tensors: Mapping[str, Any]) -> None:
             raise CheckpointError(f"'{name}' has no values: it is on the meta device")
 
 
+@torch.inference_mode(False)
 def from_pretrained(
     directory: str | os.PathLike[str],
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
+    model: M,
     *,
     config: LinearizeConfig | None = None,
-    share_parameters: bool = False,
-) -> nn.Module:
+    inplace: bool = False,
+    device: torch.device | str = "cpu",
+) -> M:
     """Linearize a model as a saved one was, and give it the saved values.
 
     Everything is checked before anything is loaded: that the files are those that were written,
-    that names and shapes are the model's, that every saved site is in it.
+    that names and shapes are the model's, that every saved site has an owner in it. The first call
+    of the model is then judged as `linearize` judges its example.
 
     Args:
         directory: what `save_pretrained` wrote, adapter or whole.
         model: the original, of the class and configuration that were linearized. It gives the
             code, dtypes and devices; from a whole checkpoint come all values, from an adapter the
             new ones only. Parameters may be on the meta device (a whole checkpoint then gives
-            them, on the device of the first tensor among the arguments): build it with
-            `accelerate.init_empty_weights()`, which leaves buffers their values.
-        args, kwargs: example inputs of one call, as for `linearize`.
+            them): build it with `accelerate.init_empty_weights()`, which leaves buffers their
+            values.
         config: instead of the saved one, to change what does not change the nodes (`grid`,
             `impl`); needed where the saved one had callables.
-        share_parameters: load into the model's own parameters instead of copies of them.
+        inplace: change the model that is given, instead of a copy of it.
+        device: where parameters go that were on the meta device.
 
     Returns:
         What `linearize` returned before it was saved.
 
     Raises:
         CheckpointError: names the file, tensor, shape, version or site that is not as expected.
-        CaptureError, RefusedCallError: the model does not run on `args`, or has other attention.
+        RefusedCallError, CaptureError: in the first call of the result, where the model has other
+            attention than the one that was saved.
     """
-    args, kwargs = check_call(model, args, kwargs)
+    check_call(model, (), None)
     refuse_linearized(model)
     folder = Path(directory)
     checkpoint = Checkpoint(folder)
@@ -159,19 +162,20 @@ def from_pretrained(
     nodes = _checked_nodes(checkpoint, model)
     _check_originals(model, checkpoint)
 
-    template = template_of(model, share_parameters)
-    device = _first_device(args, kwargs)
-    _fill_meta(template, device)
+    result = model if inplace else duplicate(model)
+    device = torch.device(device)
+    _fill_meta(result, device)
     with torch.no_grad():
-        originals = template.state_dict(keep_vars=True)
+        originals = result.state_dict(keep_vars=True)
         for name, value in checkpoint.tensors(lambda name: checkpoint.site(name) is None):
             originals[name].copy_(value)
         new = dict(checkpoint.tensors(lambda name: checkpoint.site(name) is not None))
         for key, node in nodes.items():
             values = {n: new[f"{key}.{n}"] for n in node.state_dict()}
-            _place(node, key, template, device, next(iter(values.values())).dtype)
+            _place(node, key, result, device, next(iter(values.values())).dtype)
             node.load_state_dict(values)
-    return build(template, args, kwargs, chosen, nodes)
+    made: Any = with_nodes(result, chosen, nodes)
+    return made  # type: ignore[no-any-return]
 
 
 def _checked_nodes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, TTT]:
@@ -258,9 +262,3 @@ def _place(
     first = next(template.get_submodule(owner).parameters(), None)
     node.to_empty(device=device if first is None else first.device)
     node.to(parameter_dtype(template, owner, saved))
-
-
-def _first_device(args: Any, kwargs: Any) -> torch.device:
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    tensors = (x for x in leaves if isinstance(x, Tensor))
-    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))

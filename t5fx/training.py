@@ -10,22 +10,19 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from t5fx.adapters import adapter
 from t5fx.errors import AdapterError, TrainingError
 from t5fx.kernels import TTT
-from t5fx.linearized import Linearized
+from t5fx.lookup import is_linearized, nodes_in
 
 
 def nodes_of(module: nn.Module) -> dict[str, TTT]:
     """The TTT nodes of a linearized module, or of one compiled with backend="t5", by key."""
     inner = getattr(module, "_orig_mod", module)
-    if isinstance(inner, Linearized | fx.GraphModule):
-        found = {name: m for name, m in inner.named_modules() if isinstance(m, TTT)}
-        if not found:
-            raise TrainingError(f"expected TTT nodes in the {type(inner).__name__}, found none")
-        return found
+    if is_linearized(inner):
+        return nodes_in(inner)
     try:
         return adapter(module).nodes()
     except AdapterError as error:

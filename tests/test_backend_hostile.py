@@ -141,7 +141,7 @@ class AttributeScale(vits.Attention):
 def test_scales_kept_as_tensors(attention):
     torch.manual_seed(0)
     fast, lin = as_linearized(with_attention(attention), SHAPE.images())
-    assert [s.status for s in lin.report.sites] == ["rewritten"] * 2
+    assert [s.status for s in t5fx.report(lin).sites] == ["rewritten"] * 2
     if attention is BufferScale:
         fast._orig_mod.blocks[0].attn.factor.mul_(2)
         with pytest.raises(t5fx.T5Error, match=r"constant 0\.35.*got 0\.70"):

@@ -15,11 +15,12 @@ from torch.export import Dim
 from vits import Shape
 
 import t5fx
-from t5fx.blocks import AutocastState
 from t5fx.errors import CaptureError
-from t5fx.linearized import _constants
+from t5fx.forms import constants_of
+from t5fx.lookup import runtimes
+from t5fx.runtime import KEPT
 
-STATIC = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0)
+STATIC = t5fx.LinearizeConfig(min_tokens=0, dynamic=False)
 DYNAMIC = t5fx.LinearizeConfig(min_tokens=0)
 
 
@@ -56,9 +57,12 @@ def test_forward_has_the_signature_of_the_original():
     lin = t5fx.linearize(model, (images,), config=STATIC)
     for same in (lin, copy.deepcopy(lin)):
         assert inspect.signature(same.forward) == inspect.signature(model.forward)
-        assert isinstance(same, t5fx.linearized.Linearized) and type(same).__name__ == "Linearized"
+        assert type(same) is Wrapped
         assert torch.equal(same(images), lin(images))
-    assert inspect.signature(t5fx.linearized.Linearized.forward) != inspect.signature(model.forward)
+    attention = lin.vit.blocks[0].attn
+    assert inspect.signature(attention.forward) == inspect.signature(
+        model.vit.blocks[0].attn.forward
+    )
 
 
 def test_the_signature_survives_pickle():
@@ -116,8 +120,10 @@ class Mixed(nn.Module):
 
 
 def _autocast():
-    state = AutocastState(("cpu",))
-    return state.depth, state.cache, state.modes
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return depth, torch.is_autocast_cache_enabled(), enabled, dtype
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -125,7 +131,7 @@ def test_autocast_blocks_are_looked_into(frozen):
     torch.manual_seed(0)
     model, images = Mixed(frozen).eval(), Shape().images()
     lin = t5fx.linearize(model, (images,), config=STATIC)
-    assert [s.fqn for s in lin.report.rewritten] == ["vit.blocks.0.attn"]
+    assert [s.fqn for s in t5fx.report(lin).rewritten] == ["vit.blocks.0.attn"]
     plain = t5fx.linearize(model.vit, (images,), config=STATIC)
     plain.load_state_dict(lin.vit.state_dict())
     before = _autocast()
@@ -173,7 +179,7 @@ def test_autocast_blocks_compile():
     torch.testing.assert_close(compiled(images), lin(images))
 
 
-def test_hooks_of_the_original_do_not_see_traces():
+def test_hooks_are_the_copys_and_do_not_see_traces():
     model, images, seen = Shape(depth=1).model(), Shape().images(), []
 
     def hook(*args, **kwargs):
@@ -185,13 +191,11 @@ def test_hooks_of_the_original_do_not_see_traces():
     attention.register_full_backward_hook(hook)
     lin = t5fx.linearize(model, (images,), config=STATIC)
     assert t5fx.explain(model, (images,), config=STATIC).rewritten
-    lin(images).sum().backward()
     assert not seen
+    lin(images).sum().backward()
+    assert len(seen) == 3 and {id(s[0]) for s in seen} == {id(lin.blocks[0].attn)}
     model(images).sum().backward()
-    assert len(seen) == 3, "the given model keeps its hooks"
-    lin.blocks[0].attn.register_forward_hook(hook, with_kwargs=True)
-    lin(images)
-    assert len(seen) == 4
+    assert len(seen) == 6, "the given model keeps its hooks"
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")  # torch.export's, of the old hook
@@ -222,14 +226,22 @@ def test_wrong_calls_say_what_is_wrong():
     assert lin(images).isfinite().all()
 
 
-def test_nan_is_one_argument():
+def test_floats_make_no_new_kind_of_call_and_kinds_are_bounded():
     images = Shape().images()
     lin = t5fx.linearize(Wrapped(lambda y: y).eval(), (images,), config=STATIC)
-    for _ in range(3):
-        assert lin(images, scale=float("nan")).isnan().all()
-    assert len(lin._captures.variants) == 2
-    nan = _constants([float("nan"), 1])
-    assert nan == _constants([float("nan"), 1]) and nan != _constants([None, 1])
+    runtime = next(runtimes(lin))
+    reference = lin(images)
+    for scale in (2.0, -1.0, 0.5):
+        torch.testing.assert_close(lin(images, scale=scale), scale * reference)
+    assert lin(images, scale=float("nan")).isnan().all()
+    assert len(runtime.kinds) == 2
+    constants = constants_of([float("nan"), 1, images])
+    assert constants == constants_of([2.0, 1, images])
+    assert len({constants_of([v]) for v in (None, 1, True, "1", 1.0)}) == 5
+    for _ in range(KEPT):
+        runtime.keep(runtime.kinds[-1])
+        runtime.keep_form("vit.blocks.0.attn", runtime.forms["vit.blocks.0.attn"][-1])
+    assert len(runtime.kinds) == KEPT == len(runtime.forms["vit.blocks.0.attn"])
 
 
 def test_a_compiled_call_without_a_capture_says_what_to_do():

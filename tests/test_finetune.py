@@ -170,7 +170,7 @@ def test_align_then_tune_as_hooks_of_linearize():
     model = classifier()
     lin = t5fx.linearize(model, (SHAPE.images(),), config=CONFIG, finetune=[align, tune])
     assert align.result.steps == tune.result.steps == 2
-    assert isinstance(lin, nn.Module) and lin.report.rewritten
+    assert isinstance(lin, nn.Module) and t5fx.report(lin).rewritten
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import t5fx
 from t5fx.align import _Student, _taught
 from t5fx.kernels import TTT
 
-STATIC = t5fx.LinearizeConfig(min_tokens=0, capture_seconds=0)
+STATIC = t5fx.LinearizeConfig(min_tokens=0, dynamic=False)
 # 50 spellings in CI and 750 at night; near misses likewise.
 MANY = examples(50)
 
@@ -45,7 +45,7 @@ def test_every_spelling_is_found_and_is_the_fused_one(spelling):
     expected = model(x)
     torch.testing.assert_close(expected, fused(x), **tolerance)
     lin, wanted = (t5fx.linearize(m, (x,), config=STATIC) for m in (model, fused))
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 0, (3, 4), 0)
     ((key, node),) = [(n, m) for n, m in lin.named_modules() if isinstance(m, TTT)]
     assert node.scale == pytest.approx(model.own_scale(), rel=1e-6)
@@ -157,7 +157,7 @@ def test_graphs_of_core_operators(spelling):
     x = images()
     graph = graph_of(made(Attention, spelling), decomposed=True)
     lin = t5fx.linearize(graph, config=STATIC)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.grid) == ("rewritten", (3, 4)), site
     wanted = t5fx.linearize(made(Fused, spelling), (x,), config=STATIC)
     torch.testing.assert_close(lin(x), wanted(x), rtol=1e-4, atol=1e-5)

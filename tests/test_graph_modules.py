@@ -48,7 +48,7 @@ def test_every_tracer(tracer, spelling):
     lin = t5fx.linearize(gm, args, config=ALL)
     assert isinstance(lin, fx.GraphModule)
     assert [n.name for n in gm.graph.nodes] == before
-    owners = [site.fqn for site in lin.report.rewritten]
+    owners = [site.fqn for site in t5fx.report(lin).rewritten]
     assert owners == ["blocks.0.attn", "blocks.1.attn"]
     assert {n for n, m in lin.named_modules() if isinstance(m, TTT)} == {f"{o}.t5" for o in owners}
     out = lin(*inputs)
@@ -69,7 +69,7 @@ def test_decomposed_aten_graphs(spelling):
         gm = make_fx(model)(images)
         lin = t5fx.linearize(gm, (images,), config=ALL)
         twin = t5fx.linearize(model, (images,), config=ALL)
-        (site,) = lin.report.rewritten
+        (site,) = t5fx.report(lin).rewritten
         assert (site.num_heads, site.prefix, site.grid) == (2, 1, (3, 4))
         node = next(m for m in lin.modules() if isinstance(m, TTT))
         twin.blocks[0].attn.t5.load_state_dict(node.state_dict())

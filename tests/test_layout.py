@@ -51,7 +51,7 @@ class Pooled(nn.Module):
 def test_windows_of_a_padded_grid(size):
     model, images = Windows().eval(), torch.randn(2, 3, *size)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 0, (4, 4), 0)
     assert lin(images).shape == model(images).shape
 
@@ -68,7 +68,7 @@ def test_windows_of_a_padded_grid(size):
 def test_pooled_grid(pool):
     model, images = Pooled(pool).eval(), torch.randn(2, 3, 24, 40)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.grid) == ("rewritten", (3, 5))
     assert lin(torch.randn(1, 3, 32, 16)).shape == (1, 8, 16)
 
@@ -111,7 +111,7 @@ def test_frames_of_a_video(all_frames, grid):
     (site,) = t5fx.explain(model, (video[:1],), config=CONFIG).sites
     assert site.grid == grid
     lin = t5fx.linearize(model, (video,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.grid) == ("rewritten", grid)
     other = torch.randn(1, 3, 2, 8, 8)
     assert lin(other).shape == model(other).shape
@@ -120,7 +120,7 @@ def test_frames_of_a_video(all_frames, grid):
 def test_patches_cut_by_reshape():
     model, images = Patches().eval(), torch.randn(2, 3, 24, 40)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.grid) == ("rewritten", (6, 10))
     assert lin(torch.randn(1, 3, 32, 16)).shape == (1, 32, 16)
 
@@ -135,7 +135,7 @@ def test_frames_whose_patches_are_cut_by_reshape():
 
     model, video = Model().eval(), torch.randn(2, 3, 5, 16, 24)
     lin = t5fx.linearize(model, (video,), config=CONFIG)
-    assert [site.grid for site in lin.report.rewritten] == [(5, 4, 6)]
+    assert [site.grid for site in t5fx.report(lin).rewritten] == [(5, 4, 6)]
     assert lin(video).shape == model(video).shape
 
 
@@ -169,7 +169,7 @@ def test_heads_repeated_and_rotated_as_complex_numbers():
 
     model, images = Model().eval(), torch.randn(2, 3, 16, 24)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.grid, site.num_heads) == ("rewritten", (4, 6), 2)
     assert lin(images).shape == model(images).shape
 
@@ -242,7 +242,7 @@ class Unfolded(nn.Module):
 def test_channels_merged_with_rows():
     model, images = Unfolded().eval(), torch.randn(2, 3, 32, 48)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 0, (4, 6), 0)
     other = torch.randn(1, 3, 64, 16)
     assert lin(other).shape == model(other).shape
@@ -264,7 +264,7 @@ def test_sizes_that_prove_no_grid_are_captured_static():
 
     model, images = Model().eval(), torch.randn(2, 3, 32, 48)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.grid) == ("rewritten", (4, 6))
     assert lin(images).shape == model(images).shape
 
@@ -387,8 +387,8 @@ def test_sizes_of_positions_between_patches():
 
     model, images = Model(None).eval(), torch.randn(2, 3, 16, 24)
     lin = t5fx.linearize(model, (images,), config=CONFIG)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.prefix, site.grid) == ("rewritten", 3, (4, 6))
-    assert "dynamic" in lin.report.capture
+    assert "dynamic" in t5fx.report(lin).capture
     other = torch.randn(1, 3, 32, 8)
     assert lin(other).shape == model(other).shape

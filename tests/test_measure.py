@@ -192,9 +192,9 @@ class TestCosts:
 class TestSites:
     def test_rewritten_where_it_is_faster(self, asked):
         lin = t5fx.linearize(vit(), (X,), config=MEASURE)
-        site = lin.report.rewritten[0]
+        site = t5fx.report(lin).rewritten[0]
         assert (site.seconds_before, site.seconds_after) == (2e-3, 1e-3)
-        assert "measured: softmax 2 ms, TTT 1 ms" in str(lin.report)
+        assert "measured: softmax 2 ms, TTT 1 ms" in str(t5fx.report(lin))
         shape, settings, device = asked.shapes[0]
         assert (shape.batch, shape.tokens, shape.trained, device) == (
             2,
@@ -240,7 +240,7 @@ class TestSites:
             asked.costs[tokens] = SLOWER
         lin.train()
         lin(X)
-        again = t5fx.from_pretrained(tmp_path / "saved", model, (X,)).eval()
+        again = t5fx.from_pretrained(tmp_path / "saved", model).eval()
         assert torch.equal(again(X), expected)
 
     def test_a_compiler_that_measures_inside_of_a_backend(self, folder):

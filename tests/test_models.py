@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import t5fx
 from t5fx.kernels import TTT
+from t5fx.lookup import runtimes
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
 
@@ -42,13 +43,13 @@ def test_timm(name, prefix, patch, fused_switch):
         fused_switch(fused)
         model = timm_model(name, img_size=2 * patch)
         lin = t5fx.linearize(model, (images,), config=ALL)
-        for site in lin.report.sites:
+        for site in t5fx.report(lin).sites:
             assert site.pattern == ("fused" if fused else "spelled")
             assert (site.prefix, site.grid, site.suffix) == (prefix, (3, 2), 0)
-        assert [s.fqn for s in lin.report.rewritten] == ["blocks.0.attn", "blocks.1.attn"]
-        captures = len(lin._captures.variants)
+        assert [s.fqn for s in t5fx.report(lin).rewritten] == ["blocks.0.attn", "blocks.1.attn"]
+        kinds = len(next(runtimes(lin)).kinds)
         results += [lin(images), lin(torch.ones(3, 3, 4 * patch, 5 * patch))]
-        assert len(lin._captures.variants) == captures, "other sizes were captured anew"
+        assert len(next(runtimes(lin)).kinds) == kinds, "other sizes were judged anew"
         assert lin.state_dict().keys() >= model.state_dict().keys()
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[1], results[3], rtol=1e-5, atol=1e-5)
@@ -68,7 +69,7 @@ def test_transformers(kind):
         else:
             model = Dinov2Model(Dinov2Config(**options, attn_implementation=implementation)).eval()
         lin = t5fx.linearize(model, (images,), config=ALL)
-        assert [(s.prefix, s.grid) for s in lin.report.rewritten] == [(1, (4, 4))] * 2
+        assert [(s.prefix, s.grid) for s in t5fx.report(lin).rewritten] == [(1, (4, 4))] * 2
         out = lin(pixel_values=images)
         assert type(out) is type(model(images)) is BaseModelOutputWithPooling
         assert lin.config is not None
@@ -93,7 +94,9 @@ def test_dit():
         "class_labels": torch.tensor([3, 4]),
     }
     lin = t5fx.linearize(model, kwargs=inputs, config=ALL)
-    assert [(s.prefix, s.grid, s.suffix) for s in lin.report.rewritten] == [(0, (4, 4), 0)] * 2
+    assert [(s.prefix, s.grid, s.suffix) for s in t5fx.report(lin).rewritten] == [
+        (0, (4, 4), 0)
+    ] * 2
     assert isinstance(lin(**inputs), Transformer2DModelOutput)
     assert lin.config.num_attention_heads == 2
     lin(**inputs).sample.pow(2).sum().backward()
@@ -123,7 +126,7 @@ def test_sd3_joint_attention():
 
     call = inputs(2, 8, 12, 5)
     lin = t5fx.linearize(model, kwargs=call, config=ALL)
-    assert [(s.prefix, s.grid, s.suffix) for s in lin.report.sites] == [(0, (4, 6), 5)] * 2
+    assert [(s.prefix, s.grid, s.suffix) for s in t5fx.report(lin).sites] == [(0, (4, 6), 5)] * 2
     out = lin(**call)
     assert isinstance(out, Transformer2DModelOutput)
     as_pipelines_call = lin(**call, return_dict=False, joint_attention_kwargs=None)
@@ -151,3 +154,13 @@ def test_what_is_no_self_attention_over_a_grid_is_left(fused_switch):
     assert reasons["cait_xxs24_224"] <= {"scores-changed", "probabilities-used", "cross-attention"}
     assert reasons["xcit_nano_12_p16_224"] <= {"not-attention", "cross-attention"}
     assert reasons["beit_base_patch16_224"] == {"additive-bias"}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_image_as_the_example_is_served_at_once(batch):
+    """Compiled as one graph, with no call before: timm's code compares the batch with one."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64).eval()
+    lin = t5fx.linearize(model, (torch.randn(1, 3, 64, 64),), config=ALL)
+    fast = torch.compile(lin, backend="eager", fullgraph=True)
+    images = torch.randn(batch, 3, 64, 64)
+    torch.testing.assert_close(fast(images), lin(images))

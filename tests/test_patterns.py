@@ -56,7 +56,7 @@ def test_example_is_converted_as_the_fused_call_is(pattern, name):
         same = Model(plain).eval()
     torch.testing.assert_close(model(images), same(images), rtol=1e-4, atol=1e-5)
     lin, wanted = (t5fx.linearize(m, (images,), config=CONFIG) for m in (model, same))
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.status, site.pattern, site.grid) == ("rewritten", pattern.name, GRID)
     torch.testing.assert_close(lin(images), wanted(images), rtol=1e-4, atol=1e-6)
     assert lin.get_submodule("t5").scale == pytest.approx(WIDTH**-0.5)
@@ -117,8 +117,8 @@ def test_report_says_what_each_pattern_did():
     }
     assert "fused 2 of 2" in str(report)
     lin = t5fx.linearize(Model(two).eval(), (images,), config=CONFIG)
-    assert lin.report.patterns["fused"].bound == 2
-    assert all(tried.seconds >= 0 for tried in lin.report.patterns.values())
+    assert t5fx.report(lin).patterns["fused"].bound == 2
+    assert all(tried.seconds >= 0 for tried in t5fx.report(lin).patterns.values())
 
 
 def test_every_file_of_the_folder_is_found():

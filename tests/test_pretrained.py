@@ -21,6 +21,7 @@ import t5fx
 from t5fx import backend, checkpoint
 from t5fx.checkpoint import CONFIG_NAME
 from t5fx.errors import AlreadyLinearizedError, CaptureError, CheckpointError, ConfigError
+from t5fx.lookup import configs
 
 SHAPE = Shape(depth=2)
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)
@@ -50,12 +51,12 @@ def test_round_trip_is_bit_equal(tmp_path_factory, shape, adapter_only, inner, s
     t5fx.save_pretrained(lin, folder, adapter_only=adapter_only)
     model = shape.model() if adapter_only else fresh(shape)
     before = copy.deepcopy(model.state_dict())
-    again = t5fx.from_pretrained(folder, model, (shape.images(),), share_parameters=share)
+    again = t5fx.from_pretrained(folder, model, inplace=share)
     images = shape.images()
     assert torch.equal(again(images), lin(images))
-    assert again.linearize_config == lin.linearize_config
+    assert next(configs(again)) == next(configs(lin))
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in lin.state_dict().items())
-    assert again.report.trainable == lin.report.trainable
+    assert t5fx.report(again).trainable == t5fx.report(lin).trainable
     own = dict(model.named_parameters())
     for name, parameter in again.named_parameters():
         if name in own:
@@ -87,7 +88,7 @@ def test_in_a_fresh_process_without_pickle(tmp_path, compiled):
         model = ViT({SHAPE!r}).eval()
         kept = torch.load, pickle.load, pickle.loads
         torch.load = pickle.load = pickle.loads = refuse
-        lin = t5fx.from_pretrained({str(tmp_path / "saved")!r}, model, (call["images"],))
+        lin = t5fx.from_pretrained({str(tmp_path / "saved")!r}, model)
         torch.load, pickle.load, pickle.loads = kept  # Inductor's caches may
         run = torch.compile(lin, backend="t5") if {compiled} else lin
         with torch.no_grad():
@@ -110,7 +111,7 @@ def test_shards_and_meta_device(tmp_path):
     with torch.device("meta"):
         model = ViT(SHAPE).eval()
     images = SHAPE.images()
-    again = t5fx.from_pretrained(tmp_path, model, (images,))
+    again = t5fx.from_pretrained(tmp_path, model)
     assert torch.equal(again(images), lin(images))
     assert all(p.is_meta for p in model.parameters())
 
@@ -121,7 +122,7 @@ def test_meta_tensors_that_the_checkpoint_does_not_have(tmp_path):
     with torch.device("meta"):
         model = ViT(SHAPE)
     with pytest.raises(CheckpointError, match=r"accelerate.init_empty_weights"):
-        t5fx.from_pretrained(tmp_path, model, (SHAPE.images(),))
+        t5fx.from_pretrained(tmp_path, model)
 
 
 class Tied(nn.Module):
@@ -146,7 +147,7 @@ def test_tied_and_overlapping_tensors(tmp_path):
     t5fx.save_pretrained(lin, tmp_path)
     names = set(load_file(next(tmp_path.glob("*.safetensors"))))
     assert len(names & {"head.weight", "again.weight"}) == 1
-    again = t5fx.from_pretrained(tmp_path, Tied().eval(), (images,))
+    again = t5fx.from_pretrained(tmp_path, Tied().eval())
     assert torch.equal(again(images), lin(images))
     assert again.head.weight is again.again.weight
 
@@ -175,7 +176,7 @@ def test_compiled_untouched_model_and_adapter_directory(tmp_path, monkeypatch):
     wanted = fast(images)
     t5fx.save_pretrained(fast, tmp_path / "whole")
     t5fx.save_pretrained(t5fx.adapter(model), tmp_path / "adapter")
-    whole = t5fx.from_pretrained(tmp_path / "whole", fresh(), (images,))
+    whole = t5fx.from_pretrained(tmp_path / "whole", fresh())
     torch.testing.assert_close(whole(images), wanted, rtol=1e-5, atol=1e-6)
     other = SHAPE.model()
     for folder in ("whole", "adapter"):  # the options come with it
@@ -189,9 +190,9 @@ def test_callable_layout_is_asked_for_again(tmp_path):
     lin = linearized(config=config)
     t5fx.save_pretrained(lin, tmp_path)
     with pytest.raises(CheckpointError, match=r"grid of its LinearizeConfig was a callable"):
-        t5fx.from_pretrained(tmp_path, fresh(), (SHAPE.images(),))
+        t5fx.from_pretrained(tmp_path, fresh())
     images = SHAPE.images()
-    again = t5fx.from_pretrained(tmp_path, fresh(), (images,), config=config)
+    again = t5fx.from_pretrained(tmp_path, fresh(), config=config)
     assert torch.equal(again(images), lin(images))
 
 
@@ -202,8 +203,10 @@ def test_selection_is_that_of_the_saved_model_whatever_the_cost(tmp_path):
     data = json.loads((tmp_path / CONFIG_NAME).read_text())
     data["config"] |= {"min_tokens": None, "exclude": []}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(data))
-    again = t5fx.from_pretrained(tmp_path, fresh(), (SHAPE.images(),))
-    assert [site.status for site in again.report.sites] == ["skipped", "rewritten"]
+    again = t5fx.from_pretrained(tmp_path, fresh())
+    assert [site.fqn for site in t5fx.report(again).sites] == ["blocks.1.attn"]
+    again(SHAPE.images())
+    assert [site.status for site in t5fx.report(again).sites] == ["skipped", "rewritten"]
 
 
 # Damage.
@@ -227,7 +230,7 @@ def restore(saved, folder):
 
 def load(folder, model=None, **kwargs):
     model = fresh() if model is None else model
-    return t5fx.from_pretrained(folder, model, (SHAPE.images(),), **kwargs)
+    return t5fx.from_pretrained(folder, model, **kwargs)
 
 
 def weights(folder):
@@ -249,7 +252,7 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(saved, tmp_path_factory, 
     model = fresh()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError, match=str(path)):
-        load(folder, model, share_parameters=True)
+        load(folder, model, inplace=True)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
@@ -298,7 +301,7 @@ def test_tensors_of_another_model(saved, tmp_path, change, message):
     model = fresh()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path, model, share_parameters=True)
+        load(tmp_path, model, inplace=True)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
@@ -335,20 +338,20 @@ def test_folders_and_models_that_do_not_fit(saved, tmp_path):
     with pytest.raises(AlreadyLinearizedError):
         load(tmp_path, linearized())
     with pytest.raises(CheckpointError, match=r"missing: 'blocks.2"):
-        t5fx.from_pretrained(tmp_path, Shape(depth=3).model(), (SHAPE.images(),))
-    with pytest.raises(CaptureError, match=r"write \(x,\) instead of x"):
-        t5fx.from_pretrained(tmp_path, fresh(), SHAPE.images())
+        t5fx.from_pretrained(tmp_path, Shape(depth=3).model())
+    with pytest.raises(CaptureError, match=r"expected an nn\.Module"):
+        t5fx.from_pretrained(tmp_path, "vit")
     other = fresh()
     other.blocks[1].attn = nn.Linear(16, 16)  # no attention there any more
     t5fx.save_pretrained(linearized(), tmp_path, adapter_only=True)
     with pytest.raises(CaptureError, match=r"expected attention at 'blocks.1.attn.t5'"):
-        load(tmp_path, other)
+        load(tmp_path, other)(SHAPE.images())
 
 
 def test_scale_of_another_model_is_told(saved, tmp_path):
     edit(restore(saved, tmp_path), lambda d: d["sites"]["blocks.0.attn.t5"].update(scale=0.5))
     with pytest.raises(t5fx.T5Error, match=r"'blocks.0.attn' with scale 0.35.* made for scale 0.5"):
-        load(tmp_path)
+        load(tmp_path)(SHAPE.images())
 
 
 # Saving.

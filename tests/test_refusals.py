@@ -9,7 +9,7 @@ from torch import nn
 
 import t5fx
 from t5fx.kernels import TTT
-from t5fx.report import REASONS, Site
+from t5fx.reports import REASONS, Site
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
 X = torch.randn(2, 3, 8, 8)
@@ -235,7 +235,7 @@ def test_heads_are_found_wherever_they_are(case, monkeypatch):
     x = torch.randn(3, 3, 8, 8)
     model = Model().eval()
     lin = t5fx.linearize(model, (x,), config=ALL)
-    (site,) = lin.report.sites
+    (site,) = t5fx.report(lin).sites
     assert (site.num_heads, site.grid) == ((1 if case == "one head" else 2), (4, 4))
     monkeypatch.setattr(
         TTT, "forward", lambda self, q, k, v, **layout: soft(self.scale * q @ k.mT, v)
@@ -260,10 +260,10 @@ def test_packed_tokens_need_a_grid_and_take_one():
     assert site.reason == "grid-unknown"
     given = t5fx.LinearizeConfig(min_tokens=0, grid=(3, 6), prefix=2)
     lin = t5fx.linearize(Packed(), (x,), config=given)
-    assert (lin.report.sites[0].prefix, lin.report.sites[0].suffix) == (2, 0)
+    assert (t5fx.report(lin).sites[0].prefix, t5fx.report(lin).sites[0].suffix) == (2, 0)
     called = t5fx.LinearizeConfig(min_tokens=0, grid=lambda x: (x.shape[1] // 2, 2))
     lin = t5fx.linearize(Packed(), (x,), config=called)
-    assert lin.report.sites[0].grid == (10, 2)
+    assert t5fx.report(lin).sites[0].grid == (10, 2)
     lin(torch.randn(2, 32, 8))
     assert lin.t5.dwc_q.weight.shape == (8, 1, 3, 3)
     without = t5fx.LinearizeConfig(min_tokens=0, locality="none")

@@ -482,7 +482,7 @@ class TestMeasured:
 
     def test_the_choice_reaches_the_node(self, as_gpu, monkeypatch):
         self.costs(monkeypatch, 2e-3, 1e-3)
-        config = t5fx.LinearizeConfig(policy="measure", capture_seconds=0)
+        config = t5fx.LinearizeConfig(policy="measure", dynamic=False)
         model, images = SHAPE.model().bfloat16(), SHAPE.images().bfloat16()
         lin = t5fx.linearize(model, (images,), config=config)
         assert {m.impl for m in lin.modules() if isinstance(m, TTT)} == {"reference"}

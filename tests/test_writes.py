@@ -256,7 +256,7 @@ def test_rotary_embedding_written_into_a_slice():
     torch.testing.assert_close(model(*args), plain(*args))
     fast, reference = (t5fx.linearize(m, args, config=CONFIG) for m in (model, plain))
     reference.load_state_dict(fast.state_dict())
-    (site,) = fast.report.sites
+    (site,) = t5fx.report(fast).sites
     assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 5, (3, 4), 0)
     other = torch.randn(1, 3, 20, 8), torch.randn(1, 3, 8)
     for call in (args, other):

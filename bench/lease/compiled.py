@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import t5fx
+from t5fx.copies import duplicate
 
 from .. import kernels, models, zoo
 from ..attentions import Shape, Softmax
@@ -84,12 +85,12 @@ class Two(models.Bench):
         self.model, self.inputs = self._build()
         with self._surroundings():
             config = t5fx.LinearizeConfig(
-                min_tokens=0, capture_seconds=0.0, impl="reference", **self.entry.options
+                min_tokens=0, dynamic=False, impl="reference", **self.entry.options
             )
             linear = t5fx.linearize(
-                self.model, (), self.inputs, config=config, share_parameters=True
+                duplicate(self.model, share=True), (), self.inputs, config=config, inplace=True
             ).eval()
-            self.report = linear.report
+            self.report = t5fx.report(linear)
             self._make_attention_matter(linear)
             softmax = self._softmax()
             self._time([softmax])
