@@ -21,14 +21,14 @@ from torch import fx, nn
 from t5fx.calls import Guards
 from t5fx.canon import View
 from t5fx.config import LinearizeConfig
-from t5fx.errors import RefusedCallError
+from t5fx.errors import CaptureError, RefusedCallError
 from t5fx.match import Match, find
 from t5fx.owners import OwnerGraph, described, trace
 from t5fx.patterns.chains import PRODUCTS
 from t5fx.policy import Plan
 from t5fx.reports import Site
 from t5fx.rewrite import replace_sites
-from t5fx.writes import settle
+from t5fx.writes import drop_unread, settle
 
 _counter = itertools.count()
 
@@ -188,6 +188,8 @@ def build(
             plans.append(_planned(view, match, judged, index, config, name, site))
     vars(view).pop("order", None)
     replace_sites(view, plans)
+    drop_unread(view)
+    _refuse_batched(view, result, name)
     typed = _is_typed(result.graph)
     reads = {str(n.target) for n in result.graph.nodes if n.op == "get_attr"}
     own = bool(reads & set(result.constants))
@@ -280,6 +282,18 @@ def layout_at(site: Any, index: int, tokens: int) -> tuple[int, ...]:
     """(prefix, *grid) of the tokens of a module's attention in the call that is running."""
     result: tuple[int, ...] = site.layout(index, tokens)
     return result
+
+
+def _refuse_batched(view: View, traced: OwnerGraph, name: str) -> None:
+    """Raise where what stays in a graph was computed inside of `torch.vmap`, which nothing holds."""
+    for node in view.graph.find_nodes(op="get_attr"):
+        value = traced.constants.get(str(node.target))
+        if isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value):
+            raise CaptureError(
+                f"'{name}': expected code without torch.vmap beside the attentions that are "
+                f"rewritten, got some (a mask of torch's flex attention that stays is computed "
+                f"so); leave the module out with exclude=({name!r},)"
+            )
 
 
 def _is_typed(graph: fx.Graph) -> bool:

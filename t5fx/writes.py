@@ -41,6 +41,43 @@ def chain_in_place(view: View) -> None:
                     user.replace_input_with(tensor, node)
 
 
+def drop_unread(view: View) -> None:
+    """Remove operators whose values nobody reads, writes to the graph's own tensors included.
+
+    Inputs, calls of modules, random draws and writes to tensors that are not made in the graph
+    stay.
+    """
+    bases = {node: _made_by(view, node) for node in view.graph.nodes}
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    queue = []
+    for node in view.graph.nodes:
+        written = [bases[tensor] for tensor in changed(node)]
+        for base in written:
+            writers.setdefault(base, []).append(node)
+        own = bool(written) and all(base.op == "call_function" for base in written)
+        stays = node.op in ("placeholder", "output", "call_module")
+        if stays or ((written or node.is_impure()) and not own):
+            queue.append(node)
+    needed: set[fx.Node] = set()
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue += [*node.all_input_nodes, *writers.get(bases[node], ())]
+    for node in reversed(list(view.graph.nodes)):
+        if node not in needed:
+            view.graph.erase_node(node)
+    for cached in ("order", "live", "_mutations"):
+        vars(view).pop(cached, None)
+
+
+def _made_by(view: View, node: fx.Node) -> fx.Node:
+    """The operator, input or module that made the tensor that a node is a view of."""
+    while node.op == "call_function" and view.aliases(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _returns_it(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
