@@ -26,6 +26,7 @@ from t5fx.digest import code_digest
 from t5fx.dynamo import (
     Region,
     Tensor,
+    called,
     inside_compiled_module,
     is_sharded,
     model_of,
@@ -36,6 +37,7 @@ from t5fx.dynamo import (
 from t5fx.errors import AdapterError, ConfigError, NothingRewrittenWarning, UntrainedWarning
 from t5fx.kernels import TTT
 from t5fx.kernels.choice import resolved
+from t5fx.lookup import is_root
 from t5fx.match import Match
 from t5fx.owned import OwnedModule
 from t5fx.policy import Plan, plan
@@ -125,10 +127,10 @@ def t5(
     """
     chosen = Options.of(mode, options)
     compile_graph = _inductor(chosen, more)
-    if _is_linearized(gm):
+    region = read(gm, example_inputs)
+    if _is_linearized(gm) or _in_linearized(region):
         log.info("a linearized model: lowered as it is")
         return compile_graph(_shared(gm), example_inputs)
-    region = read(gm, example_inputs)
     report, sites = _rewrite(region, chosen)
     log.info("%s", _summary(report))
     log.debug("%s", report)
@@ -269,6 +271,13 @@ def _is_linearized(gm: fx.GraphModule) -> bool:
         for graph in graphs
         for node in graph.nodes
     )
+
+
+def _in_linearized(region: Region) -> bool:
+    """Whether the graph is a stretch between the rewritten modules of a linearized model."""
+    roots = [module for module in called() if is_root(module)]
+    own = {id(p) for root in roots for p in (*root.parameters(), *root.buffers())}
+    return any(id(tensor.value) in own for tensor in region.tensors.values())
 
 
 def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:

@@ -242,7 +242,7 @@ def name_in_model(tensor: torch.Tensor) -> str | None:
 
 def model_of(tensor: torch.Tensor) -> nn.Module | None:
     """The module in whose call a tensor is being used: see `name_in_model`."""
-    holders = [m for m in _called() if _name(m, tensor) is not None]
+    holders = [m for m in called() if _name(m, tensor) is not None]
     if not holders:
         return None
     compiled = next((m for m in holders if _is_compiled(m)), holders[0])
@@ -253,7 +253,7 @@ def model_of(tensor: torch.Tensor) -> nn.Module | None:
     return _unwrapped(holders[0] if apart else compiled)
 
 
-def _called() -> list[nn.Module]:
+def called() -> list[nn.Module]:
     """The modules that are being called in this thread, outermost first."""
     called: list[nn.Module] = []
     frame = sys._getframe(1)
@@ -271,12 +271,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     loaded = [sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp")]
     names = ("DTensor", "FSDPModule", "FullyShardedDataParallel")
     kinds = tuple(getattr(m, n) for m in loaded for n in names if hasattr(m, n))
-    return any(isinstance(thing, kinds) for thing in (tensor, *_called()))
+    return any(isinstance(thing, kinds) for thing in (tensor, *called()))
 
 
 def inside_compiled_module() -> bool:
     """Whether this thread is past the call of a compiled module, in the middle of its code."""
-    modules = [_unwrapped(m) for m in _called() if _is_compiled(m)]
+    modules = [_unwrapped(m) for m in called() if _is_compiled(m)]
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl", "__call__"):

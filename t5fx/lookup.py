@@ -10,7 +10,7 @@ from t5fx.config import LinearizeConfig
 from t5fx.kernels import TTT
 from t5fx.owned import state_of
 from t5fx.reports import Report
-from t5fx.runtime import Runtime
+from t5fx.runtime import Before, Runtime
 
 #: Where a linearized GraphModule keeps its report and its options, in its `meta`.
 REPORT, CONFIG = "t5fx_report", "t5fx_config"
@@ -56,6 +56,11 @@ def reports(model: nn.Module) -> Iterator[Report]:
 def nodes_in(model: nn.Module) -> dict[str, TTT]:
     """The TTT nodes of a model by key."""
     return {name: module for name, module in model.named_modules() if isinstance(module, TTT)}
+
+
+def is_root(module: nn.Module) -> bool:
+    """Whether a module is what `linearize` was given, and returned."""
+    return any(isinstance(hook, Before) for hook in module._forward_pre_hooks.values())
 
 
 def is_linearized(model: nn.Module) -> bool:
