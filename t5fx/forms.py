@@ -285,7 +285,7 @@ def layout_at(site: Any, index: int, tokens: int) -> tuple[int, ...]:
 
 
 def _refuse_batched(view: View, traced: OwnerGraph, name: str) -> None:
-    """Raise where what stays in a graph reads values of `torch.vmap`, which end with their trace."""
+    """Raise where what stays in a graph reads values of `torch.vmap`: they end with the trace."""
     for node in view.graph.find_nodes(op="get_attr"):
         value = traced.constants.get(str(node.target))
         if isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value):
