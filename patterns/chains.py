@@ -16,6 +16,10 @@ from t5fx.patterns.base import Binding, Refusal
 from t5fx.patterns.operands import operand
 
 PRODUCTS = ("matmul", "einsum", "baddbmm")
+#: The largest number that keeps a sum of exponentials from zero, and changes none in use.
+_TINY = 1e-8
+#: What may sum exponentials, or divide them by their sum.
+SUMS = ("sum", "linalg_vector_norm", "norm", "normalize")
 _REACH = 24  # nodes between a product and a softmax that are looked through
 
 
@@ -239,7 +243,14 @@ def _step(
     if probabilities:
         if name == "nan_to_num":
             return chain  # softmax of finite scores is no NaN
-        if total is not None and divides(view, node, chain.end, total, chain.dims.columns):
+        if total is not None and (
+            node is total or divides(view, node, chain.end, total, chain.dims.columns)
+        ):
+            order = _order(view, total)
+            if order != 1:
+                raise Refusal(
+                    "probabilities-used", f"'{node.name}' divides by the norm of order {order}"
+                )
             return replace(chain, divided=True)
         raise Refusal("probabilities-used", f"'{node.name}' ({name}) changes the probabilities")
     if name == "log_softmax" and axis_of(view, node) == chain.dims.columns:
@@ -304,6 +315,13 @@ def _same_for_all_keys(view: View, node: fx.Node, other: fx.Node, dims: Dims) ->
     return view.shape(node)[dims.columns] != 1 and (axis < 0 or shape[axis] == 1)
 
 
+def _order(view: View, total: fx.Node) -> Any:
+    """The order of a norm; a sum of what is not negative is the norm of order 1."""
+    if view.op(total) == "sum":
+        return 1
+    return view.arg(total, "ord" if view.op(total) == "linalg_vector_norm" else "p", 2)
+
+
 def divides(view: View, node: fx.Node, over: fx.Node, total: fx.Node, axis: int) -> bool:
     """Whether a node divides `over` by `total`, which has one number for all of `axis`."""
     if view.op(node) != "div" or view.arg(node, "input") is not over:
@@ -314,7 +332,9 @@ def divides(view: View, node: fx.Node, over: fx.Node, total: fx.Node, axis: int)
 
 def spread(view: View, other: Any, like: fx.Node, axis: int) -> fx.Node | None:
     """The reduction along `axis` whose result is broadcast to the shape of `like`, or None."""
-    while isinstance(other, fx.Node) and view.op(other) in ("to", "identity", "expand"):
+    while isinstance(other, fx.Node) and (
+        view.op(other) in ("to", "identity", "expand") or _keeps_from_zero(view, other)
+    ):
         other = view.inputs(other)[0]
     wanted = list(view.shape(like))
     wanted[axis] = 1
@@ -323,6 +343,14 @@ def spread(view: View, other: Any, like: fx.Node, axis: int) -> fx.Node | None:
     while view.op(other) in ("to", "identity", "reshape") or _adds_axes(view, other):
         other = view.inputs(other)[0]
     return other
+
+
+def _keeps_from_zero(view: View, node: fx.Node) -> bool:
+    """x.clamp_min(eps) with a tiny eps, which only matters where nothing is left to divide."""
+    if view.op(node) not in ("clamp", "clamp_min") or view.arg(node, "max") is not None:
+        return False
+    least = view.arg(node, "min")
+    return isinstance(least, float | int) and 0 <= least <= _TINY
 
 
 def _adds_axes(view: View, node: fx.Node) -> bool:

@@ -35,6 +35,7 @@ from t5fx.judging import (
 )
 from t5fx.kernels import TTT
 from t5fx.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
+from t5fx.opaque import opaque_operators
 from t5fx.policy import plan
 from t5fx.reports import Report, Site, why_nothing
 from t5fx.rewrite import rewrite
@@ -131,6 +132,7 @@ def build(
     refuse_missing(model, set(nodes), outcome)
     if not outcome.nodes:
         told = Report(type(model).__name__, sites=[entry.site for entry in outcome.plans])
+        told.opaque = outcome.opaque
         raise NothingRewrittenError(why_nothing(told))
     install(runtime, result, outcome.nodes)
     keep(runtime, result, outcome)
@@ -192,6 +194,7 @@ def explain(
         view = View(captured.graph, template, captured.constants)
         resolved = config.called(lambda f: f(*bound[0], **bound[1]))
     told.sites = [entry.site for entry in plan(view, resolved, tried=told.patterns)]
+    told.opaque = [] if told.sites else opaque_operators(view)
     _count(told, model_or_gm)
     return told
 
@@ -315,6 +318,7 @@ def build_graph(
     )
     refuse_calls(view, plans, nodes)
     told.sites = [entry.site for entry in plans]
+    told.opaque = [] if plans else opaque_operators(view)
     if not told.rewritten:
         raise NothingRewrittenError(why_nothing(told))
     for key, module in rewrite(view, plans, nodes).items():

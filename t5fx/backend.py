@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from t5fx import adapters
 from t5fx.adapters import Adapter, Identity, Place
 from t5fx.blocks import close_checkpoints
-from t5fx.canon import View
+from t5fx.canon import View, expr, same
 from t5fx.config import LinearizeConfig
 from t5fx.digest import code_digest
 from t5fx.dynamo import (
@@ -39,6 +39,7 @@ from t5fx.kernels import TTT
 from t5fx.kernels.choice import resolved
 from t5fx.lookup import is_root
 from t5fx.match import Match
+from t5fx.opaque import opaque_operators
 from t5fx.owned import OwnedModule
 from t5fx.policy import Plan, plan
 from t5fx.reports import Report, why_nothing
@@ -51,6 +52,9 @@ _TTT = torch.ops.t5fx.ttt.default
 
 #: Fields of LinearizeConfig that mean nothing to a graph that Dynamo captured.
 _NOT_HERE = ("dynamic",)
+
+#: What attention looks like whose tokens or products a graph break has taken away.
+_CUT = ("cross-attention", "not-attention", "grid-unknown")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,11 +306,13 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
 
     plans = plan(region.view, config, decided, region.public, owner=region.owner)
     report = Report("this graph", sites=[entry.site for entry in plans])
+    report.opaque = [] if plans else opaque_operators(region.view)
     for entry in plans:
         objection = _objection(region, entry, entry.match.key in anchors)
         if entry.site.status == "rewritten" and objection:
             entry.site.status, entry.site.reason = "skipped", "excluded"
             entry.site.detail = objection
+        _blame_break(region, entry)
     chosen = {e.match.key: e for e in plans if e.site.status == "rewritten"}
     sites: list[Site] = []
     made: list[Site] = []
@@ -324,6 +330,19 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
     if made and adapter is None:
         _warn_untrained(region.value(made[0].anchor), len(made), config)
     return report, sites
+
+
+def _blame_break(region: Region, entry: Plan) -> None:
+    """Say of what a graph break has made unreadable that the break is why."""
+    broken, site = region.begin or region.end, entry.site
+    binding, view = entry.match.binding, region.view
+    if site.reason == "cross-attention" and binding is not None:
+        queries, keys = (view.shape(x.like)[x.token] for x in (binding.q, binding.k))
+        if not same(expr(queries), expr(keys)):
+            return  # it would be one without the break, too
+    leaves = site.reason == "probabilities-used" and region.end is not None
+    if broken is not None and site.status == "skipped" and (site.reason in _CUT or leaves):
+        site.reason, site.detail = "graph-break", f"{broken} cuts it off: {site.detail}"
 
 
 def _objection(region: Region, entry: Plan, has_anchor: bool) -> str:
@@ -593,13 +612,14 @@ def _warn_untrained(anchor: torch.Tensor, count: int, config: LinearizeConfig) -
 
 def _warn_nothing(report: Report, region: Region) -> None:
     model = next((model_of(t.value) for t in region.tensors.values()), None)
-    if not report.sites and (not region.ends or inside_compiled_module()):
+    broken = region.begin or region.end
+    if not report.sites and (broken is not None or inside_compiled_module()):
         return  # a stretch between graph breaks
     reasons = ", ".join(sorted(report.counts()))
     if _once(model, f"nothing: {reasons}"):
         report.model = "a graph" if model is None else type(model).__name__
         text = f"{why_nothing(report)}. The graph is compiled as it is"
-        if "DDPOptimizer" in str(region.reason):
+        if region.ddp:
             text += (
                 "; DDP had split it, so that tokens come from nowhere: set "
                 "torch._dynamo.config.optimize_ddp = False, or linearize the model first"

@@ -24,6 +24,7 @@ from t5fx.blocks import inline_blocks
 from t5fx.calls import Guards, guards_of
 from t5fx.canon import View
 from t5fx.errors import CaptureError
+from t5fx.match import module_name
 from t5fx.writes import scatter_writes
 
 #: Module (child of the root) that holds the constants and subgraphs of captures.
@@ -59,13 +60,13 @@ def capture(
         try:
             restart()
             program = _export(model, args, kwargs, dynamic=True)
-            captured = _from_program(program, args, kwargs, "dynamic sizes", dynamic=True)
+            captured = _from_program(model, program, args, kwargs, "dynamic sizes", dynamic=True)
             if not captured.guards.pinned:
                 return captured
             # The model fixes a size of one that was kept dynamic; without it, all is simpler.
             restart()
             program = _export(model, args, kwargs, dynamic=True, ones=False)
-            return _from_program(program, args, kwargs, "dynamic sizes", dynamic=True)
+            return _from_program(model, program, args, kwargs, "dynamic sizes", dynamic=True)
         except Exception as error:
             if dynamic:
                 raise _failed(model, error) from error
@@ -75,7 +76,7 @@ def capture(
         program = _export(model, args, kwargs, dynamic=False)
     except Exception as error:
         raise _failed(model, error) from error
-    return _from_program(program, args, kwargs, f"static sizes ({reason})", dynamic=False)
+    return _from_program(model, program, args, kwargs, f"static sizes ({reason})", dynamic=False)
 
 
 def _failed(model: nn.Module, error: Exception) -> CaptureError:
@@ -190,6 +191,7 @@ def _all_dims(leaf: Any) -> Any:
 
 
 def _from_program(
+    model: nn.Module,
     program: ExportedProgram,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -221,6 +223,7 @@ def _from_program(
             node.target = f"{CONSTANTS}.{name}"
         elif "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)  # holds for the captured dtypes, which `Guards` checks
+    _use_first_names(graph, model)
     scatter_writes(View(graph, program.graph_module))
     guards = guards_of(users)
     if dynamic:
@@ -233,6 +236,21 @@ def _from_program(
         )
         note = f"dynamic sizes: {shown}" if dynamic else "static sizes (the model fixes them all)"
     return Capture(graph, guards, program.call_spec.out_spec, note, dynamic, constants)
+
+
+def _use_first_names(graph: fx.Graph, model: nn.Module) -> None:
+    """Call a module that has several names by that which `named_modules` gives it."""
+    first = {id(module): name for name, module in model.named_modules()}
+    every = model.named_modules(remove_duplicate=False)
+    others = {name: first[id(module)] for name, module in every if name != first[id(module)]}
+    for node in graph.nodes if others else ():
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (others.get(module_name(str(value[0])), value[0]), *value[1:])
+            if isinstance(value, tuple)
+            else value
+            for key, value in stack.items()
+        }
 
 
 def first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._library.custom_ops import CustomOpDef
 
 from t5fx.errors import CaptureError
 
@@ -37,7 +38,7 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
         for module in model.modules():
             memo |= {id(d): kept for d, kept in _without_hooks(module)}
     try:
-        with _sharded_copied(model):
+        with _copied(model):
             twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
@@ -65,8 +66,8 @@ def _without_hooks(module: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _sharded_copied(model: nn.Module) -> Iterator[None]:
-    """Let modules that FSDP2 has sharded be copied: as what they were."""
+def _copied(model: nn.Module) -> Iterator[None]:
+    """Let modules that FSDP2 has sharded be copied: as what they were; custom operators stay."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     dispatch: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
     kinds = {type(m) for m in model.modules() if isinstance(m, fsdp)} - set(dispatch)
@@ -78,6 +79,9 @@ def _sharded_copied(model: nn.Module) -> Iterator[None]:
         return twin
 
     dispatch.update(dict.fromkeys(kinds, duplicated))
+    if CustomOpDef not in dispatch:
+        kinds.add(CustomOpDef)  # type: ignore[arg-type]
+        dispatch[CustomOpDef] = lambda operator, memo: operator
     try:
         yield
     finally:

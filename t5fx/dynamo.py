@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from t5fx.blocks import Checkpoint, open_checkpoints, open_multi_head_attention
+from t5fx.breaks import Break, breaks
 from t5fx.canon import View
 from t5fx.match import module_name
 from t5fx.writes import settle
@@ -72,8 +73,9 @@ class Region:
     inputs: for each of Dynamo's inputs the node that stands for it. tensors: by node, those that
     are parameters and buffers. labels: what the names of each root's modules begin with here, to
     tell two models in one graph apart; "" where there is only one. models: the model of each root.
-    numbers: values that the rewrite may rely on, if it says so. reason: why the graph ends where it
-    does; ends: at the end of the compiled code, not at a graph break; whole: it is one whole model.
+    numbers: values that the rewrite may rely on, if it says so. begin, end: the graph breaks around
+    it, None where the compiled code begins and ends; ddp: where DDP has split it; whole: it is one
+    whole model.
     """
 
     view: View
@@ -83,9 +85,10 @@ class Region:
     models: dict[str, nn.Module | None]
     checkpoints: list[Checkpoint]
     numbers: Numbers
-    reason: str
+    begin: Break | None
+    end: Break | None
+    ddp: bool
     whole: bool
-    ends: bool
     holders: dict[str, Counter[int]] = field(default_factory=dict)
 
     def public(self, key: str) -> str:
@@ -142,13 +145,12 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
     numbers = Numbers({str(n.target): (t.position, t.value) for n, t in tensors.items()})
     view = View(graph, owner, numbers)
     settle(view)
-    why = getattr(gm, "compile_subgraph_reason", None)
-    broken = getattr(why, "graph_break", False)
+    begin, end = breaks(gm)
+    ddp = "DDPOptimizer" in str(getattr(gm, "compile_subgraph_reason", None))
     inner = any(names.values()) or len(labels) > 1
     return Region(
-        *(view, inputs, tensors, labels, models, checkpoints, numbers, str(why)),
-        whole=not broken and not inner,
-        ends=not broken,
+        *(view, inputs, tensors, labels, models, checkpoints, numbers, begin, end, ddp),
+        whole=end is None and not inner,
     )
 
 

@@ -26,6 +26,7 @@ from t5fx.forms import Form, Judged, Verdict, build, constants_of, flatten
 from t5fx.kernels import TTT
 from t5fx.lookup import nodes_in
 from t5fx.match import module_stack
+from t5fx.opaque import opaque_operators
 from t5fx.owned import call_of, flags_of, own, state_of, watched
 from t5fx.owners import hint
 from t5fx.policy import Plan, plan
@@ -50,7 +51,8 @@ class Outcome:
     """What judging a call came to.
 
     nodes: of the rewritten sites by key; origins: by module, which (leaf, axis) of its output
-    shows a side of the grid; constants: what the code reads beside the model's tensors.
+    shows a side of the grid; constants: what the code reads beside the model's tensors; opaque:
+    operators that may be attention, where none was found.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Outcome:
     note: str
     tried: dict[str, Tried]
     constants: list[Any]
+    opaque: list[str]
 
 
 @dataclass
@@ -135,6 +138,7 @@ def _judge(
             looked = again
             looked.captured.note = "static sizes (with dynamic ones nothing could be proved)"
     refuse_calls(looked.view, looked.plans, existing)
+    _refuse_more(runtime, looked.plans)
     chosen = [entry for entry in looked.plans if entry.site.status == "rewritten"]
     nodes = nodes_for(looked.view, chosen, existing)
     recorded = {
@@ -161,7 +165,10 @@ def _judge(
     origins = {name: tuple(axes) for name, axes in places.origins.items()}
     captured = looked.captured
     constants = list(captured.constants.values())
-    return Outcome(kind, looked.plans, nodes, origins, captured.note, looked.tried, constants)
+    opaque = [] if looked.plans else opaque_operators(looked.view)
+    return Outcome(
+        kind, looked.plans, nodes, origins, captured.note, looked.tried, constants, opaque
+    )
 
 
 @dataclass
@@ -228,6 +235,27 @@ def refuse_calls(view: View, plans: list[Plan], existing: Mapping[str, TTT]) -> 
                 raise RefusedCallError(
                     f"this call needs '{site.fqn}' with {name} {wanted}, and its TTT node was made "
                     f"for {name} {got}"
+                )
+
+
+def _refuse_more(runtime: Runtime, plans: list[Plan]) -> None:
+    """Raise where a module has more attentions than its nodes were made for.
+
+    They would be left as they are, which no call of the model has shown to mean anything beside
+    those that are not.
+    """
+    known: dict[str, int] = {}
+    for kind in runtime.kinds:
+        for owner, verdict in kind.verdicts.items():
+            known[owner] = max(known.get(owner, 0), len(verdict.sites))
+    for owner, before in known.items():
+        here = [entry for entry in plans if entry.match.owner == owner]
+        for entry in here[before:]:
+            if entry.site.reason == "excluded" and runtime.config.selects(owner):
+                raise RefusedCallError(
+                    f"this call needs {len(here)} attentions in '{owner}', and its TTT nodes were "
+                    f"made for {before}: is there one for each item of a batch? Call it as when "
+                    f"it was linearized, or linearize again with this call as the example"
                 )
 
 
@@ -370,8 +398,14 @@ def _forms(runtime: Runtime, template: nn.Module, recorded: _Recorded, kind: Kin
             if not forms:
                 about = (module, structure, leaves, spec, verdict, runtime.config.at(name), name)
                 examples = [_example(leaf) for leaf in leaves]
+                single = any(1 in e.shape for e in examples if isinstance(e, torch.Tensor))
                 for ones in (False, True):
-                    form = build(*about, flags, trusted=True, traced=True, ones=ones)
+                    try:
+                        form = build(*about, flags, trusted=True, traced=True, ones=ones)
+                    except Exception:
+                        if ones or not single:
+                            raise
+                        continue  # code that is another one for a size of one than for two
                     forms.append(form)
                     given = [examples[i] for i in form.positions]
                     if form.guards.accept(given, typed=False) is not None:

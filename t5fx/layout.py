@@ -7,6 +7,7 @@ token axis whose runs hold exactly one grid has a layout; anything else is unkno
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from torch import fx
 from t5fx.axes import permutation, regroup_node
 from t5fx.canon import View, expr, hint, same
 from t5fx.tokens import Axis, Layout, layout_of, merge, split
+
+log = logging.getLogger(__name__)
 
 Rule = Callable[["Axes", fx.Node], "tuple[Axis, ...] | None"]
 _RULES: dict[str, Rule] = {}
@@ -66,15 +69,17 @@ class Axes:
             function = _pointwise
         try:
             axes = function(self, node) if function and shape else None
-        except (IndexError, KeyError, TypeError, ValueError):
-            axes = None  # a call written in a way that the rule does not know: axes unknown
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            # A call written in a way that the rule does not know: its axes are unknown.
+            log.info("the axes of %s are unknown: %s", node.format_node(), error, exc_info=True)
+            axes = None
         if axes is None or len(axes) != len(shape):
             axes = tuple(self.plain(node, i) for i in range(len(shape)))
         # An axis of size one says nothing unless it is a side of a grid; a size that a rule got
         # wrong is not believed.
         return tuple(
             replace(a, kind="unit", size=1, parts=(), sizes=(), at=(node, i), example=1)
-            if size == 1 and not a.grid()
+            if size == 1 and not a.grid() and not a.sliced
             else replace(a, at=(node, i), example=hint(value.shape[i]))
             if same(a.size, size)
             else self.plain(node, i)
@@ -269,7 +274,7 @@ def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) 
         return axis
     runs = _runs(axis)
     found = _between(runs, _position(axes.view, start, axis.size, 0), size)
-    if found is None and axis.features:
+    if found is None and axis.features and not axis.of_items:
         return axes.plain(node, dim, "feature")
     if found is None:
         return _piece_from(axis, _position(axes.view, start, axis.size, 0), size)

@@ -276,9 +276,15 @@ def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
             detail = f"the {name} are {_words(axis)}, the queries {_words(query)}"
             raise Refusal("cross-attention", detail)
     outer = {n: [axes[o.like][i] for i in o.batch] for n, o in operands.items()}
+    for name, found in outer.items():
+        if any(axis.sliced for axis in found):
+            detail = f"the {name} are a slice of the heads of all items of the batch together"
+            raise Refusal("sliced", detail)
     for name in ("keys", "values"):
         pairs = zip(outer["queries"], outer[name], strict=False)
         if len(outer[name]) != len(outer["queries"]) or not all(_together(*pair) for pair in pairs):
+            if any(_one_head(view, axis) for axis in (*outer["queries"], *outer[name])):
+                raise Refusal("sliced", "the heads are worked through one by one")
             theirs = ", ".join(map(_words, outer[name]))
             ours = ", ".join(map(_words, outer["queries"]))
             detail = f"batch and heads of the {name} are ({theirs}), of the queries ({ours})"
@@ -287,6 +293,14 @@ def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
         if run.kind == "chosen" and run.source[0] == "chosen by":
             detail = f"of the tokens only those take part that '{run.source[1]}' chooses"
             raise Refusal("masked", f"{detail}, which depends on the input")
+
+
+def _one_head(view: View, axis: Axis) -> bool:
+    """Whether an outer axis is one position that was sliced off."""
+    if axis.kind != "unit" or not isinstance(axis.source, tuple):
+        return False
+    node = next((n for n in view.order if n.name == axis.source[0]), None)
+    return node is not None and view.op(node) in ("slice", "getitem")
 
 
 def _together(query: Axis, other: Axis) -> bool:

@@ -17,10 +17,12 @@ REASONS = {
     "grid-unknown": "the spatial grid of the tokens could not be proved",
     "scores-changed": "the scores are changed between the product and the softmax",
     "packed-sequence": "several sequences are packed into one",
+    "sliced": "it is computed in slices of batch and heads, each an attention of its own",
     "below-break-even": "too few tokens: softmax costs less than the node",
     "head-dim": "the size of a head is unsupported",
     "dropout-active": "dropout of the probabilities that cannot be kept",
     "excluded": "left out by the configuration",
+    "graph-break": "a graph break of torch.compile separates it from its tokens",
     "not-attention": "looks like attention over tokens, and is not",
 }
 
@@ -75,7 +77,8 @@ class Report:
     """The sites of a model and how it was captured.
 
     trainable, total: numbers of trainable and of all parameters. `capture` says whether sizes are
-    dynamic or static, and why. patterns: what each pattern did, by name.
+    dynamic or static, and why. patterns: what each pattern did, by name. opaque: where no site was
+    found, operators of other libraries that may be attention.
     """
 
     model: str
@@ -83,6 +86,7 @@ class Report:
     capture: str = ""
     trainable: int | None = None
     total: int | None = None
+    opaque: list[str] = field(default_factory=list)
     patterns: dict[str, Tried] = field(default_factory=dict)
 
     @property
@@ -159,6 +163,8 @@ class Report:
                 for name, tried in used.items()
             )
             yield Text(f"candidates that were attention, by pattern: {', '.join(parts)}")
+        if self.opaque:
+            yield Text(f"found none{_opaque(self.opaque)}")
         if self.capture:
             yield Text(f"capture: {self.capture}")
         if self.parameters:
@@ -189,7 +195,21 @@ _SETTINGS = {
     "below-break-even": "LinearizeConfig(min_tokens=0), or an example with more tokens",
     "grid-unknown": "LinearizeConfig(grid=..., prefix=...), or locality='none'",
     "excluded": "`include` and `exclude`",
+    "sliced": "attention at once, which needs no more memory where it is rewritten (in diffusers "
+    "pipe.disable_attention_slicing(), or AttnProcessor2_0)",
+    "graph-break": "take the break away (TORCH_LOGS=graph_breaks shows all), or t5fx.linearize the "
+    "model first, which reads it whole",
 }
+
+
+def _opaque(names: list[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f", but {', '.join(names)}, which may be attention that another library computes: switch "
+        f"to PyTorch's own scaled_dot_product_attention for the conversion (transformers: "
+        f"set_attn_implementation('sdpa'); diffusers: set_attention_backend('native'))"
+    )
 
 
 def why_nothing(report: Report) -> str:
@@ -198,6 +218,7 @@ def why_nothing(report: Report) -> str:
         return (
             f"expected at least one attention in {report.model}, found none: no "
             f"scaled_dot_product_attention and no softmax between two products in its graph"
+            + _opaque(report.opaque)
         )
     counts = ", ".join(f"{n} x {reason}" for reason, n in report.counts().items())
     ranked = sorted(report.skipped, key=lambda s: s.reason not in _SETTINGS)

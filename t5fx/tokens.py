@@ -81,6 +81,17 @@ class Axis:
         """Whether any part of it counts channels."""
         return self.kind == "feature" or any(part.features for part in self.parts)
 
+    @property
+    def of_items(self) -> bool:
+        """Whether it counts the heads of several items of a batch."""
+        parts = self.parts if self.kind == "merge" else ()
+        return any(p.features for p in parts) and any(p.kind == "batch" for p in parts)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether it counts some of the heads of several items of a batch."""
+        return self.kind == "chosen" and self.parts[0].of_items
+
 
 @dataclass(frozen=True)
 class Layout:
