@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# It registers the operators of the node, for programs that were exported or traced and saved.
+from t5fx.kernels import op as _op  # noqa: F401
+
 if TYPE_CHECKING:
     from t5fx.adapters import adapter
     from t5fx.align import Align
@@ -52,7 +55,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use: `import t5fx` itself costs nothing on top of torch."""
+    """Import public names on first use: what `import t5fx` adds to that of torch is little."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"t5fx.{_HOMES[name]}"), name)
     raise AttributeError(f"module 't5fx' has no attribute {name!r}")

@@ -395,5 +395,5 @@ class Entry:
     name: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             self.runtime.enter(self.name, args, kwargs)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 #: Which of q, k and v each locality convolves.
@@ -35,7 +34,17 @@ def add_depthwise_conv(
     image = _CONV[len(grid)](image, weight, bias, groups=heads * channels)
     image = image.movedim(1, -1).reshape(batch, cells, heads, channels).transpose(1, 2)
     on_grid = on_grid + image
-    if statically_known_true(prefix + suffix == 0):
+    if _is_true(prefix + suffix == 0):
         return on_grid
     parts = x.narrow(2, 0, prefix), on_grid, x.narrow(2, prefix + cells, suffix)
     return torch.cat(parts, dim=2)
+
+
+def _is_true(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes is known to hold, without a guard."""
+    if isinstance(condition, bool):
+        return condition
+    # It imports sympy, which takes longer than all of `import t5fx`.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
