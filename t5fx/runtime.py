@@ -195,7 +195,7 @@ class Runtime:
     ) -> tuple[int, ...]:
         def value(term: Term | None) -> int | None:
             if isinstance(term, Source):
-                return sizes[term.module].shape[term.place] - SHIFT
+                return _size(sizes[term.module], term.place) - SHIFT
             return term
 
         grid = [value(term) for term in wanted.grid]
@@ -321,6 +321,13 @@ class Runtime:
         self.forms[owner] = [*self.forms.get(owner, [])[-KEPT + 1 :], form]
 
 
+def _size(tensor: torch.Tensor, axis: int) -> int:
+    """A size of a tensor; torch.jit.trace makes tensors of those that `shape` has."""
+    if torch.jit.is_tracing():
+        return int(torch.ops.aten.sym_size.int(tensor, axis))
+    return tensor.shape[axis]
+
+
 def _as_sizes(sizes: list[int]) -> torch.Tensor:
     """Sizes as those of a tensor without elements: compilers keep these apart from its values."""
     return torch.empty([*(n + SHIFT for n in sizes), 0])
@@ -383,7 +390,7 @@ class Origin:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         leaves = [output] if isinstance(output, torch.Tensor) else pytree.tree_leaves(output)
         if all(leaf < len(leaves) and axis < leaves[leaf].dim() for leaf, axis in self.axes):
-            sizes = [leaves[leaf].shape[axis] for leaf, axis in self.axes]
+            sizes = [_size(leaves[leaf], axis) for leaf, axis in self.axes]
             self.runtime.record(self.name, sizes)
 
 
