@@ -198,8 +198,9 @@ def _look(
         if not known or cause is None:
             raise
         raise CaptureError(
-            f"this call of {type(template).__name__} could not be captured: expected arguments "
-            f"that the model takes, got {type(cause).__name__} from it: {first_line(cause)}"
+            f"expected a call of {type(template).__name__} that torch.export can trace, as the "
+            f"first one was, got {type(cause).__name__}: {first_line(cause)}; t5fx.softmax(model) "
+            f"brings the original attention back for such calls"
         ) from cause
     finally:
         for handle in handles:
