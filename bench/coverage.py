@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 import t5fx
-from t5fx.capture import first_line
+from t5fx.frontend.capture import first_line
 from t5fx.reports import REASONS
 
 from .cases import Call, Case, outcome_of, parse, show

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import t5fx
-from t5fx.align import AlignResult
+from t5fx.training.align import AlignResult
 
 from . import dinov2, photos
 from .console import step

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from t5fx.measure import Spread
+from t5fx.analysis.measure import Spread
 
 from .features import PrincipalColours, agreement, similarity
 from .timing import Timing

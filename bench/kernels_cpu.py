@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from t5fx.measure import Spread
+from t5fx.analysis.measure import Spread
 
 from . import peers
 from .attentions import Node, Peer, Shape, Softmax

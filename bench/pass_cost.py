@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from torch._inductor.utils import fresh_inductor_cache
 
-from t5fx.canon import View
-from t5fx.capture import capture
+from t5fx.analysis.layout import Axes
+from t5fx.analysis.match import find
+from t5fx.analysis.policy import plan
 from t5fx.config import LinearizeConfig
 from t5fx.errors import T5Error
-from t5fx.layout import Axes
-from t5fx.match import find
-from t5fx.policy import plan
-from t5fx.rewrite import rewrite
+from t5fx.frontend.capture import capture
+from t5fx.graph.view import View
+from t5fx.rewrite.sites import rewrite
 
 from .results import Experiment, Row
 from .timing import Spread

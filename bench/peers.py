@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
+from t5fx.analysis.measure import Spread, clock, interleave
 from t5fx.errors import T5Error
-from t5fx.measure import Spread, clock, interleave
 
 from .attentions import PEERS, Call, Node, Peer, Shape
 from .results import Experiment, Row

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import t5fx
+from t5fx.analysis.measure import Spread, device_name
 from t5fx.digest import code_digest, digest_of
 from t5fx.errors import T5Error
-from t5fx.measure import Spread, device_name
 
 #: Packages whose versions the figures depend on, a column each.
 PACKAGES = ("torch", "triton", "timm", "transformers", "diffusers")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
 
-from t5fx.measure import Spread, device_name
+from t5fx.analysis.measure import Spread, device_name
 
 from .features import agreement
 from .timing import Timing

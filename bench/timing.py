@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import t5fx
+from t5fx.analysis.measure import Spread, interleave
 from t5fx.errors import T5Error
-from t5fx.measure import Spread, interleave
 
 Named = Sequence[tuple[str, nn.Module]]
 

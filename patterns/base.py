@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from t5fx.canon import View
+from t5fx.graph.view import View
 
 
 class Unlike(Exception):

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from t5fx.axes import permutation, regroup_node
-from t5fx.canon import View, changed, hint
-from t5fx.masks import harmless, interval, refusal
+from t5fx.analysis.masks import harmless, interval, refusal
+from t5fx.graph.axes import permutation, regroup_node
+from t5fx.graph.view import View, changed, hint
 from t5fx.patterns.base import Binding, Refusal
 from t5fx.patterns.operands import operand
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from t5fx.canon import View
+from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Pattern, Unlike
 from t5fx.patterns.chains import SUMS, axis_of, bound, divides, spread
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from t5fx.canon import View
-from t5fx.masks import interval
+from t5fx.analysis.masks import interval
+from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Pattern, Refusal
 from t5fx.patterns.operands import fused_binding
 

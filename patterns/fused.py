@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from t5fx.canon import View
-from t5fx.masks import harmless, refusal
+from t5fx.analysis.masks import harmless, refusal
+from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Pattern, Refusal
 from t5fx.patterns.operands import fused_binding
 

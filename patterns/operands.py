@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from t5fx.axes import permutation, regroup_node
-from t5fx.canon import View
+from t5fx.graph.axes import permutation, regroup_node
+from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Operand, Refusal
 
 _CANONICAL = ("b", "b", "t", "c")

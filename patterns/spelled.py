@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from t5fx.canon import View
+from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Pattern
 from t5fx.patterns.chains import axis_of, bound
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from t5fx.kernels import op as _op  # noqa: F401
 
 if TYPE_CHECKING:
-    from t5fx.adapters import adapter
-    from t5fx.align import Align
     from t5fx.api import example_inputs, explain, linearize, report, softmax
+    from t5fx.backend.adapters import adapter
+    from t5fx.checkpoint.pretrained import from_pretrained, save_pretrained
     from t5fx.config import LinearizeConfig
     from t5fx.errors import T5Error
-    from t5fx.finetune import FineTune
-    from t5fx.pretrained import from_pretrained, save_pretrained
     from t5fx.reports import Report, Site
+    from t5fx.training.align import Align
+    from t5fx.training.finetune import FineTune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,11 +37,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Align": "align",
-    "FineTune": "finetune",
-    "from_pretrained": "pretrained",
-    "save_pretrained": "pretrained",
-    "adapter": "adapters",
+    "Align": "training.align",
+    "FineTune": "training.finetune",
+    "from_pretrained": "checkpoint.pretrained",
+    "save_pretrained": "checkpoint.pretrained",
+    "adapter": "backend.adapters",
     "linearize": "api",
     "explain": "api",
     "report": "api",

@@ -11,11 +11,9 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from t5fx.calls import Signature
-from t5fx.canon import View
-from t5fx.capture import capture
+from t5fx.analysis.opaque import opaque_operators
+from t5fx.analysis.policy import plan
 from t5fx.config import LinearizeConfig
-from t5fx.copies import duplicate
 from t5fx.errors import (
     AlreadyLinearizedError,
     CaptureError,
@@ -23,8 +21,14 @@ from t5fx.errors import (
     NothingRewrittenError,
     T5Error,
 )
+from t5fx.frontend.calls import Signature
+from t5fx.frontend.capture import capture
+from t5fx.frontend.copies import duplicate
+from t5fx.graph.view import View
+from t5fx.graph.writes import settle
 from t5fx.hooks import Hook, hooks_of, run
-from t5fx.judging import (
+from t5fx.kernels import TTT
+from t5fx.pipeline import (
     install,
     judge,
     keep,
@@ -33,14 +37,10 @@ from t5fx.judging import (
     refuse_missing,
     runtime_for,
 )
-from t5fx.kernels import TTT
-from t5fx.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
-from t5fx.opaque import opaque_operators
-from t5fx.policy import plan
 from t5fx.reports import Report, Site, why_nothing
-from t5fx.rewrite import rewrite
-from t5fx.templates import bare, clean_thread
-from t5fx.writes import settle
+from t5fx.rewrite.sites import rewrite
+from t5fx.runtime.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
+from t5fx.runtime.templates import bare, clean_thread
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+import pkgutil
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-#: The packages whose code decides what a model becomes; not the harness.
-PACKAGES = (
-    *("t5fx", "t5fx.patterns", "t5fx.kernels", "t5fx.kernels.inner"),
+#: Where the walk begins: folders that are one inside another only once they are installed.
+_ROOTS = (
+    *("t5fx", "t5fx.patterns", "t5fx.kernels", "t5fx.kernels.cpp", "t5fx.kernels.inner"),
     "t5fx.kernels.triton_kernels",
-    "t5fx.kernels.cpp",
 )
+
+#: The packages of t5fx whose code decides nothing of what a model becomes.
+_OTHERS = ("t5fx.bench",)
 
 
 @functools.cache
 def code_digest() -> str:
-    """Sixteen hexadecimal digits, other ones after any change of the code."""
-    files: list[Path] = []
-    for package in PACKAGES:
-        spec = find_spec(package)
-        assert spec is not None and spec.origin is not None
-        files += sorted(Path(spec.origin).parent.glob("*.[ch]*"))
-        files += sorted(Path(spec.origin).parent.glob("*.py"))
-    return digest_of(files)
+    """Sixteen hexadecimal digits, other ones after any change of the code, which is looked for in
+    every package of t5fx.
+    """
+    return digest_of(path for folder in folders() for path in _sources(folder))
+
+
+def folders() -> list[Path]:
+    """The folders of all the packages whose code counts."""
+    return sorted({folder.resolve() for root in _ROOTS for folder in _folders(root)})
+
+
+def _folders(package: str) -> Iterator[Path]:
+    """The folders of a package and of those in it."""
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    yield Path(spec.origin).parent
+    found = pkgutil.iter_modules(spec.submodule_search_locations, f"{package}.")
+    for module in sorted(module.name for module in found if module.ispkg):
+        if module not in _OTHERS:
+            yield from _folders(module)
+
+
+def _sources(folder: Path) -> list[Path]:
+    return [*sorted(folder.glob("*.[ch]*")), *sorted(folder.glob("*.py"))]
 
 
 def digest_of(files: Iterable[Path]) -> str:

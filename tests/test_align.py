@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from vits import Shape
 
 import t5fx
-from t5fx import backend
-from t5fx.align import _merge_heads, _Student, _taught
+from t5fx.backend import compile as backend
 from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
+from t5fx.training.align import _merge_heads, _Student, _taught
 
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)
 

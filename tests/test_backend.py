@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from vits import Shape
 
 import t5fx
-from t5fx import adapters, backend
+from t5fx.backend import adapters as adapters
+from t5fx.backend import compile as backend
 from t5fx.errors import NothingRewrittenWarning, UntrainedWarning
 
 ALL = {"min_tokens": 0}
@@ -659,12 +660,12 @@ def test_a_failure_names_the_site_and_changes_nothing(eager, monkeypatch):
         raise RuntimeError("no such axis")
 
     with monkeypatch.context() as patch:
-        patch.setattr("t5fx.rewrite._free_views", fail)
+        patch.setattr("t5fx.rewrite.sites._free_views", fail)
         with pytest.raises(BackendCompilerFailed, match=r"blocks\.0\.attn.*no such axis.*exclude="):
             compiled(model)(images)
         assert len(adapters._HELD) == 0 or not any(adapters._HELD.values())
     with monkeypatch.context() as patch:
-        patch.setattr("t5fx.policy._measure", fail)
+        patch.setattr("t5fx.analysis.policy._measure", fail)
         with pytest.raises(BackendCompilerFailed, match=r"blocks\.0\.attn.*exclude="):
             compiled(model)(images)
         with pytest.warns(NothingRewrittenWarning, match="2 x excluded"):
@@ -725,7 +726,7 @@ def test_gradients_are_averaged_over_ranks(tmp_path):
         import torch.distributed as dist, torch.multiprocessing as mp
         from torch._dynamo.backends.debugging import aot_eager
         from torch.nn.parallel import DistributedDataParallel
-        from t5fx import backend
+        from t5fx.backend import compile as backend
 
         def work(rank):
             backend._inductor = lambda options, more: aot_eager

@@ -13,7 +13,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from vits import Shape
 
 import t5fx
-from t5fx import adapters, backend
+from t5fx.backend import adapters as adapters
+from t5fx.backend import compile as backend
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::t5fx.errors.UntrainedWarning"),

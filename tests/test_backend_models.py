@@ -8,7 +8,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 import t5fx
-from t5fx import backend
+from t5fx.backend import compile as backend
 
 ALL = {"min_tokens": 0}
 

@@ -7,10 +7,10 @@ import types
 import pytest
 
 from t5fx.__main__ import main as command
+from t5fx.analysis.measure import Spread
 from t5fx.bench import app, results
 from t5fx.bench.results import Experiment, Results, Row
 from t5fx.errors import T5Error
-from t5fx.measure import Spread
 
 
 @pytest.fixture

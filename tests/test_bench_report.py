@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from t5fx.analysis.measure import Spread
 from t5fx.bench import report, units
 from t5fx.bench.promise import Promise
 from t5fx.bench.results import Row, write
 from t5fx.errors import T5Error
-from t5fx.measure import Spread
 
 REASON = 'differs by <b>0.3</b> | "really" & truly'
 GPU = {

@@ -16,9 +16,9 @@ from vits import Shape
 
 import t5fx
 from t5fx.errors import CaptureError
-from t5fx.forms import constants_of
-from t5fx.lookup import runtimes
-from t5fx.runtime import KEPT
+from t5fx.rewrite.forms import constants_of
+from t5fx.runtime.lookup import runtimes
+from t5fx.runtime.state import KEPT
 
 STATIC = t5fx.LinearizeConfig(min_tokens=0, dynamic=False)
 DYNAMIC = t5fx.LinearizeConfig(min_tokens=0)

@@ -11,9 +11,9 @@ from torch import nn
 from vits import Shape
 
 import t5fx
-from t5fx.calls import Signature
 from t5fx.errors import CaptureError, NothingRewrittenError, RefusedCallError
-from t5fx.lookup import runtimes
+from t5fx.frontend.calls import Signature
+from t5fx.runtime.lookup import runtimes
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from vits import Shape
 
 import t5fx
-from t5fx import backend
+from t5fx.backend import compile as backend
 from t5fx.errors import TrainingError
-from t5fx.training import warm_cosine
+from t5fx.training.nodes import warm_cosine
 
 SHAPE = Shape(depth=1, batch=4)
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)

@@ -12,8 +12,8 @@ from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 
 import t5fx
-from t5fx.align import _Student, _taught
 from t5fx.kernels import TTT
+from t5fx.training.align import _Student, _taught
 
 STATIC = t5fx.LinearizeConfig(min_tokens=0, dynamic=False)
 # 50 spellings in CI and 750 at night; near misses likewise.

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import t5fx
-from t5fx import measure, policy
+from t5fx.analysis import measure as measure
+from t5fx.analysis import policy as policy
+from t5fx.analysis.measure import Cost, Shape, Spread
 from t5fx.errors import MeasureError, NothingRewrittenWarning, UntrainedWarning
 from t5fx.kernels import TTT, ttt
-from t5fx.measure import Cost, Shape, Spread
 
 SETTINGS = {
     "inner": "swiglu",

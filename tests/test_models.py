@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import t5fx
 from t5fx.kernels import TTT
-from t5fx.lookup import runtimes
+from t5fx.runtime.lookup import runtimes
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
 

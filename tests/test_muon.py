@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t5fx.muon import Muon, orthogonal
+from t5fx.training.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import t5fx
+from t5fx import digest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
@@ -149,3 +150,12 @@ def test_model_libraries_do_not_take_our_folder_for_kernels(library):
 
 def test_version_is_the_distribution_s():
     assert t5fx.__version__ == importlib.metadata.version("t5fx")
+
+
+def test_the_digest_of_the_code_covers_every_package():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    packages = tool["setuptools"]["packages"]
+    counted = {name for name in packages if not name.startswith("t5fx.bench")}
+    specs = map(importlib.util.find_spec, counted)
+    homes = {Path(spec.origin).parent.resolve() for spec in specs}
+    assert set(digest.folders()) == homes

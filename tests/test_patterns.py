@@ -9,7 +9,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.fx_passes import fuse_attention
 
 import t5fx
-from t5fx import backend
+from t5fx.backend import compile as backend
 from t5fx.patterns import patterns
 
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)

@@ -18,10 +18,11 @@ from torch._dynamo.backends.debugging import aot_eager
 from vits import Shape, ViT, shapes
 
 import t5fx
-from t5fx import backend, checkpoint
-from t5fx.checkpoint import CONFIG_NAME
+from t5fx.backend import compile as backend
+from t5fx.checkpoint import files as checkpoint
+from t5fx.checkpoint.files import CONFIG_NAME
 from t5fx.errors import AlreadyLinearizedError, CaptureError, CheckpointError, ConfigError
-from t5fx.lookup import configs
+from t5fx.runtime.lookup import configs
 
 SHAPE = Shape(depth=2)
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)

@@ -19,11 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vits import Shape
 
 import t5fx
-from t5fx import backend, measure, policy
+from t5fx.analysis import measure as measure
+from t5fx.analysis import policy as policy
+from t5fx.analysis.measure import Cost, Spread
+from t5fx.backend import compile as backend
 from t5fx.errors import SlowNodeWarning
 from t5fx.kernels import TTT, NodeArgumentError, choice, trust, ttt
 from t5fx.kernels.trust import Question, Verdict
-from t5fx.measure import Cost, Spread
 
 GPU = torch.device("cuda", 0)
 NODE = {

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from torch import fx, nn
 
 import t5fx
-from t5fx.canon import View, changed
-from t5fx.writes import settle
+from t5fx.graph.view import View, changed
+from t5fx.graph.writes import settle
 
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import t5fx
-from t5fx.copies import duplicate
+from t5fx.frontend.copies import duplicate
 
 from .. import kernels, models, zoo
 from ..attentions import Shape, Softmax

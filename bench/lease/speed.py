@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 
+from t5fx.analysis.measure import Spread
 from t5fx.kernels.triton_kernels import configs, first_order, launch
-from t5fx.measure import Spread
 
 from .. import kernels, tune
 from ..results import Experiment, Row

@@ -1,0 +1,483 @@
+"""Which of the attentions found may, and should, become TTT nodes.
+
+Legality is judged before the grid, the grid before cost; the first objection is the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from t5fx.analysis.layout import Axes
+from t5fx.analysis.match import Match, find
+from t5fx.analysis.measure import Cost, Shape, cost
+from t5fx.analysis.tokens import Axis, layout_of
+from t5fx.config import LinearizeConfig
+from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
+from t5fx.graph.view import View, expr, hint, same
+from t5fx.kernels import choice as choices
+from t5fx.kernels import flops
+from t5fx.kernels.choice import Call, Choice, choose, settings_of
+from t5fx.patterns.base import Binding, Operand, Refusal
+from t5fx.reports import Site, Tried
+
+
+@dataclass
+class Plan:
+    """One attention and what is to become of it.
+
+    prefix, grid, suffix: token layout where it is rewritten: axes of the graph, or numbers. impl:
+    what a measurement put in the place of the configuration's "auto", or None.
+    """
+
+    match: Match
+    site: Site
+    config: LinearizeConfig
+    prefix: tuple[Axis | fx.Node | int, ...] = ()
+    grid: tuple[Axis | fx.Node | int, ...] = ()
+    suffix: tuple[Axis | fx.Node | int, ...] = ()
+    impl: str | None = None
+
+
+def _undecided(match: Match) -> bool | None:
+    return None
+
+
+def _same_name(name: str) -> str:
+    return name
+
+
+def plan(
+    view: View,
+    config: LinearizeConfig,
+    decided: Callable[[Match], bool | None] = _undecided,
+    public: Callable[[str], str] = _same_name,
+    tried: dict[str, Tried] | None = None,
+    owner: Callable[[str], nn.Module | None] | None = None,
+) -> list[Plan]:
+    """Judge every attention of a graph.
+
+    tried: is told what each pattern did, by its name.
+
+    owner: the module that has a name in the graph; without it the one under the graph's root.
+
+    public: the name that a module of the graph has for the user.
+
+    decided: what an earlier graph of the same model decided about a site: True, it is rewritten
+    (and judged again for legality and layout, but not for selection and cost); False, it is left;
+    None, nothing yet.
+    """
+    matches = find(view, tried, owner)
+    axes = Axes(view) if matches else None
+    plans = []
+    for match in matches:
+        name = public(match.owner)
+        chosen = config.at(name)
+        site = Site(fqn=name, status="skipped", pattern=match.pattern)
+        entry = Plan(match, site, chosen)
+        plans.append(entry)
+        assert axes is not None
+        try:
+            _judge(view, axes, entry, decided(match), owner)
+            site.status = "rewritten"
+        except Refusal as refusal:
+            site.reason, site.detail = refusal.reason, refusal.detail
+        except MeasureError:
+            raise
+        except Exception as error:
+            if config.selects(name):
+                raise GraphSpecError(
+                    f"site '{name}' could not be judged ({type(error).__name__}: {error}); "
+                    f"leave it out with exclude=({name!r},) and report this"
+                ) from error
+            site.reason, site.detail = "excluded", "left out by `include` or `exclude`"
+    _agree(plans)
+    return plans
+
+
+def _agree(plans: list[Plan]) -> None:
+    """A module that is called more than once has one node: its calls are rewritten all or none."""
+    by_key: dict[str, list[Plan]] = {}
+    for entry in plans:
+        by_key.setdefault(entry.match.key, []).append(entry)
+    for calls in by_key.values():
+        first = calls[0]
+        for other in calls[1:]:
+            if (objection := _objection(first, other)) is None:
+                continue
+            for entry in calls:
+                if entry.site.status == "rewritten":
+                    entry.site.status = "skipped"
+                    entry.site.reason, entry.site.detail = objection
+            break
+
+
+def _objection(first: Plan, other: Plan) -> tuple[str, str] | None:
+    for entry in (first, other):
+        if entry.site.status != "rewritten":
+            detail = f"another call of this module cannot be rewritten: {entry.site.detail}"
+            return entry.site.reason or "not-attention", detail
+    one, two = first.match.binding, other.match.binding
+    assert one is not None and two is not None
+    if not math.isclose(one.scale, two.scale, rel_tol=1e-6):
+        return "scores-changed", f"calls of this module scale by {one.scale} and by {two.scale}"
+    sizes = [(e.site.num_heads, e.site.head_dim, len(e.grid)) for e in (first, other)]
+    if sizes[0] != sizes[1]:
+        detail = f"calls of this module differ in heads, head size, grid axes: {sizes}"
+        return "grid-unknown", detail
+    return None
+
+
+def _judge(
+    view: View,
+    axes: Axes,
+    entry: Plan,
+    decided: bool | None,
+    owner: Callable[[str], nn.Module | None] | None,
+) -> None:
+    match, site, config = entry.match, entry.site, entry.config
+    if match.binding is None:
+        value = view.val(match.anchor)
+        if value is not None and value.dim() >= 2:
+            site.num_tokens = hint(value.shape[-1 if match.pattern != "fused" else -2])
+        assert match.refusal is not None
+        raise match.refusal
+    binding = match.binding
+    _arrange(view, axes, binding)
+    _measure(view, site, binding, config)
+    _same_tokens(view, axes, binding)
+    _independent(view, binding)
+    if decided is None and not config.selects(site.fqn):
+        raise Refusal("excluded", "left out by `include` or `exclude`")
+    if decided is False:
+        raise Refusal("excluded", "not one of the sites that were rewritten before")
+    tokens = axes[binding.q.like][binding.q.token]
+    entry.prefix, entry.grid, entry.suffix = _layout(tokens, site, config)
+    for axis in (*entry.prefix, *entry.grid):
+        if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
+            if axis.size not in view.sizes:
+                raise Refusal("grid-unknown", f"no node has the size {axis.size} of {_words(axis)}")
+    asked = decided is None and config.min_tokens is None  # the cost model
+    if decided is None:
+        _enough(site, config)
+    if asked and config.policy == "flops":
+        _pays(site, 1.0)  # before a check of kernels, which takes its time
+    trained = _is_trained(view, match, owner)
+    call = _call(view, entry, trained)
+    choice = choose(config.impl, call)
+    site.impl, site.impl_reason = choice
+    if asked and config.policy == "flops":
+        _pays(site, rate(call, choice))
+    if decided is None and config.policy == "measure":
+        _is_faster(view, entry, trained)
+
+
+def _is_trained(view: View, match: Match, owner: Callable[[str], nn.Module | None] | None) -> bool:
+    """Whether a backward pass will follow: the site's module is in training mode."""
+    try:
+        module = (owner or view.root.get_submodule)(match.owner)
+    except AttributeError:  # the graph has its operators, and its root is all there is
+        module = view.root
+    return torch.is_grad_enabled() and module is not None and module.training
+
+
+def _independent(view: View, binding: Binding) -> None:
+    """None of q, k and v may be computed from the attention's own scores."""
+    first = min(view.order[node] for node in binding.nodes)
+    stack = [binding.q.node, binding.k.node, binding.v.node]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node in binding.nodes:
+            raise Refusal("probabilities-used", f"q, k or v is computed from '{node.name}'")
+        if node not in seen and view.order[node] > first:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+
+
+def _arrange(view: View, axes: Axes, binding: Binding) -> None:
+    """Find the heads among the outer axes of the queries: the axis that features were split into.
+
+    Raises `Refusal` where several axes are, or where batch items lie inside the heads.
+    """
+    outer = [axes[binding.q.like][i] for i in binding.q.batch]
+    heads = [i for i, axis in enumerate(outer) if axis.features]
+    if len(heads) > 1:
+        raise Refusal("head-dim", f"{len(heads)} axes count heads: {', '.join(map(_words, outer))}")
+    if not heads:
+        binding.heads, binding.merged = None, 1
+        return
+    axis = outer[heads[0]]
+    binding.heads, binding.merged = heads[0], 1
+    mixed = axis.kind == "merge" and not all(part.features for part in axis.parts)
+    if mixed:
+        inner = axis.parts[-1]
+        if not inner.features or any(part.features for part in axis.parts[:-1]):
+            raise Refusal("head-dim", f"the heads in {_words(axis)} are not innermost")
+        if not isinstance(inner.size, int):
+            raise Refusal("head-dim", f"the number of heads is not static: {inner.size}")
+        binding.merged = inner.size
+
+
+def _measure(view: View, site: Site, binding: Binding, config: LinearizeConfig) -> None:
+    """Fill in the sizes and the FLOPs of both forms."""
+    q, k, v = (_sizes(view, o, binding) for o in (binding.q, binding.k, binding.v))
+    site.num_tokens, site.num_heads, site.head_dim = q.tokens, q.heads, q.channels
+    for name, operand in (("q", binding.q), ("k", binding.k), ("v", binding.v)):
+        value = view.val(operand.like)
+        assert value is not None
+        if not isinstance(expr(value.shape[operand.channel]), int):
+            raise Refusal("head-dim", f"the size of {name}'s heads is not static")
+    inner = {"inner": config.inner, "inner_loss": config.inner_loss}
+    site.flops_before = 2 * q.batch * q.heads * q.tokens * k.tokens * (q.channels + v.channels)
+    site.flops_after = flops(
+        q.tokens, q.channels, v.channels, num_heads=q.heads, batch=q.batch, **inner
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    batch: int
+    heads: int
+    tokens: int
+    channels: int
+
+
+def _sizes(view: View, operand: Operand, binding: Binding) -> _Sizes:
+    value = view.val(operand.like)
+    assert value is not None
+    shape = [hint(n) for n in value.shape]
+    outer = [shape[i] for i in operand.batch]
+    heads = 1 if binding.heads is None else outer[binding.heads]
+    if binding.merged > 1:
+        heads = binding.merged
+    batch = math.prod(outer) // max(heads, 1)
+    return _Sizes(batch, heads, shape[operand.token], shape[operand.channel])
+
+
+def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
+    """Queries, keys and values must be the same tokens, proved by where their axes come from."""
+    operands = {"queries": binding.q, "keys": binding.k, "values": binding.v}
+    tokens = {name: axes[o.like][o.token] for name, o in operands.items()}
+    query = tokens["queries"]
+    for name, axis in tokens.items():
+        # Of tokens that a layer along them made, the channels are features as well.
+        if axis.features and not axes[operands[name].like][operands[name].channel].features:
+            detail = f"the {name}' tokens are channels: {_words(axis)}"
+            raise Refusal("not-attention", detail)
+    for name, axis in tokens.items():
+        if axis != query or not same(axis.size, query.size):
+            detail = f"the {name} are {_words(axis)}, the queries {_words(query)}"
+            raise Refusal("cross-attention", detail)
+    outer = {n: [axes[o.like][i] for i in o.batch] for n, o in operands.items()}
+    for name, found in outer.items():
+        if any(axis.sliced for axis in found):
+            detail = f"the {name} are a slice of the heads of all items of the batch together"
+            raise Refusal("sliced", detail)
+    for name in ("keys", "values"):
+        pairs = zip(outer["queries"], outer[name], strict=False)
+        if len(outer[name]) != len(outer["queries"]) or not all(_together(*pair) for pair in pairs):
+            if any(_one_head(view, axis) for axis in (*outer["queries"], *outer[name])):
+                raise Refusal("sliced", "the heads are worked through one by one")
+            theirs = ", ".join(map(_words, outer[name]))
+            ours = ", ".join(map(_words, outer["queries"]))
+            detail = f"batch and heads of the {name} are ({theirs}), of the queries ({ours})"
+            raise Refusal("cross-attention", detail)
+    for run in query.parts if query.kind == "cat" else (query,):
+        if run.kind == "chosen" and run.source[0] == "chosen by":
+            detail = f"of the tokens only those take part that '{run.source[1]}' chooses"
+            raise Refusal("masked", f"{detail}, which depends on the input")
+
+
+def _one_head(view: View, axis: Axis) -> bool:
+    """Whether an outer axis is one position that was sliced off."""
+    if axis.kind != "unit" or not isinstance(axis.source, tuple):
+        return False
+    node = next((n for n in view.order if n.name == axis.source[0]), None)
+    return node is not None and view.op(node) in ("slice", "getitem")
+
+
+def _together(query: Axis, other: Axis) -> bool:
+    """Whether position i of one outer axis meets position i of the other for the same item.
+
+    Heads come from different projections; there only their number has to fit, which the product
+    itself ensures. Everything else must be one and the same axis.
+    """
+    if query == other:
+        return True
+    if query.kind == other.kind == "merge" and len(query.parts) == len(other.parts):
+        return all(map(_together, query.parts, other.parts))
+    if query.features or other.kind == "repeat":
+        return query.features and (other.features or other.kind in ("repeat", "unit"))
+    return False
+
+
+def _words(axis: Axis) -> str:
+    if axis.kind == "cat":
+        return " then ".join(_words(run) for run in axis.parts)
+    if axis.kind == "chosen":
+        return f"{axis.count} of {_words(axis.parts[0])}, {' '.join(map(str, axis.source))}"
+    dims = axis.grid()
+    if dims:
+        source = dims[0]
+        while source.parts:
+            source = source.parts[0]
+        return f"{' x '.join(str(d.count) for d in dims)} positions of '{source.source[0]}'"
+    source_name = axis.source[0] if isinstance(axis.source, tuple) else axis.kind
+    return f"{axis.count} tokens of '{source_name}'"
+
+
+def _layout(
+    tokens: Axis, site: Site, config: LinearizeConfig
+) -> tuple[tuple[Axis | int, ...], tuple[Axis | int, ...], tuple[Axis | int, ...]]:
+    found = layout_of(tokens)
+    if config.grid is None and config.prefix is None and config.suffix is None:
+        if isinstance(found, str):
+            if config.locality == "none":
+                return (), (), ()
+            raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
+        site.prefix = sum(a.count for a in found.prefix)
+        site.suffix = sum(a.count for a in found.suffix)
+        site.grid = tuple(a.count for a in found.grid)
+        return found.prefix, found.grid, found.suffix
+    assert site.num_tokens is not None
+    grid = config.grid
+    if grid is None:
+        if isinstance(found, str):
+            raise Refusal("grid-unknown", f"{found}; give `grid` too")
+        grid = tuple(a.count for a in found.grid)
+    assert not callable(grid) and not callable(config.prefix) and not callable(config.suffix)
+    rest = site.num_tokens - math.prod(grid)
+    prefix, suffix = config.prefix, config.suffix
+    if prefix is None:
+        prefix = rest - (suffix or 0)
+    if suffix is None:
+        suffix = rest - prefix
+    if prefix < 0 or suffix < 0 or prefix + suffix != rest:
+        raise Refusal(
+            "grid-unknown",
+            f"expected prefix + grid + suffix = {site.num_tokens} tokens, got "
+            f"{prefix} + {'x'.join(map(str, grid))} + {suffix}",
+        )
+    site.prefix, site.grid, site.suffix = prefix, grid, suffix
+    return (prefix,), grid, (suffix,)
+
+
+def _call(view: View, entry: Plan, trained: bool) -> Call:
+    """The site as a call of its node."""
+    site, binding = entry.site, entry.match.binding
+    assert binding is not None and site.head_dim is not None
+    q, k, v = (view.val(operand.like) for operand in (binding.q, binding.k, binding.v))
+    assert q is not None and k is not None and v is not None
+    widest = torch.float32
+    for tensor in (q, k, v):
+        widest = torch.promote_types(widest, tensor.dtype)
+    return Call(
+        device=q.device,
+        dtype=q.dtype if q.dtype == k.dtype == v.dtype else None,
+        widest=widest,
+        head_dim=site.head_dim,
+        value_dim=hint(view.shape(binding.v.like)[binding.v.channel]),
+        axes=len(entry.grid),
+        trained=trained,
+        node=settings_of(_node(entry) | {"scale": binding.scale}),
+    )
+
+
+def _node(entry: Plan) -> dict[str, Any]:
+    """The settings of a site's node."""
+    config = entry.config
+    names = ("inner", "inner_loss", "key_norm", "key_norm_eps", "impl")
+    node = {name: getattr(config, name) for name in names}
+    return node | {"locality": config.locality if entry.grid else "none"}
+
+
+#: What a FLOP of the node takes over one of softmax attention on the same GPU in 16 bits, by the
+#: node's implementation; 1 where nothing is said. Estimates, not measurements: softmax multiplies
+#: 16 bits in tensor cores, the reference float32 outside of them and with its intermediate results
+#: in memory.
+GPU_RATES = {"reference": 12.0, "written-out": 12.0}
+
+
+def rate(call: Call, choice: Choice) -> float:
+    """The node's time for a FLOP over softmax's, where a call runs as chosen."""
+    if choices.is_gpu(call.device) and call.dtype in (torch.float16, torch.bfloat16):
+        return GPU_RATES.get(choice.impl, 1.0)
+    return 1.0
+
+
+def _enough(site: Site, config: LinearizeConfig) -> None:
+    assert site.num_tokens is not None
+    if config.min_tokens is not None and site.num_tokens < config.min_tokens:
+        detail = f"{site.num_tokens} tokens, fewer than min_tokens={config.min_tokens}"
+        raise Refusal("below-break-even", detail)
+
+
+def _pays(site: Site, rate: float) -> None:
+    """Raises `Refusal` where softmax takes less: FLOPs, each of the node's at that rate."""
+    assert site.num_tokens is not None
+    before, after = site.flops_before or 0, site.flops_after or 0
+    if after * rate < before:
+        return
+    even = math.ceil(site.num_tokens * after * rate / before) if before else 0
+    why = "the node needs fewer FLOPs than softmax"
+    if rate != 1.0:
+        why = (
+            f"a FLOP of the node by impl {site.impl!r} ({site.impl_reason}) is estimated to take "
+            f"{rate:g} times one of softmax, so that the node needs less time"
+        )
+    raise Refusal(
+        "below-break-even",
+        f"{site.num_tokens} tokens; {why} from {even} on (min_tokens=0 rewrites anyway)",
+    )
+
+
+def _is_faster(view: View, entry: Plan, trained: bool) -> None:
+    """Measure both forms at the site's sizes; raises `Refusal` where the node is not the faster.
+
+    Where "auto" may be the Triton kernels the reference is measured too, and the faster one taken.
+    """
+    site, binding = entry.site, entry.match.binding
+    assert binding is not None
+    value = view.val(binding.q.like)
+    sizes, values = _sizes(view, binding.q, binding), _sizes(view, binding.v, binding)
+    assert value is not None
+    shape = Shape(
+        *(sizes.batch, sizes.heads, sizes.tokens, sizes.channels, values.channels),
+        *(site.prefix or 0, site.grid or (), str(value.dtype).removeprefix("torch."), trained),
+    )
+    node = {name: value for name, value in _node(entry).items() if name != "key_norm_eps"}
+    if entry.config.impl == "auto" and site.impl == "triton":
+        costs = {i: cost(shape, node | {"impl": i}, value.device) for i in ("triton", "reference")}
+        _choose(entry, costs["triton"], costs["reference"])
+        found = costs[site.impl]
+    else:
+        found = cost(shape, node, value.device)
+    site.seconds_before, site.seconds_after = found.softmax, found.ttt
+    site.detail = f"measured{', with the backward pass' if trained else ''}: {found}"
+    if not found.pays:
+        raise Refusal("below-break-even", f"{site.num_tokens} tokens; {site.detail}")
+
+
+def _choose(entry: Plan, kernels: Cost, reference: Cost) -> None:
+    """The faster of two implementations, the kernels only if they computed the same."""
+    site = entry.site
+    times = f"Triton {1e3 * kernels.ttt:.3g} ms, reference {1e3 * reference.ttt:.3g} ms"
+    if not kernels.agrees:
+        entry.impl = site.impl = "reference"
+        site.impl_reason = (
+            f"the Triton kernels' results differ from the reference's by "
+            f"{100 * kernels.difference:.2g} % at these sizes; please report this"
+        )
+        warnings.warn(f"'{site.fqn}': {site.impl_reason}", SlowNodeWarning, stacklevel=2)
+    elif reference.ttt < kernels.ttt:
+        entry.impl = site.impl = "reference"
+        site.impl_reason = f"measured: {times}"
+    else:
+        site.impl_reason = f"{site.impl_reason}; measured: {times}"

@@ -1,0 +1,1 @@
+"""From models, and from what Dynamo hands over, to graphs."""

@@ -1,0 +1,1 @@
+"""Graphs as the pass reads them: one name for each operator, values instead of writes."""

@@ -1,0 +1,1 @@
+"""TTT nodes in the place of attention, in whole graphs and in the modules that own it."""

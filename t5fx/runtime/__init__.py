@@ -1,0 +1,1 @@
+"""What a linearized model knows while it runs."""

@@ -1,0 +1,231 @@
+"""Modules whose attention was rewritten: their class, with another forward.
+
+Such a module keeps its children, its attributes and its methods; its class is a subclass of its
+own class with the same name, as `torch.nn.utils.parametrize` makes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from t5fx.errors import RefusedCallError
+from t5fx.frontend.calls import Signature
+from t5fx.rewrite.forms import Form, constants_of, fits, flatten
+from t5fx.runtime.state import Runtime
+
+#: The attribute under which an owner keeps what it needs beside its tensors.
+STATE = "_t5fx"
+
+
+class Owned:
+    """What one owner keeps. It does not hold the module, which a replica shares it with.
+
+    name: the module's in the model; replaced: a forward that the module had of its own, instead of
+    its class's.
+    """
+
+    def __init__(self, runtime: Runtime, name: str, replaced: Any = None) -> None:
+        self.runtime = runtime
+        self.name = name
+        self.replaced = replaced
+        self.inside = False
+
+    def layout(self, index: int, tokens: int) -> tuple[int, ...]:
+        return self.runtime.layout(self.name, index, tokens)
+
+
+class OwnedModule:
+    """Marks the classes of modules whose attention was rewritten."""
+
+    _t5fx_base: type[nn.Module]
+
+
+@functools.cache
+def owned_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a module's class that runs the rewritten form of each kind of call."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__[STATE]
+        if state.runtime.original:
+            return run_original(self, state, args, kwargs)
+        if not state.name:  # the model itself, whose calls were judged in one spelling
+            args, kwargs = state.runtime.signature.bind(args, kwargs)
+        structure, spec, leaves = flatten(args, kwargs)
+        form = find_form(self, structure, leaves)
+        if form is None:
+            make_form(self, structure, spec, leaves)
+            form = find_form(self, structure, leaves)
+            assert form is not None
+        return form(self, state, leaves)
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        return _rebuilt, (base,), self.__getstate__()
+
+    members = {
+        "forward": forward,
+        "__reduce_ex__": reduced,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_t5fx_base": base,
+    }
+    return type(base.__name__, (base, OwnedModule), members)
+
+
+def _rebuilt(base: type[nn.Module]) -> nn.Module:
+    kind = owned_class(base)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
+
+def state_of(module: nn.Module) -> Owned | None:
+    """What an owner keeps; None for a module that is none."""
+    found = vars(module).get(STATE)
+    return found if isinstance(found, Owned) else None
+
+
+def own(module: nn.Module, runtime: Runtime, name: str) -> None:
+    """Make a module an owner, in place."""
+    replaced = vars(module).pop("forward", None)
+    vars(module)[STATE] = Owned(runtime, name, replaced)
+    module.__class__ = owned_class(type(module))  # type: ignore[arg-type]
+
+
+def disown(module: nn.Module) -> None:
+    """Make an owner what it was."""
+    state = vars(module).pop(STATE)
+    module.__class__ = type(module)._t5fx_base  # type: ignore[attr-defined]
+    if state.replaced is not None:
+        vars(module)["forward"] = state.replaced
+
+
+def run_original(module: Any, state: Owned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an owner did before it was one."""
+    base = type(module)._t5fx_base.forward
+    if state.replaced is None or state.inside:
+        return base(module, *args, **kwargs)
+    state.inside = True  # a replaced forward may well call the class's
+    try:
+        return state.replaced(*args, **kwargs)
+    finally:
+        state.inside = False
+
+
+def find_form(module: Any, structure: str, leaves: list[Any]) -> Form | None:
+    """The form that serves a call of an owner, if there is one."""
+    state = module.__dict__[STATE]
+    runtime = state.runtime
+    forms = runtime.forms.get(state.name)
+    if not forms:
+        return None
+    constants = constants_of(leaves)
+    flags = flags_of(module, forms[-1].flags)
+    for form in reversed(forms):
+        if form.flags == flags and form.serves(structure, constants, leaves):
+            if form.proved or runtime.running()[0] is not None:
+                return form  # type: ignore[no-any-return]
+    return None
+
+
+@torch.compiler.disable(
+    reason="this module of a linearized model was not called in this way yet: call the model once "
+    "without torch.compile, with arguments like these, then compile it"
+)
+def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None:
+    """Make the form for a kind of call that has none yet.
+
+    Raises `RefusedCallError` for a kind of call that no judged call of the model contained.
+    """
+    state = module.__dict__[STATE]
+    runtime = state.runtime
+    kind, _ = runtime.running()
+    described = call_of(module, *pytree.tree_unflatten(leaves, spec))
+    kinds = runtime.kinds[::-1] if kind is None else [kind]
+    for judged in kinds:
+        known = judged.calls.get(state.name, ())
+        if any(s == described[0] and fits(c, described[1]) for s, c in known):
+            runtime.extend(
+                runtime, module, state.name, structure, spec, leaves, judged, kind is not None
+            )
+            return
+    if kind is None:
+        raise RefusedCallError(
+            f"'{state.name}' was called alone, in a way in which no call of the whole model has "
+            f"called it yet: whether its attention may be rewritten then is not known; call the "
+            f"model so first, or use t5fx.softmax(model)"
+        )
+    # The model's code is another one than when it was judged: it must prove itself.
+    runtime.extend(runtime, module, state.name, structure, spec, leaves, kind, False)
+
+
+def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
+    """A call of a module, however it was written: by position or name, with defaults or without."""
+    base = getattr(type(module), "_t5fx_base", type(module))
+    signature = Signature(base.forward)
+    bound, named = signature.bind((module, *args), kwargs)
+    named = {name: value for name, value in named.items() if value is not module}
+    structure, _, leaves = flatten(tuple(a for a in bound if a is not module), named)
+    return structure, constants_of(leaves)
+
+
+# --- attributes -----------------------------------------------------------------------------------
+
+
+def watched(module: Any) -> tuple[tuple[str, ...], ...]:
+    """The attributes that a module's code names: of itself, and of objects that it keeps."""
+    names: set[str] = set()
+    objects = [
+        v
+        for n, v in vars(module).items()
+        if n not in ("_parameters", "_buffers", "_modules", STATE) and _is_object(v)
+    ]
+    base = getattr(type(module), "_t5fx_base", type(module))
+    calls = (getattr(type(o), "__call__", None) for o in objects)  # noqa: B004
+    for function in (base.forward, *calls):
+        names |= _names(function)
+    return (tuple(sorted(names)),)
+
+
+def _names(function: Any) -> set[str]:
+    function = getattr(function, "__wrapped__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return set()
+    found, stack = set(code.co_names), [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    while stack:
+        inner = stack.pop()
+        found |= set(inner.co_names)
+        stack += [c for c in inner.co_consts if isinstance(c, types.CodeType)]
+    return found
+
+
+def _is_object(value: Any) -> bool:
+    plain = isinstance(value, torch.Tensor | nn.Module | type | str | bytes | dict | list | tuple)
+    return hasattr(value, "__dict__") and not plain
+
+
+def flags_of(module: Any, known: Any) -> tuple[Any, ...]:
+    """The values of the watched attributes and the train/eval flag: they choose the code's way."""
+    names = known[0]
+    found: list[Any] = [names, module.training]
+    attributes = module.__dict__
+    for name in names:
+        if name not in attributes:
+            continue
+        value = attributes[name]
+        if value is None or isinstance(value, bool | int | float | str):
+            found.append((name, value))
+        elif _is_object(value):
+            inner = tuple(
+                (n, v)
+                for n in names
+                if (v := value.__dict__.get(n)) is None or isinstance(v, bool | int | float | str)
+            )
+            found.append((name, type(value).__name__, inner))
+    return tuple(found)

@@ -1,0 +1,406 @@
+"""What a linearized model knows while it runs: which kind of call this is, and its tokens' layout.
+
+The model's own code runs. Hooks at the modules whose outputs show the sides of the grid record
+them, once a call; each owner of a rewritten attention reads them. A record belongs to a thread and
+to a call: where none is at hand the answer is an error, never another call's grid.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from t5fx.config import LinearizeConfig
+from t5fx.errors import LayoutUnknownError
+from t5fx.frontend.calls import Guards, Signature
+from t5fx.reports import Report
+from t5fx.rewrite.forms import Verdict, constants_of, flatten
+
+#: Kinds of calls, and forms of a module, that are kept; the least recently used go first.
+KEPT = 64
+#: Added to a recorded size: compilers take sizes of 0 and 1 for constants.
+SHIFT = 2
+
+
+class Source(NamedTuple):
+    """Where a size of the grid is read in a call: which number that a module's output showed.
+
+    module: its name, with the numbers that its `Origin` hook records; "" for the call of the model
+    itself, with those that `Kind.arguments` computes from the arguments.
+    """
+
+    module: str
+    place: int
+
+
+Term = int | Source
+
+
+@dataclass(frozen=True)
+class Layout:
+    """prefix, grid and suffix of one attention's tokens. None: what is left of the tokens."""
+
+    prefix: Term | None
+    grid: tuple[Term, ...]
+    suffix: Term | None
+
+
+@dataclass
+class Kind:
+    """One kind of calls of the model that was judged.
+
+    structure, constants, training: what calls of the kind have in common, with `guards`; given:
+    the values of layouts that are callables. layouts: by owner, one for each of its attentions;
+    arguments: formulas of the guards' symbols, for sizes that no module's output shows.
+    """
+
+    structure: str
+    constants: tuple[Any, ...]
+    training: bool
+    given: Any
+    guards: Guards
+    layouts: Mapping[str, tuple[Layout | None, ...]]
+    verdicts: Mapping[str, Verdict]
+    calls: Mapping[str, frozenset[tuple[str, tuple[Any, ...]]]]
+    arguments: tuple[Callable[..., int], ...] = ()
+
+
+class Records(threading.local):
+    """What the calls of one thread left behind; see `Runtime`."""
+
+    def __init__(self) -> None:
+        self.kind: Kind | None = None
+        self.sizes: dict[str, torch.Tensor] = {}
+        #: The backward pass in which these were found again, or -1.
+        self.backward = -1
+
+
+class Runtime:
+    """What the modules of one linearized model share. It holds none of them.
+
+    kinds: judged kinds of calls, the latest last; forms: by description of an owner, its forms.
+    original: the original attention runs, for a while. judge: called with (runtime, model, args,
+    kwargs), judges a kind of call; extend: called with (runtime, owner, ...), builds another form
+    of an owner. Both are functions of `t5fx.pipeline`, which makes runtimes.
+    """
+
+    def __init__(
+        self,
+        config: LinearizeConfig,
+        signature: Signature,
+        model: str,
+        judge: Callable[..., None],
+        extend: Callable[..., None],
+    ) -> None:
+        self.config = config
+        self.signature = signature
+        self.judge = judge
+        self.extend = extend
+        self.report = Report(model)
+        self.kinds: list[Kind] = []
+        self.forms: dict[str, list[Any]] = {}
+        self.original = False
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.local = Records()
+        #: The same as the thread's, where compiled code can read it.
+        self.kind: Kind | None = None
+        self.sizes: dict[str, torch.Tensor] = {}
+        self.entered: OrderedDict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("local", "kind", "sizes", "entered", "kinds", "forms")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.kinds, self.forms = [], {}
+        self._fresh()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        new = Runtime.__new__(Runtime)
+        new.__setstate__(self.__getstate__())
+        new.kinds = list(self.kinds)
+        new.forms = {name: list(forms) for name, forms in self.forms.items()}
+        return new
+
+    # --- one call -------------------------------------------------------------------------------
+
+    def begin(self, kind: Kind, values: Mapping[str, Any]) -> None:
+        """A call of the model begins; values: of the kind's symbols."""
+        sizes: dict[str, torch.Tensor] = {}
+        if kind.arguments:
+            known = [values[name] for name in kind.guards.symbols]
+            sizes[""] = _as_sizes([formula(*known) for formula in kind.arguments])
+        self._set(kind, sizes)
+
+    def end(self) -> None:
+        """The call is over, with a result or an error."""
+        self._set(None, {})
+
+    def _set(self, kind: Kind | None, sizes: dict[str, torch.Tensor]) -> None:
+        self.kind, self.sizes = kind, sizes
+        if not torch.compiler.is_compiling():
+            self.local.kind, self.local.sizes, self.local.backward = kind, sizes, -1
+
+    def record(self, module: str, sizes: list[int]) -> None:
+        """The output of a module shows these sizes."""
+        found = _as_sizes(sizes)
+        if torch.compiler.is_compiling():
+            self.sizes[module] = found
+            return
+        kind, sizes = self.running()
+        backward = self.local.backward
+        # Not in place: calls that a backward pass may come back to have noted these sizes.
+        self._set(kind, {**sizes, module: found})
+        self.local.backward = backward
+
+    def running(self) -> tuple[Kind | None, dict[str, torch.Tensor]]:
+        """The kind of the call that this thread is in, if it is in one, and what was recorded."""
+        if torch.compiler.is_compiling():
+            return self.kind, self.sizes
+        if self.local.backward not in (-1, torch._C._current_graph_task_id()):
+            self.end()  # that backward pass is over
+        return self.local.kind, self.local.sizes
+
+    def layout(self, owner: str, index: int, tokens: int) -> tuple[int, ...]:
+        """(prefix, *grid) of an attention's tokens in the call that is running.
+
+        Raises `LayoutUnknownError` where it is not known, or is not that of so many tokens.
+        """
+        kind, sizes = self.running()
+        kinds = self.kinds[::-1] if kind is None else [kind]
+        for judged in kinds:
+            layouts = judged.layouts.get(owner)
+            wanted = None if layouts is None else layouts[index]
+            if wanted is not None and all(t.module in sizes for t in _sources(wanted)):
+                return self._checked(wanted, sizes, owner, tokens)
+        raise LayoutUnknownError(
+            f"'{owner}' was called on {tokens} tokens, and where they lie on a grid is not known: "
+            f"expected a call of the whole model, or of the module before it whose output shows "
+            f"the grid ({', '.join(self._origins(owner)) or 'there is none'}), in the same thread"
+        )
+
+    def _checked(
+        self, wanted: Layout, sizes: dict[str, torch.Tensor], owner: str, tokens: int
+    ) -> tuple[int, ...]:
+        def value(term: Term | None) -> int | None:
+            if isinstance(term, Source):
+                return _size(sizes[term.module], term.place) - SHIFT
+            return term
+
+        grid = [value(term) for term in wanted.grid]
+        product: Any = 1
+        for size in grid:
+            product = product * size
+        prefix, suffix = value(wanted.prefix), value(wanted.suffix)
+        if prefix is None:
+            prefix = tokens - product - (suffix or 0)
+        if suffix is None:
+            suffix = tokens - product - prefix
+        if prefix + product + suffix != tokens or (wanted.prefix is None and prefix < 0):
+            raise LayoutUnknownError(
+                f"'{owner}' was called on {tokens} tokens: expected {prefix} + "
+                f"{' x '.join(map(str, grid))} + {suffix}, as the call that is running has shown; "
+                f"call the whole model on inputs of this size"
+            )
+        return (prefix, *grid)  # type: ignore[return-value, arg-type]
+
+    def _origins(self, owner: str) -> list[str]:
+        names = {
+            t.module or "the model"
+            for kind in self.kinds
+            for layout in kind.layouts.get(owner) or ()
+            if layout is not None
+            for t in _sources(layout)
+        }
+        return [f"'{name}'" for name in sorted(names)]
+
+    # --- recomputation --------------------------------------------------------------------------
+
+    def enter(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is called that contains owners: note with what, or find out again.
+
+        Checkpoints call modules a second time in a backward pass, with the same tensors (or their
+        memory); by then other calls of the model may have come and gone.
+        """
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if torch._C._current_graph_task_id() != -1:
+            self._again(module, tensors)
+            return
+        kind, sizes = self.running()
+        if (kind is not None or sizes) and (
+            torch.is_grad_enabled() or any(t.requires_grad for t in tensors[:4])
+        ):
+            known = (kind, sizes)
+            for tensor in tensors[:4]:
+                key = self._key(module, tensor)
+                if key is not None:
+                    reference = StorageWeakRef(tensor.untyped_storage())
+                    self.entered[key] = (reference, known)
+                    self.entered.move_to_end(key)
+            if len(self.entered) > 4096:
+                for key, (reference, _) in list(self.entered.items()):
+                    if reference.expired():
+                        del self.entered[key]
+
+    def _again(self, module: str, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors[:4]:
+            found = self.entered.get(self._key(module, tensor) or ())
+            if found is not None and not found[0].expired():
+                self._resume(*found[1])
+                return
+        known = [state for reference, state in self.entered.values() if not reference.expired()]
+        layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in s.items())) for _, s in known}
+        kind, sizes = self.running()
+        if kind is not None or sizes:  # set by a module around this one, in the same recomputation
+            return
+        if len(layouts) > 1:
+            raise LayoutUnknownError(
+                f"'{module}' is computed again in a backward pass (gradient checkpointing), and "
+                f"which of {len(layouts)} calls with different grids it belongs to is not known; "
+                f"run the backward pass of each call before the next call"
+            )
+        if known:
+            self._resume(*known[-1])
+
+    def _resume(self, kind: Kind | None, sizes: dict[str, torch.Tensor]) -> None:
+        self._set(kind, sizes)
+        self.local.backward = torch._C._current_graph_task_id()
+
+    @staticmethod
+    def _key(module: str, tensor: torch.Tensor) -> tuple[Any, ...] | None:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel():
+            return None
+        return (module, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
+
+    # --- kinds ----------------------------------------------------------------------------------
+
+    def kind_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> tuple[Kind, dict[str, Any]] | None:
+        """The judged kind of a call, with the values of its symbols; None where none is."""
+        args, kwargs = self.signature.bind(args, kwargs)
+        structure, _, leaves = flatten(args, kwargs)
+        constants = constants_of(leaves)
+        given = self.given(args, kwargs)
+        for kind in reversed(self.kinds):
+            if kind.structure != structure or kind.training != training or kind.given != given:
+                continue
+            if kind.constants == constants:
+                values = kind.guards.accept(leaves, typed=False)
+                if values is not None:
+                    return kind, values
+        return None
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layouts that are callables, evaluated for a call; None where none is."""
+        if not self.config.has_callables:
+            return None
+        resolved = self.config.called(lambda f: f(*args, **kwargs))
+        overrides = tuple(
+            (pattern, tuple(sorted((k, str(v)) for k, v in fields.items())))
+            for pattern, fields in resolved.overrides.items()
+        )
+        return (resolved.grid, resolved.prefix, resolved.suffix, overrides)
+
+    def keep(self, kind: Kind) -> None:
+        self.kinds = [*self.kinds[-KEPT + 1 :], kind]
+
+    def keep_form(self, owner: str, form: Any) -> None:
+        """Of the owner's forms the latest are kept."""
+        self.forms[owner] = [*self.forms.get(owner, [])[-KEPT + 1 :], form]
+
+
+def _size(tensor: torch.Tensor, axis: int) -> int:
+    """A size of a tensor; torch.jit.trace makes tensors of those that `shape` has."""
+    if torch.jit.is_tracing():
+        return int(torch.ops.aten.sym_size.int(tensor, axis))
+    return tensor.shape[axis]
+
+
+def _as_sizes(sizes: list[int]) -> torch.Tensor:
+    """Sizes as those of a tensor without elements: compilers keep these apart from its values."""
+    return torch.empty([*(n + SHIFT for n in sizes), 0])
+
+
+def _sources(layout: Layout) -> Iterator[Source]:
+    for term in (layout.prefix, *layout.grid, layout.suffix):
+        if isinstance(term, Source):
+            yield term
+
+
+# --- hooks ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Before:
+    """A forward pre-hook of the model: which kind of call is this?"""
+
+    runtime: Runtime
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runtime = self.runtime
+        if runtime.original:
+            return
+        found = runtime.kind_of(args, kwargs, module.training)
+        if found is None:
+            runtime.end()
+            _judge(runtime, module, args, kwargs)
+            found = runtime.kind_of(args, kwargs, module.training)
+            assert found is not None
+        runtime.begin(*found)
+
+
+@torch.compiler.disable(
+    reason="no call of this linearized model like this one was judged yet: call the model once "
+    "without torch.compile, in this train/eval mode and with arguments like these, then compile it"
+)
+def _judge(runtime: Runtime, module: nn.Module, args: Any, kwargs: Any) -> None:
+    runtime.judge(runtime, module, args, kwargs)
+
+
+@dataclass
+class After:
+    """A forward hook of the model, also after errors: the call is over."""
+
+    runtime: Runtime
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.runtime.end()
+
+
+@dataclass
+class Origin:
+    """A forward hook of a module whose output shows sides of the grid."""
+
+    runtime: Runtime
+    name: str
+    axes: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        leaves = [output] if isinstance(output, torch.Tensor) else pytree.tree_leaves(output)
+        if all(leaf < len(leaves) and axis < leaves[leaf].dim() for leaf, axis in self.axes):
+            sizes = [_size(leaves[leaf], axis) for leaf, axis in self.axes]
+            self.runtime.record(self.name, sizes)
+
+
+@dataclass
+class Entry:
+    """A forward pre-hook of a module that contains owners, or is one."""
+
+    runtime: Runtime
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            self.runtime.enter(self.name, args, kwargs)

@@ -1,0 +1,1 @@
+"""What brings the quality of a linearized model back."""

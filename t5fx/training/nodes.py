@@ -1,0 +1,144 @@
+"""What the fine-tune hooks have in common: batches as calls, schedule, progress, tables."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from t5fx.backend.adapters import adapter
+from t5fx.errors import AdapterError, TrainingError
+from t5fx.kernels import TTT
+from t5fx.runtime.lookup import is_linearized, nodes_in
+
+
+def nodes_of(module: nn.Module) -> dict[str, TTT]:
+    """The TTT nodes of a linearized module, or of one compiled with backend="t5", by key."""
+    inner = getattr(module, "_orig_mod", module)
+    if is_linearized(inner):
+        return nodes_in(inner)
+    try:
+        return adapter(module).nodes()
+    except AdapterError as error:
+        raise TrainingError(f"nothing to train: {error}") from error
+
+
+def endless(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches of `data` again and again. Raises `TrainingError` where it ends for good."""
+    passes = 0
+    while True:
+        count = 0
+        for batch in data:
+            count += 1
+            yield batch
+        if not count:
+            what = "no batch" if not passes else f"batches for {passes} pass over it only"
+            raise TrainingError(
+                f"data: expected what can be iterated again and again, such as a DataLoader or a "
+                f"list of batches, got {what} from a {type(data).__name__}"
+            )
+        passes += 1
+
+
+def placed(batch: Any, device: torch.device) -> Any:
+    """The same structure with its tensors on `device`."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def samples(batch: Any) -> int:
+    """Samples in a batch: the first axis of its first tensor that has one."""
+    leaves = pytree.tree_leaves(batch)
+    return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def as_call(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call of a model that a batch stands for, its tensors on `device`.
+
+    A mapping is keyword arguments, a tuple or list positional ones, anything else the only one.
+    """
+    batch = placed(batch, device)
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+def warm_cosine(step: int, steps: int, warmup: float) -> float:
+    """Factor of the learning rate at step 0..steps-1: linear rise over a fraction `warmup` of the
+    steps, then half a cosine down to almost zero."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step + 1 - rise) / (steps + 1 - rise)))
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """Puts train/eval flags and requires_grad back as they were."""
+    flags = [(m, m.training) for m in module.modules()]
+    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        yield
+    finally:
+        for each, training in flags:
+            if each.training != training:
+                each.training = training
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def progress(text: str, steps: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal, and nothing elsewhere.
+
+    Yields a function to call after each step, with what to show beside the bar.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    note = TextColumn("{task.fields[note]}")
+    with Progress(
+        *columns, note, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=steps, note="")
+        yield lambda note: bar.update(task, advance=1, note=note)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A text table, names on the left and numbers on the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(title=Text(title), title_justify="left")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*map(Text, row))
+    text = io.StringIO()
+    Console(file=text, width=100, color_system=None).print(result)
+    return text.getvalue().rstrip()
+
+
+def check_positive(**values: float) -> None:
+    """Raise `TrainingError` for a value that is not a finite number above zero."""
+    for name, value in values.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise TrainingError(f"{name}: expected a number above 0, got {value!r}")
