@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from t5fx.analysis.measure import clock
+from t5fx.analysis.clock import clock
 from t5fx.kernels import ttt
 from t5fx.kernels.reference import reference
 

@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import t5fx
-from t5fx.analysis.measure import Spread, clock
+from t5fx.analysis.clock import clock
+from t5fx.analysis.measure import Spread
 from t5fx.errors import NothingRewrittenWarning, T5Error, UntrainedWarning
 from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from t5fx.analysis.measure import Spread, clock, interleave
+from t5fx.analysis.clock import clock, interleave
+from t5fx.analysis.measure import Spread
 from t5fx.errors import T5Error
 
 from .attentions import PEERS, Call, Node, Peer, Shape

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import t5fx
-from t5fx.analysis.measure import Spread, device_name
+from t5fx.analysis.clock import device_name
+from t5fx.analysis.measure import Spread
 from t5fx.digest import code_digest, digest_of
 from t5fx.errors import T5Error
 

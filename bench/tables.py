@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
 
-from t5fx.analysis.measure import Spread, device_name
+from t5fx.analysis.clock import device_name
+from t5fx.analysis.measure import Spread
 
 from .features import agreement
 from .timing import Timing

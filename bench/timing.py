@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import t5fx
-from t5fx.analysis.measure import Spread, interleave
+from t5fx.analysis.clock import interleave
+from t5fx.analysis.measure import Spread
 from t5fx.errors import T5Error
 
 Named = Sequence[tuple[str, nn.Module]]

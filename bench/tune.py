@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from t5fx.analysis.measure import device_name
+from t5fx.analysis.clock import device_name
 from t5fx.errors import T5Error
 from t5fx.kernels.triton_kernels import configs
 from t5fx.kernels.triton_kernels.configs import Config

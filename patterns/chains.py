@@ -11,7 +11,8 @@ from torch import fx
 
 from t5fx.analysis.masks import harmless, interval, refusal
 from t5fx.graph.axes import permutation, regroup_node
-from t5fx.graph.view import View, changed, hint
+from t5fx.graph.sizes import hint
+from t5fx.graph.view import View, changed
 from t5fx.patterns.base import Binding, Refusal
 from t5fx.patterns.operands import operand
 

@@ -8,39 +8,23 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from t5fx.analysis.opaque import opaque_operators
-from t5fx.analysis.policy import plan
 from t5fx.config import LinearizeConfig
 from t5fx.errors import (
     AlreadyLinearizedError,
     CaptureError,
     ConfigError,
-    NothingRewrittenError,
     T5Error,
 )
-from t5fx.frontend.calls import Signature
-from t5fx.frontend.capture import capture
 from t5fx.frontend.copies import duplicate
-from t5fx.graph.view import View
-from t5fx.graph.writes import settle
 from t5fx.hooks import Hook, hooks_of, run
-from t5fx.kernels import TTT
 from t5fx.pipeline import (
-    install,
-    judge,
-    keep,
-    refuse_calls,
-    refuse_foreign,
-    refuse_missing,
-    runtime_for,
+    build,
+    build_graph,
+    explained,
 )
-from t5fx.reports import Report, Site, why_nothing
-from t5fx.rewrite.sites import rewrite
-from t5fx.runtime.lookup import CONFIG, REPORT, is_linearized, nodes_in, reports, runtimes
-from t5fx.runtime.templates import bare, clean_thread
+from t5fx.reports import Report
+from t5fx.runtime.lookup import is_linearized, nodes_in, reports, runtimes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -109,60 +93,6 @@ def refuse_linearized(model: nn.Module) -> None:
         )
 
 
-def build(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    config: LinearizeConfig,
-    nodes: Mapping[str, TTT],
-    *,
-    inplace: bool,
-) -> nn.Module:
-    """The linearized form of a model.
-
-    nodes: by key, those of the sites that are to be rewritten; where there are none, the
-    configuration chooses the sites and fresh ones are made. Raises `RefusedCallError` where a
-    site that has a node cannot be rewritten to it, `CaptureError` where it is not in the model.
-    """
-    result = model if inplace else duplicate(model)
-    runtime = runtime_for(result, config)
-    outcome = judge(runtime, result, args, kwargs, nodes)
-    if not inplace:
-        refuse_foreign(model, outcome)
-    refuse_missing(model, set(nodes), outcome)
-    if not outcome.nodes:
-        told = Report(type(model).__name__, sites=[entry.site for entry in outcome.plans])
-        told.opaque = outcome.opaque
-        raise NothingRewrittenError(why_nothing(told))
-    install(runtime, result, outcome.nodes)
-    keep(runtime, result, outcome)
-    _count(runtime.report, result)
-    return result
-
-
-def with_nodes(model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TTT]) -> nn.Module:
-    """Give a model nodes that were saved, in place; its first call is judged when it comes.
-
-    A GraphModule is rewritten at once.
-    """
-    if isinstance(model, fx.GraphModule):
-        return build_graph(model, (), {}, config, nodes)
-    runtime = runtime_for(model, config)
-    runtime.report.capture = "saved: the first call is judged when it comes"
-    runtime.report.sites = [
-        Site(
-            fqn=key.rpartition(".")[0],
-            status="rewritten",
-            num_heads=node.num_heads,
-            head_dim=node.head_dim,
-        )
-        for key, node in nodes.items()
-    ]
-    install(runtime, model, nodes)
-    _count(runtime.report, model)
-    return model
-
-
 def explain(
     model_or_gm: nn.Module,
     args: tuple[Any, ...] = (),
@@ -179,24 +109,7 @@ def explain(
     arguments, keywords = check_call(model_or_gm, args, kwargs)
     if is_linearized(model_or_gm):
         return report(model_or_gm)
-    told = Report(type(model_or_gm).__name__)
-    if isinstance(model_or_gm, fx.GraphModule):
-        template: nn.Module = duplicate(model_or_gm, share=True)
-        told.capture = _shapes(template, arguments, keywords)
-        view = View(template.graph, template)
-        settle(view)
-        resolved = config.called(lambda f: f(*arguments, **keywords))
-    else:
-        template = bare(duplicate(model_or_gm, share=True))
-        bound = Signature(template.forward).bind(arguments, keywords)
-        captured = clean_thread(lambda: capture(template, *bound, dynamic=False))
-        told.capture = captured.note
-        view = View(captured.graph, template, captured.constants)
-        resolved = config.called(lambda f: f(*bound[0], **bound[1]))
-    told.sites = [entry.site for entry in plan(view, resolved, tried=told.patterns)]
-    told.opaque = [] if told.sites else opaque_operators(view)
-    _count(told, model_or_gm)
-    return told
+    return explained(model_or_gm, arguments, keywords, config)
 
 
 def report(model: nn.Module) -> Report:
@@ -296,67 +209,3 @@ def check_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
             f"positional arguments belong in args"
         )
     return tuple(args), dict(kwargs or {})
-
-
-def build_graph(
-    gm: fx.GraphModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    config: LinearizeConfig,
-    nodes: Mapping[str, TTT],
-) -> fx.GraphModule:
-    told = Report(type(gm).__name__)
-    told.capture = _shapes(gm, args, kwargs)
-    view = View(gm.graph, gm)
-    settle(view)
-    resolved = config.called(lambda f: f(*args, **kwargs))
-    plans = plan(
-        view,
-        resolved,
-        lambda m: m.key in nodes if nodes else None,
-        tried=told.patterns,
-    )
-    refuse_calls(view, plans, nodes)
-    told.sites = [entry.site for entry in plans]
-    told.opaque = [] if plans else opaque_operators(view)
-    if not told.rewritten:
-        raise NothingRewrittenError(why_nothing(told))
-    for key, module in rewrite(view, plans, nodes).items():
-        module.train(gm.training)
-        gm.add_submodule(key, module)
-    gm.recompile()
-    gm.meta[REPORT], gm.meta[CONFIG] = told, config
-    _count(told, gm)
-    return gm
-
-
-def _shapes(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Make sure that every node carries its shape; says where the shapes come from."""
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
-    if nodes and all(View.meta(n) is not None for n in inputs) and View.meta(nodes[-1]) is not None:
-        return "shapes from the graph's own metadata"
-    if not args and not kwargs:
-        raise CaptureError(
-            "expected a GraphModule whose nodes carry shapes (meta['val'] or "
-            "meta['example_value']), or example inputs to propagate; got neither: pass args"
-        )
-    names = [str(n.target).lstrip("*") for n in inputs]
-    unknown = [k for k in kwargs if k not in names]
-    values = [*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs)]
-    defaults = [n.args[0] for n in inputs[len(values) :] if n.args]
-    values += defaults
-    if unknown or len(values) != len(inputs):
-        raise CaptureError(f"expected values for the inputs {names}, got {len(values)} of them")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        FakeTensorProp(gm, mode).propagate(*values)
-    except Exception as error:
-        raise CaptureError(f"the graph does not run on the example inputs: {error}") from error
-    return "shapes propagated from the example inputs"
-
-
-def _count(report: Report, model: nn.Module) -> None:
-    parameters = list(model.parameters())
-    report.total = sum(p.numel() for p in parameters)
-    report.trainable = sum(p.numel() for p in parameters if p.requires_grad)

@@ -41,7 +41,7 @@ class MeasureError(T5Error):
 
 
 class GraphSpecError(T5Error):
-    """A rewritten graph breaks an invariant that `t5fx.rewrite.sites.verify` checks (a bug)."""
+    """A rewritten graph breaks an invariant that `t5fx.rewrite.verify` checks (a bug)."""
 
 
 class AdapterError(T5Error):

@@ -1,7 +1,11 @@
-"""What one call of a model is: which attentions may be rewritten, and where its layout shows.
+"""The stages of the pass in their order, for models, for graphs, and for calls of another kind.
 
-The graph of the whole model judges: match, legality, layout, cost. It is not run. What it finds
-about each module with a rewritten attention (its verdict) is carried out in that module alone.
+1. frontend: the model is captured as one graph. It is not run: it judges.
+2. analysis (`plan`): attention is matched, proved to be legal, its layout found, its cost compared.
+3. rewrite: the modules that own attention get graphs of their own with TTT nodes in them; a given
+   graph is rewritten as it is.
+4. runtime: nodes, hooks and rewritten forms are put into the model; `Runtime` serves its calls, and
+   comes back to stage 1 for a kind of call that was not judged yet.
 """
 
 from __future__ import annotations
@@ -9,31 +13,32 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 
 from t5fx.analysis.opaque import opaque_operators
 from t5fx.analysis.policy import Plan, plan
-from t5fx.analysis.tokens import Axis
 from t5fx.config import LinearizeConfig
-from t5fx.errors import CaptureError, ConfigError, RefusedCallError
-from t5fx.frontend.calls import Signature, formula, printed
-from t5fx.frontend.capture import Capture, capture, first_line
+from t5fx.errors import CaptureError, NothingRewrittenError, RefusedCallError
+from t5fx.frontend.calls import Signature
+from t5fx.frontend.capture import capture, first_line
 from t5fx.frontend.copies import duplicate
-from t5fx.frontend.owners import hint
-from t5fx.graph.modules import module_stack
-from t5fx.graph.view import View, expr, same
+from t5fx.frontend.record import Recorded
+from t5fx.frontend.shapes import add_shapes
+from t5fx.graph.view import View
+from t5fx.graph.writes import settle
 from t5fx.kernels import TTT
-from t5fx.reports import Tried
-from t5fx.rewrite.forms import Form, Judged, Verdict, build, constants_of, flatten
-from t5fx.rewrite.sites import nodes_for, settings
-from t5fx.runtime.lookup import nodes_in
-from t5fx.runtime.owned import call_of, flags_of, own, state_of, watched
-from t5fx.runtime.state import After, Before, Entry, Kind, Layout, Origin, Runtime, Source, Term
+from t5fx.reports import Report, Site, Tried, why_nothing
+from t5fx.rewrite.forms import constants_of, flatten
+from t5fx.rewrite.sites import nodes_for, rewrite, settings
+from t5fx.runtime.hooks import Origin
+from t5fx.runtime.install import Outcome, install, keep, refuse_foreign, refuse_missing
+from t5fx.runtime.lookup import CONFIG, REPORT, nodes_in
+from t5fx.runtime.make import calls_of, extend, make_forms
+from t5fx.runtime.places import Looked, Places, verdicts_of
+from t5fx.runtime.state import Kind, Runtime
 from t5fx.runtime.templates import bare, clean_thread
 
 #: What the graph of a call says of a node, apart from the options.
@@ -44,51 +49,6 @@ _JUDGING = threading.RLock()
 
 #: Reasons that may be owed to sizes that could not be compared.
 _SIZES = ("grid-unknown", "cross-attention", "head-dim", "not-attention")
-
-
-@dataclass
-class Outcome:
-    """What judging a call came to.
-
-    nodes: of the rewritten sites by key; origins: by module, which (leaf, axis) of its output
-    shows a side of the grid; constants: what the code reads beside the model's tensors; opaque:
-    operators that may be attention, where none was found.
-    """
-
-    kind: Kind
-    plans: list[Plan]
-    nodes: dict[str, nn.Module]
-    origins: dict[str, tuple[tuple[int, int], ...]]
-    note: str
-    tried: dict[str, Tried]
-    constants: list[Any]
-    opaque: list[str]
-
-
-@dataclass
-class _Recorded:
-    """The calls of each module in a trace: (args, kwargs) and outputs, as the trace had them."""
-
-    calls: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
-    outputs: dict[str, list[Any]] = field(default_factory=dict)
-
-    def watch(self, template: nn.Module) -> list[Any]:
-        handles = []
-        for name, module in template.named_modules():
-
-            def before(_m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                self.calls.setdefault(name, []).append((args, kwargs))
-
-            def after(_m: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-                self.outputs.setdefault(name, []).append(output)
-
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-        return handles
-
-    def clear(self) -> None:
-        self.calls.clear()
-        self.outputs.clear()
 
 
 def runtime_for(model: nn.Module, config: LinearizeConfig) -> Runtime:
@@ -147,8 +107,8 @@ def _judge(
         for hook in module._forward_hooks.values()
         if isinstance(hook, Origin) and hook.runtime is runtime
     }
-    places = _Places(looked, recorded)
-    verdicts, layouts = _verdicts(looked, places)
+    places = Places(looked, recorded)
+    verdicts, layouts = verdicts_of(looked, places)
     structure, _, leaves = flatten(args, kwargs)
     kind = Kind(
         structure=structure,
@@ -158,10 +118,10 @@ def _judge(
         guards=looked.captured.guards,
         layouts=layouts,
         verdicts=verdicts,
-        calls={n: _calls(looked.recorded, n, template.get_submodule(n)) for n in verdicts},
+        calls={n: calls_of(looked.recorded, n, template.get_submodule(n)) for n in verdicts},
         arguments=tuple(places.arguments),
     )
-    _forms(runtime, template, looked.recorded, kind)
+    make_forms(runtime, template, looked.recorded, kind)
     origins = {name: tuple(axes) for name, axes in places.origins.items()}
     captured = looked.captured
     constants = list(captured.constants.values())
@@ -169,15 +129,6 @@ def _judge(
     return Outcome(
         kind, looked.plans, nodes, origins, captured.note, looked.tried, constants, opaque
     )
-
-
-@dataclass
-class _Looked:
-    captured: Capture
-    view: View
-    plans: list[Plan]
-    tried: dict[str, Tried]
-    recorded: _Recorded
 
 
 def _look(
@@ -188,8 +139,8 @@ def _look(
     existing: Mapping[str, TTT],
     dynamic: bool | None,
     known: bool,
-) -> _Looked:
-    recorded = _Recorded()
+) -> Looked:
+    recorded = Recorded()
     handles = recorded.watch(template)
     try:
         captured = capture(template, args, kwargs, dynamic, restart=recorded.clear)
@@ -208,7 +159,7 @@ def _look(
     view = View(captured.graph, template, captured.constants)
     tried: dict[str, Tried] = {}
     plans = plan(view, config, lambda m: m.key in existing if existing else None, tried=tried)
-    return _Looked(captured, view, plans, tried, recorded)
+    return Looked(captured, view, plans, tried, recorded)
 
 
 def _lacks_proofs(plans: list[Plan]) -> bool:
@@ -263,249 +214,7 @@ def _refuse_more(runtime: Runtime, plans: list[Plan]) -> None:
 # --- what each owner is told ----------------------------------------------------------------------
 
 
-def _verdicts(
-    looked: _Looked, places: _Places
-) -> tuple[dict[str, Verdict], dict[str, tuple[Layout | None, ...]]]:
-    """By owner with a rewritten attention: the verdict, and the layout of each attention."""
-    by_owner: dict[str, list[Plan]] = {}
-    calls: dict[str, Any] = {}
-    for entry in looked.plans:
-        owner = entry.match.owner
-        stack = [key for key, name in module_stack(entry.match.anchor) if name == owner]
-        call = stack[-1] if stack else ""
-        if calls.setdefault(owner, call) == call:  # of several calls of a module, the first
-            by_owner.setdefault(owner, []).append(entry)
-    verdicts, layouts = {}, {}
-    for owner, entries in by_owner.items():
-        if not any(entry.site.status == "rewritten" for entry in entries):
-            continue
-        inline = frozenset().union(*(entry.match.inline for entry in entries))
-        verdicts[owner] = Verdict(tuple(map(_judged, entries)), inline)
-        layouts[owner] = tuple(
-            places.layout(entry) if entry.site.status == "rewritten" and entry.grid else None
-            for entry in entries
-        )
-    return verdicts, layouts
-
-
-def _judged(entry: Plan) -> Judged:
-    child = entry.match.key.rpartition(".")[2]
-    binding = entry.match.binding
-    if entry.site.status != "rewritten" or binding is None:
-        return Judged(child, rewritten=False)
-    size = (entry.site.num_heads, entry.site.head_dim)
-    return Judged(
-        *(child, True, binding.heads, binding.merged, size, binding.scale, len(entry.grid))
-    )
-
-
-class _Places:
-    """Finds where the sizes of a layout can be read in any call of the kind.
-
-    origins: by module, which (leaf, axis) of its output is recorded; starts with what earlier kinds
-    have recorded.
-    """
-
-    def __init__(
-        self, looked: _Looked, recorded: Mapping[str, tuple[tuple[int, int], ...]]
-    ) -> None:
-        self.looked = looked
-        self.origins = {name: list(axes) for name, axes in recorded.items()}
-        self.arguments: list[Any] = []
-        self._formulas: dict[str, int] = {}
-
-    def layout(self, entry: Plan) -> Layout:
-        grid = tuple(self._term(axis) for axis in entry.grid)
-        prefix: Term | None = self._total(entry.prefix)
-        suffix = self._total(entry.suffix)
-        if prefix is None and suffix is None:
-            size: Any = 0
-            for axis in entry.prefix:
-                size = size + (axis.size if isinstance(axis, Axis) else axis)
-            prefix = self._argument(size)
-        return Layout(prefix, grid, suffix)
-
-    def _total(self, axes: tuple[Any, ...]) -> int | None:
-        """The number of tokens of some runs, where it is always the same."""
-        sizes = [axis.size if isinstance(axis, Axis) else axis for axis in axes]
-        return sum(sizes) if all(isinstance(n, int) for n in sizes) else None
-
-    def _term(self, axis: Any) -> Term:
-        if isinstance(axis, int):
-            return axis
-        assert isinstance(axis, Axis)
-        if isinstance(axis.size, int):
-            return axis.size
-        if axis.at is not None:
-            names = [name for _, name in module_stack(axis.at[0]) if name]
-            for name in reversed(names):
-                found = self._shown(name, axis.size)
-                if found is not None:
-                    return found
-        return self._argument(axis.size)
-
-    def _shown(self, name: str, size: Any) -> Source | None:
-        outputs = self.looked.recorded.outputs.get(name, [])
-        if len(outputs) != 1:
-            return None
-        for i, leaf in enumerate(pytree.tree_leaves(outputs[0])):
-            if not isinstance(leaf, torch.Tensor):
-                continue
-            # The axes of a grid are the last ones of an image; a batch may have the same size.
-            for j in reversed(range(leaf.dim())):
-                own = expr(leaf.shape[j])
-                if not isinstance(own, int) and same(own, size):
-                    axes = self.origins.setdefault(name, [])
-                    if (i, j) not in axes:
-                        axes.append((i, j))
-                    return Source(name, axes.index((i, j)))
-        return None
-
-    def _argument(self, size: Any) -> Source:
-        text = printed(size)
-        if text not in self._formulas:
-            symbols = self.looked.captured.guards.symbols
-            free = {str(symbol) for symbol in size.free_symbols}
-            if not free <= set(symbols):
-                raise CaptureError(
-                    f"expected a layout of tokens that the sizes of the arguments tell, got {text}"
-                )
-            self._formulas[text] = len(self.arguments)
-            self.arguments.append(formula(symbols, text))
-        return Source("", self._formulas[text])
-
-
-def _calls(
-    recorded: _Recorded, name: str, module: nn.Module
-) -> frozenset[tuple[str, tuple[Any, ...]]]:
-    """The kinds of calls of a module that a call of the model contains."""
-    return frozenset(call_of(module, *call) for call in recorded.calls.get(name, []))
-
-
-def _forms(runtime: Runtime, template: nn.Module, recorded: _Recorded, kind: Kind) -> None:
-    """Build the forms of each owner's calls; owners that are alike share theirs.
-
-    Where the code knows a size of one from others, an example of one gets a form of its own.
-    """
-    made: dict[Any, list[Form]] = {}
-    for name, verdict in kind.verdicts.items():
-        module = template.get_submodule(name)
-        for args, kwargs in recorded.calls.get(name, []):
-            structure, spec, leaves = flatten(args, kwargs)
-            flags = flags_of(module, watched(module))
-            alike = (type(module), repr(module), structure, constants_of(leaves), flags, verdict)
-            key = (*alike, tuple(_about(leaf) for leaf in leaves), _tensors(module))
-            forms = made.get(key, [])
-            if not forms:
-                about = (module, structure, leaves, spec, verdict, runtime.config.at(name), name)
-                examples = [_example(leaf) for leaf in leaves]
-                single = any(1 in e.shape for e in examples if isinstance(e, torch.Tensor))
-                for ones in (False, True):
-                    try:
-                        form = build(*about, flags, trusted=True, traced=True, ones=ones)
-                    except Exception:
-                        if ones or not single:
-                            raise
-                        continue  # code that is another one for a size of one than for two
-                    forms.append(form)
-                    given = [examples[i] for i in form.positions]
-                    if form.guards.accept(given, typed=False) is not None:
-                        break
-                if not any(form.own for form in forms):
-                    made[key] = forms
-            for form in forms:
-                runtime.keep_form(name, form)
-
-
-def _example(leaf: Any) -> Any:
-    """A leaf of a traced call, with the sizes that it has in the example."""
-    if isinstance(leaf, torch.Tensor):
-        return torch.empty([hint(n) for n in leaf.shape], dtype=leaf.dtype, device="meta")
-    return hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
-
-
-def _about(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return (tuple(map(str, leaf.shape)), leaf.dtype, leaf.device)
-    return None
-
-
-def _tensors(module: nn.Module) -> tuple[Any, ...]:
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return tuple((name, t.shape, t.dtype, t.device) for name, t in named)
-
-
-def extend(
-    runtime: Runtime,
-    module: nn.Module,
-    name: str,
-    structure: str,
-    spec: Any,
-    leaves: list[Any],
-    kind: Kind,
-    trusted: bool,
-) -> None:
-    """Build the form for another kind of call of an owner, on a bare copy of it, and keep it."""
-    config = runtime.config.at(name)
-    flags = flags_of(module, watched(module))
-    inside = runtime.running()[0] is not None
-
-    def work() -> Any:
-        template = bare(duplicate(module, share=True))
-        verdict = kind.verdicts[name]
-        return build(
-            *(template, structure, leaves, spec, verdict, config, name, flags),
-            trusted=trusted,
-            inside=inside,
-            traced=not kind.guards.symbols,
-        )
-
-    runtime.keep_form(name, clean_thread(work))
-
-
 # --- putting it into the model --------------------------------------------------------------------
-
-
-def install(runtime: Runtime, model: nn.Module, nodes: Mapping[str, nn.Module]) -> None:
-    """Make the owners of nodes owners, with the nodes as their children, in place."""
-    owners: dict[str, nn.Module] = {}
-    for key, node in nodes.items():
-        name, _, child = key.rpartition(".")
-        owner = owners[name] = model.get_submodule(name)
-        if hasattr(owner, child):
-            raise ConfigError(
-                f"'{key}': expected a free name for the node, got a module with an attribute of "
-                f"that name; leave it out with exclude=({name!r},)"
-            )
-        node.train(owner.training)
-        owner.add_module(child, node)
-    inside = {name.rpartition(".")[0] for name in owners if name}
-    around = {".".join(name.split(".")[:i]) for name in inside for i in range(name.count(".") + 2)}
-    for name in sorted((around | set(owners)) - {""}):
-        model.get_submodule(name).register_forward_pre_hook(Entry(runtime, name), with_kwargs=True)
-    for name, owner in owners.items():
-        if state_of(owner) is None:
-            own(owner, runtime, name)
-    model.register_forward_pre_hook(Before(runtime), with_kwargs=True)
-    model.register_forward_hook(After(runtime), always_call=True)
-
-
-def keep(runtime: Runtime, model: nn.Module, outcome: Outcome) -> None:
-    """From now on calls of that kind are served."""
-    for name, axes in outcome.origins.items():
-        module = model.get_submodule(name)
-        hooks = [h for h in module._forward_hooks.values() if isinstance(h, Origin)]
-        mine = next((h for h in hooks if h.runtime is runtime), None)
-        if mine is None:
-            module.register_forward_hook(Origin(runtime, name, axes))
-        elif mine.axes != axes:
-            mine.axes = axes
-    first = not runtime.kinds
-    runtime.keep(outcome.kind)
-    if first:
-        runtime.report.sites = [entry.site for entry in outcome.plans]
-        runtime.report.patterns = outcome.tried
-        runtime.report.capture = outcome.note
 
 
 def judge_again(
@@ -520,32 +229,117 @@ def judge_again(
             keep(runtime, model, outcome)
 
 
-def refuse_missing(model: nn.Module, wanted: set[str], outcome: Outcome) -> None:
-    """Raise where a call has no attention at the place of a node."""
-    missing = sorted(wanted - set(outcome.nodes))
-    if missing:
-        raise CaptureError(
-            f"expected attention at {', '.join(map(repr, missing))} in this call of "
-            f"{type(model).__name__}, found none there"
+def build(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: LinearizeConfig,
+    nodes: Mapping[str, TTT],
+    *,
+    inplace: bool,
+) -> nn.Module:
+    """The linearized form of a model.
+
+    nodes: by key, those of the sites that are to be rewritten; where there are none, the
+    configuration chooses the sites and fresh ones are made. Raises `RefusedCallError` where a
+    site that has a node cannot be rewritten to it, `CaptureError` where it is not in the model.
+    """
+    result = model if inplace else duplicate(model)
+    runtime = runtime_for(result, config)
+    outcome = judge(runtime, result, args, kwargs, nodes)
+    if not inplace:
+        refuse_foreign(model, outcome)
+    refuse_missing(model, set(nodes), outcome)
+    if not outcome.nodes:
+        told = Report(type(model).__name__, sites=[entry.site for entry in outcome.plans])
+        told.opaque = outcome.opaque
+        raise NothingRewrittenError(why_nothing(told))
+    install(runtime, result, outcome.nodes)
+    keep(runtime, result, outcome)
+    count_parameters(runtime.report, result)
+    return result
+
+
+def with_nodes(model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TTT]) -> nn.Module:
+    """Give a model nodes that were saved, in place; its first call is judged when it comes.
+
+    A GraphModule is rewritten at once.
+    """
+    if isinstance(model, fx.GraphModule):
+        return build_graph(model, (), {}, config, nodes)
+    runtime = runtime_for(model, config)
+    runtime.report.capture = "saved: the first call is judged when it comes"
+    runtime.report.sites = [
+        Site(
+            fqn=key.rpartition(".")[0],
+            status="rewritten",
+            num_heads=node.num_heads,
+            head_dim=node.head_dim,
         )
+        for key, node in nodes.items()
+    ]
+    install(runtime, model, nodes)
+    count_parameters(runtime.report, model)
+    return model
 
 
-def refuse_foreign(model: nn.Module, outcome: Outcome) -> None:
-    """Raise where the code of a copy reads tensors of the model that it is a copy of."""
-    named = {_memory(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-    for value in outcome.constants:
-        name = named.get(_memory(value)) if isinstance(value, torch.Tensor) else None
-        if name is not None:
-            raise CaptureError(
-                f"expected a model whose code reads its own tensors, got a copy of "
-                f"{type(model).__name__} that reads '{name}' of the original: a "
-                f"forward or an attribute was replaced by something that holds the original's "
-                f"modules; undo that first, or give inplace=True"
-            )
+def explained(
+    model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], config: LinearizeConfig
+) -> Report:
+    """What would be done to a model, without doing it."""
+    told = Report(type(model).__name__)
+    if isinstance(model, fx.GraphModule):
+        template: nn.Module = duplicate(model, share=True)
+        told.capture = add_shapes(template, arguments, keywords)
+        view = View(template.graph, template)
+        settle(view)
+        resolved = config.called(lambda f: f(*arguments, **keywords))
+    else:
+        template = bare(duplicate(model, share=True))
+        bound = Signature(template.forward).bind(arguments, keywords)
+        captured = clean_thread(lambda: capture(template, *bound, dynamic=False))
+        told.capture = captured.note
+        view = View(captured.graph, template, captured.constants)
+        resolved = config.called(lambda f: f(*bound[0], **bound[1]))
+    told.sites = [entry.site for entry in plan(view, resolved, tried=told.patterns)]
+    told.opaque = [] if told.sites else opaque_operators(view)
+    count_parameters(told, model)
+    return told
 
 
-def _memory(tensor: torch.Tensor) -> Any:
-    """What two tensors have in common that are the same numbers in the same place."""
-    if tensor.is_meta or not tensor.numel() or type(tensor) not in (torch.Tensor, nn.Parameter):
-        return id(tensor)
-    return (tensor.data_ptr(), tensor.shape, tensor.device)
+def build_graph(
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: LinearizeConfig,
+    nodes: Mapping[str, TTT],
+) -> fx.GraphModule:
+    told = Report(type(gm).__name__)
+    told.capture = add_shapes(gm, args, kwargs)
+    view = View(gm.graph, gm)
+    settle(view)
+    resolved = config.called(lambda f: f(*args, **kwargs))
+    plans = plan(
+        view,
+        resolved,
+        lambda m: m.key in nodes if nodes else None,
+        tried=told.patterns,
+    )
+    refuse_calls(view, plans, nodes)
+    told.sites = [entry.site for entry in plans]
+    told.opaque = [] if plans else opaque_operators(view)
+    if not told.rewritten:
+        raise NothingRewrittenError(why_nothing(told))
+    for key, module in rewrite(view, plans, nodes).items():
+        module.train(gm.training)
+        gm.add_submodule(key, module)
+    gm.recompile()
+    gm.meta[REPORT], gm.meta[CONFIG] = told, config
+    count_parameters(told, gm)
+    return gm
+
+
+def count_parameters(report: Report, model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    report.total = sum(p.numel() for p in parameters)
+    report.trainable = sum(p.numel() for p in parameters if p.requires_grad)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5fx import T5Error
+from t5fx.errors import T5Error
 from t5fx.kernels import explicit, ttt
 
 close = torch.testing.assert_close

@@ -30,6 +30,10 @@ ORDER = [
     "t5fx.analysis.match",
     "t5fx.analysis.opaque",
     "t5fx.analysis.tokens",
+    "t5fx.analysis.meaning",
+    "t5fx.analysis.rules_compute",
+    "t5fx.analysis.rules_cut",
+    "t5fx.analysis.rules_shape",
     "t5fx.analysis.layout",
     "t5fx.kernels",  # policy asks what a node costs; nothing before it knows of the node
     "t5fx.analysis",

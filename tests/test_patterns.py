@@ -113,7 +113,7 @@ def test_report_says_what_each_pattern_did():
     did = {name: (t.anchors, t.bound, t.refused) for name, t in report.patterns.items()}
     assert did == {
         **{"exponential": (1, 0, 0), "flex": (0, 0, 0)},
-        **{"fused": (2, 2, 0), "spelled": (1, 1, 0)},
+        **{"fused": (2, 2, 0), "powers of two": (0, 0, 0), "spelled": (1, 1, 0)},
     }
     assert "fused 2 of 2" in str(report)
     lin = t5fx.linearize(Model(two).eval(), (images,), config=CONFIG)
@@ -122,7 +122,8 @@ def test_report_says_what_each_pattern_did():
 
 
 def test_every_file_of_the_folder_is_found():
-    assert [p.name for p in patterns()] == ["exponential", "flex", "fused", "spelled"]
+    names = ["exponential", "flex", "fused", "powers of two", "spelled"]
+    assert [p.name for p in patterns()] == names
     assert all(p.examples and p.rejects for p in patterns())
 
 

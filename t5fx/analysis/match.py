@@ -200,14 +200,20 @@ def owner_of(
             break
         shared.pop()
     owner = shared[-1][1] if shared else ""
-    stem = f"{owner}." if owner else ""
-    inside = {
-        name.removeprefix(stem)
-        for stack in stacks
-        for _, name in stack[len(shared) :]
-        if name.startswith(stem) and name != owner
-    }
+    deeper = {name for stack in stacks for _, name in stack[len(shared) :]}
+    inside = _seen_from(owner, deeper, modules)
     return owner, tuple(key for key, _ in shared), frozenset(inside)
+
+
+def _seen_from(owner: str, names: set[str], modules: Modules) -> frozenset[str]:
+    """The names that an owner has for modules inside it, which may be those of others, too."""
+    module = modules(owner)
+    if module is None:
+        stem = f"{owner}." if owner else ""
+        return frozenset(n.removeprefix(stem) for n in names if n.startswith(stem) and n != owner)
+    own = {id(inner): name for name, inner in module.named_modules() if name}
+    found = (own.get(id(modules(name))) for name in names)
+    return frozenset(name for name in found if name is not None)
 
 
 def _under(root: nn.Module) -> Modules:

@@ -15,12 +15,20 @@ import torch
 from torch import fx, nn
 
 from t5fx.analysis.layout import Axes
+from t5fx.analysis.legality import (
+    check_independent,
+    check_same_tokens,
+    find_heads,
+    find_layout,
+    in_words,
+)
 from t5fx.analysis.match import Match, find
 from t5fx.analysis.measure import Cost, Shape, cost
-from t5fx.analysis.tokens import Axis, layout_of
+from t5fx.analysis.tokens import Axis
 from t5fx.config import LinearizeConfig
 from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
-from t5fx.graph.view import View, expr, hint, same
+from t5fx.graph.sizes import expr, hint
+from t5fx.graph.view import View
 from t5fx.kernels import choice as choices
 from t5fx.kernels import flops
 from t5fx.kernels.choice import Call, Choice, choose, settings_of
@@ -149,20 +157,22 @@ def _judge(
         assert match.refusal is not None
         raise match.refusal
     binding = match.binding
-    _arrange(view, axes, binding)
+    find_heads(view, axes, binding)
     _measure(view, site, binding, config)
-    _same_tokens(view, axes, binding)
-    _independent(view, binding)
+    check_same_tokens(view, axes, binding)
+    check_independent(view, binding)
     if decided is None and not config.selects(site.fqn):
         raise Refusal("excluded", "left out by `include` or `exclude`")
     if decided is False:
         raise Refusal("excluded", "not one of the sites that were rewritten before")
     tokens = axes[binding.q.like][binding.q.token]
-    entry.prefix, entry.grid, entry.suffix = _layout(tokens, site, config)
+    entry.prefix, entry.grid, entry.suffix = find_layout(tokens, site, config)
     for axis in (*entry.prefix, *entry.grid):
         if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
             if axis.size not in view.sizes:
-                raise Refusal("grid-unknown", f"no node has the size {axis.size} of {_words(axis)}")
+                raise Refusal(
+                    "grid-unknown", f"no node has the size {axis.size} of {in_words(axis)}"
+                )
     asked = decided is None and config.min_tokens is None  # the cost model
     if decided is None:
         _enough(site, config)
@@ -185,44 +195,6 @@ def _is_trained(view: View, match: Match, owner: Callable[[str], nn.Module | Non
     except AttributeError:  # the graph has its operators, and its root is all there is
         module = view.root
     return torch.is_grad_enabled() and module is not None and module.training
-
-
-def _independent(view: View, binding: Binding) -> None:
-    """None of q, k and v may be computed from the attention's own scores."""
-    first = min(view.order[node] for node in binding.nodes)
-    stack = [binding.q.node, binding.k.node, binding.v.node]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node in binding.nodes:
-            raise Refusal("probabilities-used", f"q, k or v is computed from '{node.name}'")
-        if node not in seen and view.order[node] > first:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-
-
-def _arrange(view: View, axes: Axes, binding: Binding) -> None:
-    """Find the heads among the outer axes of the queries: the axis that features were split into.
-
-    Raises `Refusal` where several axes are, or where batch items lie inside the heads.
-    """
-    outer = [axes[binding.q.like][i] for i in binding.q.batch]
-    heads = [i for i, axis in enumerate(outer) if axis.features]
-    if len(heads) > 1:
-        raise Refusal("head-dim", f"{len(heads)} axes count heads: {', '.join(map(_words, outer))}")
-    if not heads:
-        binding.heads, binding.merged = None, 1
-        return
-    axis = outer[heads[0]]
-    binding.heads, binding.merged = heads[0], 1
-    mixed = axis.kind == "merge" and not all(part.features for part in axis.parts)
-    if mixed:
-        inner = axis.parts[-1]
-        if not inner.features or any(part.features for part in axis.parts[:-1]):
-            raise Refusal("head-dim", f"the heads in {_words(axis)} are not innermost")
-        if not isinstance(inner.size, int):
-            raise Refusal("head-dim", f"the number of heads is not static: {inner.size}")
-        binding.merged = inner.size
 
 
 def _measure(view: View, site: Site, binding: Binding, config: LinearizeConfig) -> None:
@@ -259,114 +231,6 @@ def _sizes(view: View, operand: Operand, binding: Binding) -> _Sizes:
         heads = binding.merged
     batch = math.prod(outer) // max(heads, 1)
     return _Sizes(batch, heads, shape[operand.token], shape[operand.channel])
-
-
-def _same_tokens(view: View, axes: Axes, binding: Binding) -> None:
-    """Queries, keys and values must be the same tokens, proved by where their axes come from."""
-    operands = {"queries": binding.q, "keys": binding.k, "values": binding.v}
-    tokens = {name: axes[o.like][o.token] for name, o in operands.items()}
-    query = tokens["queries"]
-    for name, axis in tokens.items():
-        # Of tokens that a layer along them made, the channels are features as well.
-        if axis.features and not axes[operands[name].like][operands[name].channel].features:
-            detail = f"the {name}' tokens are channels: {_words(axis)}"
-            raise Refusal("not-attention", detail)
-    for name, axis in tokens.items():
-        if axis != query or not same(axis.size, query.size):
-            detail = f"the {name} are {_words(axis)}, the queries {_words(query)}"
-            raise Refusal("cross-attention", detail)
-    outer = {n: [axes[o.like][i] for i in o.batch] for n, o in operands.items()}
-    for name, found in outer.items():
-        if any(axis.sliced for axis in found):
-            detail = f"the {name} are a slice of the heads of all items of the batch together"
-            raise Refusal("sliced", detail)
-    for name in ("keys", "values"):
-        pairs = zip(outer["queries"], outer[name], strict=False)
-        if len(outer[name]) != len(outer["queries"]) or not all(_together(*pair) for pair in pairs):
-            if any(_one_head(view, axis) for axis in (*outer["queries"], *outer[name])):
-                raise Refusal("sliced", "the heads are worked through one by one")
-            theirs = ", ".join(map(_words, outer[name]))
-            ours = ", ".join(map(_words, outer["queries"]))
-            detail = f"batch and heads of the {name} are ({theirs}), of the queries ({ours})"
-            raise Refusal("cross-attention", detail)
-    for run in query.parts if query.kind == "cat" else (query,):
-        if run.kind == "chosen" and run.source[0] == "chosen by":
-            detail = f"of the tokens only those take part that '{run.source[1]}' chooses"
-            raise Refusal("masked", f"{detail}, which depends on the input")
-
-
-def _one_head(view: View, axis: Axis) -> bool:
-    """Whether an outer axis is one position that was sliced off."""
-    if axis.kind != "unit" or not isinstance(axis.source, tuple):
-        return False
-    node = next((n for n in view.order if n.name == axis.source[0]), None)
-    return node is not None and view.op(node) in ("slice", "getitem")
-
-
-def _together(query: Axis, other: Axis) -> bool:
-    """Whether position i of one outer axis meets position i of the other for the same item.
-
-    Heads come from different projections; there only their number has to fit, which the product
-    itself ensures. Everything else must be one and the same axis.
-    """
-    if query == other:
-        return True
-    if query.kind == other.kind == "merge" and len(query.parts) == len(other.parts):
-        return all(map(_together, query.parts, other.parts))
-    if query.features or other.kind == "repeat":
-        return query.features and (other.features or other.kind in ("repeat", "unit"))
-    return False
-
-
-def _words(axis: Axis) -> str:
-    if axis.kind == "cat":
-        return " then ".join(_words(run) for run in axis.parts)
-    if axis.kind == "chosen":
-        return f"{axis.count} of {_words(axis.parts[0])}, {' '.join(map(str, axis.source))}"
-    dims = axis.grid()
-    if dims:
-        source = dims[0]
-        while source.parts:
-            source = source.parts[0]
-        return f"{' x '.join(str(d.count) for d in dims)} positions of '{source.source[0]}'"
-    source_name = axis.source[0] if isinstance(axis.source, tuple) else axis.kind
-    return f"{axis.count} tokens of '{source_name}'"
-
-
-def _layout(
-    tokens: Axis, site: Site, config: LinearizeConfig
-) -> tuple[tuple[Axis | int, ...], tuple[Axis | int, ...], tuple[Axis | int, ...]]:
-    found = layout_of(tokens)
-    if config.grid is None and config.prefix is None and config.suffix is None:
-        if isinstance(found, str):
-            if config.locality == "none":
-                return (), (), ()
-            raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
-        site.prefix = sum(a.count for a in found.prefix)
-        site.suffix = sum(a.count for a in found.suffix)
-        site.grid = tuple(a.count for a in found.grid)
-        return found.prefix, found.grid, found.suffix
-    assert site.num_tokens is not None
-    grid = config.grid
-    if grid is None:
-        if isinstance(found, str):
-            raise Refusal("grid-unknown", f"{found}; give `grid` too")
-        grid = tuple(a.count for a in found.grid)
-    assert not callable(grid) and not callable(config.prefix) and not callable(config.suffix)
-    rest = site.num_tokens - math.prod(grid)
-    prefix, suffix = config.prefix, config.suffix
-    if prefix is None:
-        prefix = rest - (suffix or 0)
-    if suffix is None:
-        suffix = rest - prefix
-    if prefix < 0 or suffix < 0 or prefix + suffix != rest:
-        raise Refusal(
-            "grid-unknown",
-            f"expected prefix + grid + suffix = {site.num_tokens} tokens, got "
-            f"{prefix} + {'x'.join(map(str, grid))} + {suffix}",
-        )
-    site.prefix, site.grid, site.suffix = prefix, grid, suffix
-    return (prefix,), grid, (suffix,)
 
 
 def _call(view: View, entry: Plan, trained: bool) -> Call:

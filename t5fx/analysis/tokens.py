@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from t5fx.graph.axes import regroup
-from t5fx.graph.view import exactly, quotient, same
+from t5fx.graph.sizes import exactly, quotient, same
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from t5fx.api import check_call, refuse_linearized, with_nodes
+from t5fx.api import check_call, refuse_linearized
 from t5fx.backend.adapters import Parameters, adapter
 from t5fx.checkpoint.files import (
     CALLABLE,
@@ -27,6 +27,7 @@ from t5fx.errors import CheckpointError
 from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
 from t5fx.kernels.module import SETTINGS
+from t5fx.pipeline import with_nodes
 from t5fx.rewrite.sites import parameter_dtype
 from t5fx.runtime.lookup import configs, nodes_in
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from t5fx.graph.view import expr
+from t5fx.graph.sizes import expr
 
 
 class Signature:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from t5fx.graph.view import View, exactly, hint, same
+from t5fx.graph.sizes import exactly, hint, same
+from t5fx.graph.view import View
 
 
 def permutation(view: View, node: fx.Node) -> list[int] | None:

@@ -7,65 +7,14 @@ its sizes as integers or symbolic expressions.
 
 from __future__ import annotations
 
-import math
-import re
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
-#: Spellings of one operator -> the name used everywhere in t5fx.
-ALIASES = {
-    **dict.fromkeys(("bmm", "mm", "__matmul__", "linalg_matmul"), "matmul"),
-    **dict.fromkeys(("_softmax", "special_softmax", "_safe_softmax"), "softmax"),
-    **dict.fromkeys(("truediv", "true_divide", "divide", "__truediv__", "itruediv"), "div"),
-    **dict.fromkeys(("multiply", "__mul__", "__rmul__", "imul"), "mul"),
-    **dict.fromkeys(("__add__", "__radd__", "iadd"), "add"),
-    **dict.fromkeys(("subtract", "__sub__", "isub"), "sub"),
-    **dict.fromkeys(
-        (
-            *("view", "_unsafe_view", "view_as", "flatten", "unflatten", "unsqueeze", "squeeze"),
-            *("reshape_as", "_reshape_alias", "squeeze_", "unsqueeze_"),
-        ),
-        "reshape",
-    ),
-    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
-    **dict.fromkeys(
-        (
-            *("_to_copy", "type_as", "float", "half", "bfloat16", "double", "type"),
-            *("convert_element_type", "_autocast_to_reduced_precision"),
-            "_autocast_to_full_precision",
-        ),
-        "to",
-    ),
-    **dict.fromkeys(
-        (
-            *("clone", "contiguous", "identity", "alias", "lift_fresh_copy"),
-            *("lift_fresh", "positive", "pin_memory", "cuda", "cpu"),
-        ),
-        "identity",
-    ),
-    **dict.fromkeys(("native_dropout",), "dropout"),
-    **dict.fromkeys(("native_layer_norm",), "layer_norm"),
-    **dict.fromkeys(("concat", "concatenate"), "cat"),
-    **dict.fromkeys(("split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk"), "split"),
-    **dict.fromkeys(("narrow",), "slice"),
-    **dict.fromkeys(("size", "sym_size", "shape"), "sym_size"),
-    **dict.fromkeys(("expand_as", "broadcast_to"), "expand"),
-    **dict.fromkeys(("masked_fill_",), "masked_fill"),
-    **dict.fromkeys(
-        (
-            "scaled_dot_product_flash_attention_for_cpu",
-            "scaled_dot_product_flash_attention",
-            "scaled_dot_product_efficient_attention",
-            "scaled_dot_product_cudnn_attention",
-            "scaled_dot_product_attention_math",
-            "scaled_dot_product_fused_attention_overrideable",
-        ),
-        "scaled_dot_product_attention",
-    ),
-}
+from t5fx.graph.names import canonical, class_name, is_pointwise
+from t5fx.graph.sizes import expr, plus
 
 #: Argument names by position, for operators whose torch-level functions carry no schema.
 _NAMES = {
@@ -98,7 +47,6 @@ _SYNONYMS = {
     **{"self": "input", "tensor": "input", "training": "train", "attn_bias": "attn_mask"},
     **{"split_sizes": "split_size", "axis": "dim"},
 }
-_SNAKE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 class View:
@@ -167,7 +115,7 @@ class View:
         if node.op == "call_module":
             for cls in type(self.module(node)).__mro__:
                 if cls.__module__.startswith("torch.nn.modules"):
-                    return canonical(_module_name(cls.__name__))
+                    return canonical(class_name(cls.__name__))
             return "call_module"
         return node.op
 
@@ -190,7 +138,7 @@ class View:
         if getattr(node.target, "__name__", node.target) == "narrow":
             if name in ("start", "end"):
                 start, length = node.args[2], node.args[3]
-                return start if name == "start" else _plus(start, length)
+                return start if name == "start" else plus(start, length)
         names = _NAMES.get(self.op(node), ("input", "other"))
         if name in names and names.index(name) < len(node.args):
             return node.args[names.index(name)]
@@ -303,7 +251,7 @@ class View:
 
     def pointwise(self, node: fx.Node) -> bool:
         """Whether the operator maps each element by itself (broadcasting allowed)."""
-        return _pointwise(self.op(node))
+        return is_pointwise(self.op(node))
 
 
 _SAME_NUMBER = ("identity", "to", "detach")
@@ -344,125 +292,3 @@ def changed(node: fx.Node) -> list[fx.Node]:
         function = node.op == "call_function" and (operator or bool(node.kwargs.get("inplace")))
         written = list(node.args[:1]) if method or function else []
     return [a for a in written if isinstance(a, fx.Node)]
-
-
-@cache
-def canonical(name: str) -> str:
-    """Canonical name of an operator's base name."""
-    if name in ALIASES:
-        return ALIASES[name]
-    bare = name.strip("_")
-    return ALIASES.get(bare, bare or name)
-
-
-@cache
-def _module_name(name: str) -> str:
-    snake = _SNAKE.sub("_", name).lower()
-    return snake if hasattr(torch.ops.aten, snake) else name.lower()
-
-
-@cache
-def _pointwise(name: str) -> bool:
-    if name in ("to", "identity", "detach", "dropout", "where", "masked_fill", "clamp"):
-        return True
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None or not hasattr(packet, "overloads"):
-        return False
-    return any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
-
-
-def expr(size: Any) -> Any:
-    """An integer, or the sympy expression of a symbolic size."""
-    if isinstance(size, int):
-        return size
-    if isinstance(size, torch.SymInt):
-        value = _rounded(size.node.expr)
-        return int(value) if value.is_Integer else value
-    return size
-
-
-def _rounded(value: Any) -> Any:
-    """n where an expression has ceil(float(n) - 0.5): as many numbers as arange(0.5, n) has."""
-    from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
-
-    if not value.has(ToFloat):
-        return value
-
-    def rounded(ratio: Any) -> Any:
-        exact = ratio.replace(
-            FloatTrueDiv, lambda a, b: a if b.is_number and float(b) == 1 else FloatTrueDiv(a, b)
-        )
-        constant, rest = exact.replace(ToFloat, lambda n: n).as_coeff_Add()
-        return rest + math.ceil(constant) if rest.is_integer else CeilToInt(ratio)
-
-    return value.replace(CeilToInt, rounded)
-
-
-#: Stands for a size that depends on data, which an example does not tell.
-_UNKNOWN = 4099
-
-
-def hint(size: Any) -> int:
-    """The size in the captured example, some number where it depends on data. Adds no guard."""
-    if isinstance(size, int):
-        return size
-    value = size.node.hint
-    if value is not None:
-        return int(value)
-    try:
-        return int(size.node.shape_env.size_hint(size.node.expr))
-    except RuntimeError:  # as torch calls it: a data-dependent expression
-        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, _UNKNOWN)))
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two sizes are provably equal."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    if a is b or a == b:
-        return True
-    if isinstance(a, int | float) or isinstance(b, int | float) or a is None or b is None:
-        return False  # an expression that is not a number cannot be proved equal to one
-    import sympy
-
-    return bool(sympy.expand(a - b) == 0)
-
-
-def exactly(whole: Any, parts: Any) -> bool:
-    """Whether a size equals a product of others provided that the divisions in that are exact.
-
-    Either those that round up or those that round down are taken to be, never both at once, so that
-    any remainder would show in the product.
-    """
-    if isinstance(parts, int):
-        return False
-    import sympy
-    from torch.utils._sympy.functions import CeilToInt, FloorDiv, IntTrueDiv
-
-    rounded = next((kind for kind in (CeilToInt, FloorDiv) if parts.has(kind)), None)
-    if rounded is None:
-        return False
-
-    def divided(size: Any) -> Any:
-        if isinstance(size, int):
-            return sympy.Integer(size)
-        if rounded is FloorDiv:
-            return size.replace(FloorDiv, lambda base, divisor: base / divisor)
-        inner = size.replace(CeilToInt, lambda ratio: ratio)
-        return inner.replace(IntTrueDiv, lambda base, divisor: base / divisor)
-
-    return bool(sympy.expand(divided(whole) - divided(parts)) == 0)
-
-
-def quotient(total: Any, others: list[Any]) -> Any:
-    """A size of which, times others, a total is the product: a number or an expression, or None."""
-    import sympy
-
-    left = sympy.cancel(sympy.sympify(total) / sympy.prod(map(sympy.sympify, others)))
-    if left.is_Integer:
-        return int(left)
-    return left if sympy.fraction(left)[1] == 1 else None
-
-
-def _plus(a: Any, b: Any) -> Any:
-    return a + b if isinstance(a, int) and isinstance(b, int) else None

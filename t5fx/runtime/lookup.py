@@ -9,8 +9,9 @@ from torch import fx, nn
 from t5fx.config import LinearizeConfig
 from t5fx.kernels import TTT
 from t5fx.reports import Report
+from t5fx.runtime.hooks import Before
 from t5fx.runtime.owned import state_of
-from t5fx.runtime.state import Before, Runtime
+from t5fx.runtime.state import Runtime
 
 #: Where a linearized GraphModule keeps its report and its options, in its `meta`.
 REPORT, CONFIG = "t5fx_report", "t5fx_config"

@@ -158,10 +158,10 @@ class Runtime:
         if torch.compiler.is_compiling():
             self.sizes[module] = found
             return
-        kind, sizes = self.running()
+        kind, known = self.running()
         backward = self.local.backward
         # Not in place: calls that a backward pass may come back to have noted these sizes.
-        self._set(kind, {**sizes, module: found})
+        self._set(kind, {**known, module: found})
         self.local.backward = backward
 
     def running(self) -> tuple[Kind | None, dict[str, torch.Tensor]]:
@@ -195,7 +195,7 @@ class Runtime:
     ) -> tuple[int, ...]:
         def value(term: Term | None) -> int | None:
             if isinstance(term, Source):
-                return _size(sizes[term.module], term.place) - SHIFT
+                return size_of(sizes[term.module], term.place) - SHIFT
             return term
 
         grid = [value(term) for term in wanted.grid]
@@ -321,7 +321,7 @@ class Runtime:
         self.forms[owner] = [*self.forms.get(owner, [])[-KEPT + 1 :], form]
 
 
-def _size(tensor: torch.Tensor, axis: int) -> int:
+def size_of(tensor: torch.Tensor, axis: int) -> int:
     """A size of a tensor; torch.jit.trace makes tensors of those that `shape` has."""
     if torch.jit.is_tracing():
         return int(torch.ops.aten.sym_size.int(tensor, axis))
@@ -340,67 +340,3 @@ def _sources(layout: Layout) -> Iterator[Source]:
 
 
 # --- hooks ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Before:
-    """A forward pre-hook of the model: which kind of call is this?"""
-
-    runtime: Runtime
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        runtime = self.runtime
-        if runtime.original:
-            return
-        found = runtime.kind_of(args, kwargs, module.training)
-        if found is None:
-            runtime.end()
-            _judge(runtime, module, args, kwargs)
-            found = runtime.kind_of(args, kwargs, module.training)
-            assert found is not None
-        runtime.begin(*found)
-
-
-@torch.compiler.disable(
-    reason="no call of this linearized model like this one was judged yet: call the model once "
-    "without torch.compile, in this train/eval mode and with arguments like these, then compile it"
-)
-def _judge(runtime: Runtime, module: nn.Module, args: Any, kwargs: Any) -> None:
-    runtime.judge(runtime, module, args, kwargs)
-
-
-@dataclass
-class After:
-    """A forward hook of the model, also after errors: the call is over."""
-
-    runtime: Runtime
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.runtime.end()
-
-
-@dataclass
-class Origin:
-    """A forward hook of a module whose output shows sides of the grid."""
-
-    runtime: Runtime
-    name: str
-    axes: tuple[tuple[int, int], ...] = ()
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        leaves = [output] if isinstance(output, torch.Tensor) else pytree.tree_leaves(output)
-        if all(leaf < len(leaves) and axis < leaves[leaf].dim() for leaf, axis in self.axes):
-            sizes = [_size(leaves[leaf], axis) for leaf, axis in self.axes]
-            self.runtime.record(self.name, sizes)
-
-
-@dataclass
-class Entry:
-    """A forward pre-hook of a module that contains owners, or is one."""
-
-    runtime: Runtime
-    name: str
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            self.runtime.enter(self.name, args, kwargs)

@@ -72,7 +72,8 @@ def _unwrap(module: nn.Module) -> None:
         first = registry._fn_refs[0]
         _restore(module, first.original_forward or first.forward)
     if device is not None or dtype is not None:
-        for named in (module._parameters, module._buffers):
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for named in tensors:
             for name, tensor in named.items():
                 if tensor is not None:
                     named[name] = _elsewhere(tensor, device, dtype)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t5fx.api import build
 from t5fx.backend.adapters import adapter
 from t5fx.errors import TrainingError
 from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
+from t5fx.pipeline import build
 from t5fx.reports import Report
 from t5fx.runtime.lookup import is_linearized
 from t5fx.runtime.templates import bare

@@ -1,0 +1,162 @@
+"""Where tokens come from: prefix, grid and suffix of each token axis, proved from the graph.
+
+One forward pass gives every axis of every tensor a meaning: spatial (it came out of a convolution
+or of an image), a row-major merge or a split of other axes, a concatenation of runs, features. A
+token axis whose runs hold exactly one grid has a layout; anything else is unknown, never guessed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from t5fx.analysis.tokens import Axis, Layout, layout_of
+from t5fx.graph.sizes import hint, same
+from t5fx.graph.view import View
+
+log = logging.getLogger(__name__)
+
+Rule = Callable[["Axes", fx.Node], "tuple[Axis, ...] | None"]
+RULES: dict[str, Rule] = {}
+
+
+#: Operators that read nothing of a tensor but its sizes, dtype and device.
+_FILLED = {
+    *("zeros_like", "ones_like", "full_like", "empty_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty"),
+}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register how the axes of an operator's output come from those of its inputs."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Axes:
+    """The meaning of every axis of every tensor of a graph: `axes[node][i]`."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.known: dict[fx.Node, tuple[Axis, ...]] = {}
+        self._data: dict[fx.Node, bool] = {}
+        for node in view.graph.nodes:
+            value = view.val(node)
+            sized = isinstance(View.meta(node), int | torch.SymInt)
+            inputs = (self._data[n] for n in node.all_input_nodes)
+            computed = not sized and view.op(node) not in _FILLED
+            self._data[node] = node.op == "placeholder" or (computed and any(inputs))
+            if value is not None:
+                self.known[node] = self._infer(node, value)
+
+    def __getitem__(self, node: fx.Node) -> tuple[Axis, ...]:
+        return self.known[node]
+
+    def _infer(self, node: fx.Node, value: torch.Tensor) -> tuple[Axis, ...]:
+        shape = self.view.shape(node)
+        name = self.view.op(node)
+        function = RULES.get(name)
+        if function is None and self.view.pointwise(node):
+            function = pointwise
+        try:
+            axes = function(self, node) if function and shape else None
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            # A call written in a way that the rule does not know: its axes are unknown.
+            log.info("the axes of %s are unknown: %s", node.format_node(), error, exc_info=True)
+            axes = None
+        if axes is None or len(axes) != len(shape):
+            axes = tuple(self.plain(node, i) for i in range(len(shape)))
+        # An axis of size one says nothing unless it is a side of a grid; a size that a rule got
+        # wrong is not believed.
+        return tuple(
+            replace(a, kind="unit", size=1, parts=(), sizes=(), at=(node, i), example=1)
+            if size == 1 and not a.grid() and not a.sliced
+            else replace(a, at=(node, i), example=hint(value.shape[i]))
+            if same(a.size, size)
+            else self.plain(node, i)
+            for i, (a, size) in enumerate(zip(axes, shape, strict=True))
+        )
+
+    def data(self, node: fx.Node) -> bool:
+        """Whether the values of a node depend on the inputs of the model, not only its sizes."""
+        return self._data[node]
+
+    def plain(self, node: fx.Node, i: int, kind: str = "plain") -> Axis:
+        """A fresh axis that `node` makes."""
+        size = self.view.shape(node)[i]
+        return Axis(kind, size, source=(node.name, i), data=self.data(node))
+
+    def fresh(self, node: fx.Node, kinds: Iterable[str]) -> tuple[Axis, ...]:
+        return tuple(self.plain(node, i, kind) for i, kind in enumerate(kinds))
+
+
+@rule("placeholder")
+def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    """The first axis counts batch items, the same in all inputs; the others are undecided.
+
+    Only [B, N, C] has its channels last for sure; of [B, C, H, W], [B, H, W, C], [B, T, N, C] the
+    operators that read them tell: a convolution, or what cuts two sides into equal patches.
+    """
+    rank = len(axes.view.shape(node))
+    value = axes.view.val(node)
+    floating = value is not None and value.is_floating_point()
+    kinds = ["side" if floating and rank > 3 else "plain"] * rank
+    if floating and rank == 3:
+        kinds[-1] = "feature"
+    first = replace(axes.plain(node, 0, "batch"), source="batch")
+    return (first, *axes.fresh(node, kinds)[1:])
+
+
+@rule("get_attr")
+def _parameter(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    return tuple(replace(axes.plain(node, i), data=False) for i in range(rank_of(axes, node)))
+
+
+def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    """Broadcast the inputs; of the axes that meet, the one that says most about tokens stays."""
+    shape = axes.view.shape(node)
+    result = []
+    for i, size in enumerate(shape):
+        meeting = []
+        for source in axes.view.inputs(node):
+            j = i - len(shape) + len(axes[source])
+            if j >= 0 and same(axes[source][j].size, size):
+                meeting.append(axes[source][j])
+        known = [a for a in meeting if a.kind != "unit"] or [a for a in meeting if a.source]
+        result.append(meet(known) if known else (meeting or [axes.plain(node, i)])[0])
+    return tuple(result)
+
+
+def meet(meeting: list[Axis]) -> Axis:
+    weight = {"repeat": 0, "plain": 1, "side": 1}
+
+    def says(axis: Axis) -> tuple[Any, ...]:
+        return axis.data, _grids(axis), weight.get(axis.kind, 2), not axis.repeats
+
+    best = max(meeting, key=says)  # the first of equals
+    rivals = [a for a in meeting if a.data == best.data and _grids(a) and a != best]
+    if _grids(best) and any(_shape_of(a) != _shape_of(best) for a in rivals):
+        return Axis("plain", best.size, source=("conflict", *(repr(a.source) for a in meeting)))
+    return best
+
+
+def _grids(axis: Axis) -> bool:
+    return isinstance(layout_of(axis), Layout)
+
+
+def _shape_of(axis: Axis) -> tuple[Any, ...]:
+    found = layout_of(axis)
+    return tuple(a.size for a in found.grid) if isinstance(found, Layout) else ()
+
+
+def rank_of(axes: Axes, node: fx.Node) -> int:
+    return len(axes.view.shape(node))

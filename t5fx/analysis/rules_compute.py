@@ -1,0 +1,147 @@
+"""Rules for operators that compute: products, convolutions, norms, reductions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from t5fx.analysis.meaning import Axes, pointwise, rank_of, rule
+from t5fx.analysis.tokens import Axis, merge
+from t5fx.graph.sizes import expr, hint, same
+from t5fx.graph.view import View
+
+
+@rule("mean", "sum", "amax", "amin")
+def reduced(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """What is left when some axes are summed up."""
+    source = list(axes[axes.view.inputs(node)[0]])
+    dims = axes.view.arg(node, "dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims:
+        return None
+    dims = {d % len(source) for d in dims}
+    value = View.meta(node)
+    value = value[0] if isinstance(value, tuple) else value
+    if value.dim() == len(source):
+        return tuple(Axis("unit", 1) if i in dims else a for i, a in enumerate(source))
+    return tuple(a for i, a in enumerate(source) if i not in dims)
+
+
+@rule("view_as_complex")
+def _complex(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    return axes[axes.view.inputs(node)[0]][:-1]
+
+
+@rule("view_as_real")
+def _real(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    source = axes[axes.view.inputs(node)[0]]
+    return (*source, axes.plain(node, len(source), "feature"))
+
+
+@rule("linear")
+def _linear(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    source = axes[axes.view.inputs(node)[0]]
+    return (*source[:-1], axes.plain(node, len(source) - 1, "feature"))
+
+
+@rule("matmul", "baddbmm", "addmm")
+def _matmul(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    operands = [axes[n] for n in axes.view.inputs(node)[-2:]]
+    rank = rank_of(axes, node)
+    if len(operands) != 2 or min(map(len, operands)) < 2 or rank < 2:
+        return None
+    left, right = operands
+    batch = pointwise(axes, node)[: rank - 2]
+    if len(left) == len(right) == rank:
+        batch = tuple(a if a.kind != "unit" else b for a, b in zip(left, right, strict=True))[:-2]
+    elif len(left) == rank:
+        batch = left[:-2]
+    weights = not axes.data(axes.view.inputs(node)[-1])
+    return (*batch, left[-2], axes.plain(node, rank - 1, "feature") if weights else right[-1])
+
+
+@rule("scaled_dot_product_attention")
+def attention(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    query, value = (axes[axes.view.arg(node, name)] for name in ("query", "value"))
+    return (*query[:-1], value[-1])
+
+
+@rule("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "softmax")
+def normalised(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    return axes[axes.view.inputs(node)[0]]
+
+
+@rule("log_softmax", "cumsum", "normalize", "native_group_norm", "linalg_vector_norm")
+def _along(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    source = axes[axes.view.inputs(node)[0]]
+    return source if len(source) == rank_of(axes, node) else None
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def _convolution(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    """Spatial axes whose size a convolution keeps stay what they were; others begin anew."""
+    source = axes[axes.view.inputs(node)[0]]
+    shape = axes.view.shape(node)
+    kept = [
+        source[i]
+        if len(source) == len(shape) and same(source[i].size, size) and source[i].spatial
+        else axes.plain(node, i, "spatial")
+        for i, size in enumerate(shape)
+    ]
+    batch = source[0] if len(source) == len(shape) else axes.plain(node, 0, "batch")
+    if len(shape) > 3:
+        batch = _frames(batch)
+    return (batch, axes.plain(node, 1, "feature"), *kept[2:])
+
+
+def _frames(batch: Axis) -> Axis:
+    """Of the images that a convolution takes one by one: frames, where an input is a video.
+
+    That is, one side of an input merged with its batch; it is an axis of the video's grid.
+    """
+    if batch.kind == "side":  # the batch itself has one item
+        return replace(batch, kind="spatial")
+    sides = [part for part in batch.parts if part.kind == "side"]
+    if batch.kind != "merge" or len(sides) != 1:
+        return batch
+    parts = (replace(p, kind="spatial") if p is sides[0] else p for p in batch.parts)
+    return replace(batch, parts=tuple(parts))
+
+
+@rule(
+    *("avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle"),
+    *("upsample_bicubic2d_aa", "upsample_bicubic2d", "upsample_bilinear2d_aa", "interpolate"),
+    *("upsample_bilinear2d", "upsample_nearest2d", "avg_pool3d", "max_pool2d_with_indices"),
+    *("avg_pool1d", "max_pool1d"),
+)
+def _resampled(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    spatial = ["spatial"] * (rank_of(axes, node) - 2)
+    made = axes.fresh(node, ["batch", "feature", *spatial])
+    batch = axes[axes.view.inputs(node)[0]][0]
+    windows = any(part.kind == "piece" for part in (batch, *batch.parts))
+    return (batch, *made[1:]) if same(batch.size, made[0].size) and not windows else made
+
+
+@rule("im2col")
+def _unfolded(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+    """F.unfold: [B, C, H, W] to [B, C * kernel, rows * columns of blocks]."""
+    source = axes.view.inputs(node)[0]
+    if rank_of(axes, node) != 3 or len(axes[source]) != 4:
+        return None
+    value, sides = axes.view.val(source), []
+    for i, name in enumerate(("rows", "columns")):
+        kernel, dilation, padding, stride = (
+            axes.view.arg(node, key)[i] for key in ("kernel_size", "dilation", "padding", "stride")
+        )
+        assert value is not None
+        count = (value.shape[i + 2] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        sides.append(Axis("spatial", expr(count), (node.name, name), example=hint(count)))
+    blocks = merge(sides, axes.view.shape(node)[2])
+    return (axes[source][0], axes.plain(node, 1, "feature"), blocks)
+
+
+@rule("embedding")
+def _embedding(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    indices = axes[axes.view.inputs(node)[1]]
+    return (*indices, axes.plain(node, len(indices), "feature"))

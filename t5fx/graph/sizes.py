@@ -1,0 +1,105 @@
+"""Sizes that are integers or expressions, and what is provable about them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def expr(size: Any) -> Any:
+    """An integer, or the sympy expression of a symbolic size."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        value = _rounded(size.node.expr)
+        return int(value) if value.is_Integer else value
+    return size
+
+
+def _rounded(value: Any) -> Any:
+    """n where an expression has ceil(float(n) - 0.5): as many numbers as arange(0.5, n) has."""
+    from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
+
+    if not value.has(ToFloat):
+        return value
+
+    def rounded(ratio: Any) -> Any:
+        exact = ratio.replace(
+            FloatTrueDiv, lambda a, b: a if b.is_number and float(b) == 1 else FloatTrueDiv(a, b)
+        )
+        constant, rest = exact.replace(ToFloat, lambda n: n).as_coeff_Add()
+        return rest + math.ceil(constant) if rest.is_integer else CeilToInt(ratio)
+
+    return value.replace(CeilToInt, rounded)
+
+
+#: Stands for a size that depends on data, which an example does not tell.
+_UNKNOWN = 4099
+
+
+def hint(size: Any) -> int:
+    """The size in the captured example, some number where it depends on data. Adds no guard."""
+    if isinstance(size, int):
+        return size
+    value = size.node.hint
+    if value is not None:
+        return int(value)
+    try:
+        return int(size.node.shape_env.size_hint(size.node.expr))
+    except RuntimeError:  # as torch calls it: a data-dependent expression
+        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, _UNKNOWN)))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are provably equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if a is b or a == b:
+        return True
+    if isinstance(a, int | float) or isinstance(b, int | float) or a is None or b is None:
+        return False  # an expression that is not a number cannot be proved equal to one
+    import sympy
+
+    return bool(sympy.expand(a - b) == 0)
+
+
+def exactly(whole: Any, parts: Any) -> bool:
+    """Whether a size equals a product of others provided that the divisions in that are exact.
+
+    Either those that round up or those that round down are taken to be, never both at once, so that
+    any remainder would show in the product.
+    """
+    if isinstance(parts, int):
+        return False
+    import sympy
+    from torch.utils._sympy.functions import CeilToInt, FloorDiv, IntTrueDiv
+
+    rounded = next((kind for kind in (CeilToInt, FloorDiv) if parts.has(kind)), None)
+    if rounded is None:
+        return False
+
+    def divided(size: Any) -> Any:
+        if isinstance(size, int):
+            return sympy.Integer(size)
+        if rounded is FloorDiv:
+            return size.replace(FloorDiv, lambda base, divisor: base / divisor)
+        inner = size.replace(CeilToInt, lambda ratio: ratio)
+        return inner.replace(IntTrueDiv, lambda base, divisor: base / divisor)
+
+    return bool(sympy.expand(divided(whole) - divided(parts)) == 0)
+
+
+def quotient(total: Any, others: list[Any]) -> Any:
+    """A size of which, times others, a total is the product: a number or an expression, or None."""
+    import sympy
+
+    left = sympy.cancel(sympy.sympify(total) / sympy.prod(map(sympy.sympify, others)))
+    if left.is_Integer:
+        return int(left)
+    return left if sympy.fraction(left)[1] == 1 else None
+
+
+def plus(a: Any, b: Any) -> Any:
+    return a + b if isinstance(a, int) and isinstance(b, int) else None
