@@ -77,7 +77,7 @@ def load_window(
             if place_ahead(row, column, NDIM, AHEAD) >= 0:
                 there = quads_with(flags, 0, row, column)
                 shift = row * (g2 * right) + column * right
-                words += (load_words(start, at * right, halves, shift, there, D, False),)
+                words += (load_words(start, at * right, halves, shift, there, D, False),)  # type: ignore[assignment]
     return words
 
 
