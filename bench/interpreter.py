@@ -21,8 +21,9 @@ from t5fx.errors import T5Error
 from t5fx.kernels.triton_kernels import configs, launch
 from t5fx.kernels.triton_kernels import tiles as tiles_of
 
-#: Several tiles, chunks of tokens, blocks and parts of hidden units, on little data.
-SMALL = configs.Config(block_n=16, block_m=16, warps=4, stages=1, programs=1, parts=2)
+#: Several tiles, chunks of tokens, blocks and parts of hidden units, on little data; part of a tile
+#: is loaded before the products of the one before it.
+SMALL = configs.Config(16, 16, warps=4, stages=1, programs=1, parts=2, ahead=1)
 
 
 @contextmanager

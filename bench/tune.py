@@ -58,6 +58,7 @@ def neighbours(config: Config) -> Iterator[Config]:
                 yield config._replace(**{field: other})
     if config.block_m:  # kernels that multiply convolve in a loop over columns, or without
         yield config._replace(unroll=not config.unroll)
+        yield from (config._replace(ahead=a) for a in range(3) if a != config.ahead)
 
 
 def start(kernel: str, gpu: str, width: int) -> Config:
@@ -69,6 +70,8 @@ def fits(kernel: str, config: Config, width: int) -> bool:
     """Whether they are other settings than those with fewer blocks or parts would be."""
     if config.block_m > width:
         return False  # the same kernel as with one block of all hidden units
+    if config.ahead and kernel != "query_output":
+        return False  # it loads nothing ahead
     most = max(1, config.block_m // 16) if kernel == "second_order_gradient" else 1
     return config.parts <= most
 

@@ -54,9 +54,9 @@ def test_a_bound_is_the_sum_of_the_highest_floors():
     assert share == pytest.approx(max(4, 18) / 21)
 
 
-def kernel(resident):
+def kernel(resident, ahead=False):
     config = {"spills": 0.0, "special": 0.0, "serialised": False, "config": ""}
-    return roofline.Kernel("query_output", 2, 3, 192.0, **config, resident=resident)
+    return roofline.Kernel("query_output", 2, 3, 192.0, **config, resident=resident, ahead=ahead)
 
 
 def test_what_is_expected_lies_between_the_sum_and_the_bound():
@@ -67,6 +67,9 @@ def test_what_is_expected_lies_between_the_sum_and_the_bound():
     assert one == 8.5
     assert two == (8.5 + 6) / 2
     assert many == pytest.approx(6)
+    assert kernel(1, ahead=True).expected(64, gpu) == 7.5
+    slow = gpu._replace(bandwidth=0.5)
+    assert kernel(1, ahead=True).expected(64, slow) == 8
 
 
 def test_partial_sums_are_what_is_launched(monkeypatch):

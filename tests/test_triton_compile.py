@@ -79,6 +79,18 @@ def test_kernels_that_multiply(architecture, dim, dtype):
                 limit = 0 if spills is None else spills + MORE_SPILLS
                 assert counts["LDL"] + counts["STL"] <= limit * counts.total(), name
                 assert not offline.serialised(code) or (name, dim) == SERIALISED, name
+                if arguments.get("AHEAD"):
+                    assert loads_before_products(code) == 16, name
+
+
+def loads_before_products(code):
+    """Loads of 16 bytes between the last two barriers before the first product of a tile, which
+    goes through shared memory there: those of the next tile.
+    """
+    first = next(i for i, instruction in enumerate(code) if is_product(instruction))
+    names = [instruction.name for instruction in code[:first]]
+    start, end = [i for i, name in enumerate(names) if name.startswith("BAR.")][-2:]
+    return sum(name.startswith("LDG.E.128") for name in names[start:end])
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_one_graph_of_launches_for_all_resolutions(pretended, caplog):
     )
     assert forward["triton_kernel_wrapper_functional"] == 5
     assert backward["triton_kernel_wrapper_functional"] == 7
+    assert backward["aten.sum.dim_IntList"] == 3  # of q's taps one, of k's by batch item, then all
     assert not [name for name in (*forward, *backward) if "t5fx" in name]
     # Inductor takes a quotient of sizes for an integer.
     for graph in graphs:

@@ -16,6 +16,7 @@ def test_neighbours_differ_in_one_setting():
     assert START._replace(warps=2) not in tune.neighbours(START)
     assert START._replace(unroll=False) in tune.neighbours(START)
     assert START._replace(parts=2) in tune.neighbours(START)
+    assert START._replace(ahead=2) in tune.neighbours(START)
     assert all(other.block_m == 0 for other in tune.neighbours(START._replace(block_m=0)))
 
 

@@ -24,6 +24,7 @@ from triton_cases import (
     split,
 )
 
+from t5fx.bench import interpreter
 from t5fx.bench.interpreter import mended
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
@@ -74,6 +75,30 @@ def test_equals_the_reference(grid, prefix, suffix, head_dim, value_dim, layout,
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_token_counts(grid, dtype):
     check(batch=1, heads=1, head_dim=16, value_dim=16, grid=grid, prefix=0, suffix=0, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", [(37,), (5, 9)])
+def test_what_is_loaded_ahead_changes_no_bit(grid, dtype, monkeypatch):
+    """Several chunks of several tiles, and tiles off the grid before and behind them."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    tensors, keywords, _ = arguments(
+        batch=1, heads=1, head_dim=24, value_dim=16, grid=grid, prefix=3, suffix=17, dtype=dtype,
+        layout="packed",
+    )  # fmt: skip
+    q, k, v, weights, conv = split(tensors)
+    results = []
+    for ahead in range(3):
+        row = interpreter.SMALL._replace(ahead=ahead)
+        rows = {"query_output": dict.fromkeys(configs.WIDTHS, row)}
+        for name in ("HALF", "SMALL", "WIDE"):
+            monkeypatch.setattr(configs, name, getattr(configs, name) | rows)
+        torch.manual_seed(0)  # of the tanh that is off
+        with poisoned():
+            results.append(forward(q, k, v, weights, conv, **keywords)[0])
+    assert results[0].isfinite().all()
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

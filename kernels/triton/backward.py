@@ -187,7 +187,8 @@ def _inputs(
         BLOCK_D=padded(shape.dim),
         **settings.launched(),
     )
-    sums = partial.sum(0)
+    # No sum of one batch item alone is wanted of the queries: one launch has them all.
+    sums = partial.sum(0 if keys else (0, 1))
     if keys:
         settings = shape.config("key_norm_gradient")
         chunk, splits = shape.chunks(settings)
@@ -205,7 +206,9 @@ def _inputs(
         )
     if not convolved:
         return grad, []
-    sums = sums.sum(0)
+    if keys:  # symbols are not compared, which would guard
+        one = isinstance(shape.batch, int) and shape.batch == 1
+        sums = sums[0] if one else sums.sum(0)
     # [H, taps, D] to [H, D, taps]
     return grad, [sums[:, own + 1 :].transpose(1, 2), sums[:, own]]
 

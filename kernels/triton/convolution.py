@@ -124,13 +124,7 @@ def load_halves(
     (of bfloat16 that is the conversion too).
     """
     if UNIT > 1:
-        WORD: tl.constexpr = tl.int64 if start.dtype.element_ty == tl.float32 else tl.int32
-        start_words = start.to(tl.pointer_type(WORD))
-        if POINTERS:
-            ptrs = start_words + (at[:, None] + halves[None, :]) + shift
-        else:
-            ptrs = start_words + (at[:, None] + halves[None, :] + shift)
-        words = tl.load(ptrs, mask=tile_mask(valid, halves, D // 2), other=0)
+        words = load_words(start, at, halves, shift, valid, D, POINTERS)
         even, odd = halved(words, start.dtype.element_ty)
     else:
         at_even = at[:, None] + (2 * halves * stride_d)[None, :] + shift
@@ -139,6 +133,18 @@ def load_halves(
         even = tl.load(start + at_even, mask=even_mask, other=0.0).to(tl.float32)
         odd = tl.load(start + stride_d + at_even, mask=odd_mask, other=0.0).to(tl.float32)
     return even, odd
+
+
+@triton.jit
+def load_words(start, at, halves, shift, valid, D: tl.constexpr, POINTERS: tl.constexpr):
+    """The same with an even UNIT, as it lies in memory: words of two channels."""
+    WORD: tl.constexpr = tl.int64 if start.dtype.element_ty == tl.float32 else tl.int32
+    start_words = start.to(tl.pointer_type(WORD))
+    if POINTERS:
+        ptrs = start_words + (at[:, None] + halves[None, :]) + shift
+    else:
+        ptrs = start_words + (at[:, None] + halves[None, :] + shift)
+    return tl.load(ptrs, mask=tile_mask(valid, halves, D // 2), other=0)
 
 
 @triton.jit
@@ -333,9 +339,15 @@ def convolved_quads(
                 code = member_code(flags, member // WIDTH, member % WIDTH)
                 even, odd = load_splits(offsets, code, halves)
                 sums = add_at(sums, member, even, odd)
-    if start.dtype.element_ty == tl.float16:
-        # A token that does not exist has what its neighbours give it: in float16 too much for the
-        # products, perhaps, and infinity times 0 is not 0.
+    return only_existing(sums, flags, start.dtype.element_ty, WIDTH)
+
+
+@triton.jit
+def only_existing(sums, flags, dtype: tl.constexpr, WIDTH: tl.constexpr):
+    """The sums of the four tokens of quads, 0 for those that do not exist if float16 is to be
+    multiplied: what neighbours give them may be too much for it, and infinity times 0 is not 0.
+    """
+    if dtype == tl.float16:
         for member in tl.static_range(4):
             there = quads_with(flags, 0, member // WIDTH, member % WIDTH)
             exists = tl.where(there, 1.0, 0.0)[:, None]

@@ -156,6 +156,7 @@ def forward(
         *(*steps, shape.heads, *parts),
         *shape.places(quads),
         UNIT=unit,
+        AHEAD=shape.config("query_output").ahead,
         **shape.shape("query_output"),
     )
     return out.transpose(1, 2), saved

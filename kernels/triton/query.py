@@ -17,6 +17,7 @@ from .tiles import (
     tile_tokens,
     unpair,
 )
+from .window import convolved_window, load_window, loadable_ahead, window_quads
 
 
 @triton.jit
@@ -32,13 +33,15 @@ def query_output(
     quads, num_quads, prefix, grid_tokens, num_tokens, g1, g2,
     D: tl.constexpr, DV: tl.constexpr, NDIM: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, TANH: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """out ``[B, N, H, Dv]``, contiguous; the weights are ``[B*H, ...]``.
 
     One program for each (batch item, head) and chunk of tiles. Weights that fit in one block of
     hidden units stay on the chip over all tiles of the chunk.
+    AHEAD: which columns around the quads of the next tile are loaded before this one's products
+    (``window.place_ahead``); 0 for none.
     """
     BLOCKS_M: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
     dtype: tl.constexpr = tl.float32 if WIDE else q.dtype.element_ty
@@ -60,15 +63,27 @@ def query_output(
 
     places = (num_quads, prefix, grid_tokens, num_tokens, g1, g2)
     begin, end = own_tiles(split, chunk, tiles)
+    LOADED: tl.constexpr = loadable_ahead(NDIM, UNIT, AHEAD)
+    taps = head_taps(taps, head, NDIM, BLOCK_D)
+    if LOADED:
+        window = window_quads(quads, begin, end, places, BLOCK_N // 4)
+        words = load_window(q_base, window, places, stride_n, D, NDIM, UNIT, LOADED, BLOCK_D)
     for tile in range(begin, end):
         at, known = quad_places(tile, 0, places, BLOCK_N)
         first_quad = tl.load(quads + at, mask=known, other=0)
         place = tile_place(tile, first_quad, places, NDIM, BLOCK_N)
-        x = convolved_tile(
-            q_base, quads, place, places, stride_n, stride_d,
-            head_taps(taps, head, NDIM, BLOCK_D), None, (None, None, None, None),
-            D, NDIM, False, False, UNIT, UNROLL, BLOCK_N, BLOCK_D,
-        ).to(dtype)  # fmt: skip
+        if LOADED:
+            window = window_quads(quads, tile + 1, end, places, BLOCK_N // 4)
+            x = convolved_window(
+                words, q_base, quads, place, places, stride_n, stride_d, taps,
+                D, NDIM, UNIT, LOADED, BLOCK_N, BLOCK_D,
+            ).to(dtype)  # fmt: skip
+            words = load_window(q_base, window, places, stride_n, D, NDIM, UNIT, LOADED, BLOCK_D)
+        else:
+            x = convolved_tile(
+                q_base, quads, place, places, stride_n, stride_d, taps, None,
+                (None, None, None, None), D, NDIM, False, False, UNIT, UNROLL, BLOCK_N, BLOCK_D,
+            ).to(dtype)  # fmt: skip
         if BLOCKS_M == 1:
             z = gated(x, w12_block, TANH, PRECISION).to(dtype)
             o = tl.dot(z, w3_block, input_precision=PRECISION)
