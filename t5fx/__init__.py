@@ -13,19 +13,51 @@ if TYPE_CHECKING:
     from t5fx.backend.adapters import adapter
     from t5fx.checkpoint.pretrained import from_pretrained, save_pretrained
     from t5fx.config import LinearizeConfig
-    from t5fx.errors import T5Error
+    from t5fx.errors import (
+        AdapterError,
+        AlreadyLinearizedError,
+        CaptureError,
+        CheckpointError,
+        ConfigError,
+        GraphSpecError,
+        HookError,
+        LayoutUnknownError,
+        MeasureError,
+        NothingRewrittenError,
+        NothingRewrittenWarning,
+        RefusedCallError,
+        SlowNodeWarning,
+        T5Error,
+        TrainingError,
+        UntrainedWarning,
+    )
     from t5fx.reports import Report, Site
     from t5fx.training.align import Align
     from t5fx.training.finetune import FineTune
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterError",
     "Align",
+    "AlreadyLinearizedError",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
     "FineTune",
+    "GraphSpecError",
+    "HookError",
+    "LayoutUnknownError",
     "LinearizeConfig",
+    "MeasureError",
+    "NothingRewrittenError",
+    "NothingRewrittenWarning",
+    "RefusedCallError",
     "Report",
     "Site",
+    "SlowNodeWarning",
     "T5Error",
+    "TrainingError",
+    "UntrainedWarning",
     "adapter",
     "example_inputs",
     "explain",
@@ -35,6 +67,25 @@ __all__ = [
     "save_pretrained",
     "softmax",
 ]
+
+_ERRORS = (
+    "T5Error",
+    "CaptureError",
+    "ConfigError",
+    "NothingRewrittenError",
+    "AlreadyLinearizedError",
+    "RefusedCallError",
+    "LayoutUnknownError",
+    "MeasureError",
+    "GraphSpecError",
+    "AdapterError",
+    "CheckpointError",
+    "TrainingError",
+    "HookError",
+    "UntrainedWarning",
+    "SlowNodeWarning",
+    "NothingRewrittenWarning",
+)
 
 _HOMES = {
     "Align": "training.align",
@@ -50,7 +101,7 @@ _HOMES = {
     "LinearizeConfig": "config",
     "Report": "reports",
     "Site": "reports",
-    "T5Error": "errors",
+    **dict.fromkeys(_ERRORS, "errors"),
 }
 
 

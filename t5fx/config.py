@@ -8,20 +8,27 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from t5fx.errors import ConfigError
 
 VERSION = 1
 
+Inner = Literal["swiglu", "mlp2", "mlp3", "gate1"]
+InnerLoss = Literal["dot", "l2"]
+KeyNorm = Literal["instance", "instance_center", "instance_scale", "rms", "layer", "none"]
+Locality = Literal["dwc_qk", "dwc_v", "none"]
+Policy = Literal["flops", "measure"]
+Impl = Literal["auto", "reference", "triton"]
+
 #: Domain of every field whose values are names; the first one is the default.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "inner": ("swiglu", "mlp2", "mlp3", "gate1"),
-    "inner_loss": ("dot", "l2"),
-    "key_norm": ("instance", "instance_center", "instance_scale", "rms", "layer", "none"),
-    "locality": ("dwc_qk", "dwc_v", "none"),
-    "policy": ("flops", "measure"),
-    "impl": ("auto", "reference", "triton"),
+    "inner": get_args(Inner),
+    "inner_loss": get_args(InnerLoss),
+    "key_norm": get_args(KeyNorm),
+    "locality": get_args(Locality),
+    "policy": get_args(Policy),
+    "impl": get_args(Impl),
 }
 
 #: Fields that decide which sites are taken at all; an override per site may not set them.
@@ -68,11 +75,11 @@ class LinearizeConfig:
     Raises `ConfigError` for a value outside its domain.
     """
 
-    inner: str = "swiglu"
-    inner_loss: str = "dot"
-    key_norm: str = "instance"
+    inner: Inner = "swiglu"
+    inner_loss: InnerLoss = "dot"
+    key_norm: KeyNorm = "instance"
     key_norm_eps: float = 1.0
-    locality: str = "dwc_qk"
+    locality: Locality = "dwc_qk"
     grid: Grid = None
     prefix: Layout = None
     suffix: Layout = None
@@ -80,8 +87,8 @@ class LinearizeConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    policy: str = "flops"
-    impl: str = "auto"
+    policy: Policy = "flops"
+    impl: Impl = "auto"
     seed: int = 0
     dynamic: bool | None = None
 
