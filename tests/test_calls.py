@@ -221,7 +221,9 @@ def test_wrong_calls_say_what_is_wrong():
     with pytest.raises(CaptureError, match=r"kwargs: expected a mapping.*got a tuple"):
         t5fx.explain(model, (), (images,))
     lin = t5fx.linearize(model, (images,), config=STATIC)
-    with pytest.raises(CaptureError, match=r"a call of ViT that torch.export can trace.*3 channels, but got 2"):
+    with pytest.raises(
+        CaptureError, match=r"a call of ViT that torch.export can trace.*3 channels, but got 2"
+    ):
         lin(images[:, :2])
     assert lin(images).isfinite().all()
 

@@ -239,6 +239,16 @@ def test_layerwise_cast_and_offloaded_models_are_converted():
                 torch.testing.assert_close(lin(**DIT).sample, expected)
 
 
+def test_a_converted_model_is_offloaded_as_it_is():
+    """The node's convolutions are brought, too, though nothing convolves with them as modules."""
+    lin = t5fx.linearize(dit(), kwargs=DIT, config=ALL)
+    with torch.no_grad():
+        expected = lin(**DIT).sample
+        cpu_offload(lin, execution_device=torch.device("cpu"))
+        assert next(lin.parameters()).is_meta
+        assert torch.equal(lin(**DIT).sample, expected)
+
+
 # --- peft ----------------------------------------------------------------------------------------
 
 

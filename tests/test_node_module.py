@@ -189,3 +189,12 @@ def test_module_checks_its_grid():
     with pytest.raises(NodeArgumentError, match=r"grid: expected 2 axes; got \(6,\)"):
         make()(*qkv(), (6,), 1)
     make(grid_ndim=0, locality="none")(*qkv())
+
+
+def test_parameters_elsewhere_are_told_and_never_read():
+    node = TTT(2, 8, 8, 2, scale=1.0)
+    q = torch.randn(1, 2, 12, 8)
+    node.dwc_q.to("meta")
+    told = "conv: expected tensors on cpu, as q is; got one on meta"
+    with pytest.raises(NodeArgumentError, match=told):
+        node(q, q, q, grid=(3, 4))

@@ -1,7 +1,7 @@
 """What the arguments of the TTT node have to be, and the errors where they are not."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -96,6 +96,16 @@ def check_shapes(
             "grid: expected sizes of at least 1, prefix >= 0 and prefix + prod(grid) <= N = "
             f"{tokens}; got grid {tuple(grid)}, prefix {prefix}"
         )
+
+
+def check_device(q: Tensor, others: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
+    """Raise unless all tensors are where q is; kernels read their memory as it is there."""
+    for name, found in others.items():
+        for tensor in [found] if isinstance(found, Tensor) else found:
+            if tensor.device != q.device:
+                raise NodeArgumentError(
+                    f"{name}: expected tensors on {q.device}, as q is; got one on {tensor.device}"
+                )
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:

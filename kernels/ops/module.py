@@ -18,7 +18,33 @@ from .locality import CONVOLVED
 #: The attributes of a node that are arguments of the operator.
 SETTINGS = ("scale", "inner", "inner_loss", "key_norm", "key_norm_eps", "locality", "impl")
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+class _Taps:
+    """A convolution whose call hands out its weight and its bias, for the operator.
+
+    So hooks around calls of modules (those that bring offloaded weights, FSDP's) have their way.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+
+class _Conv1d(_Taps, nn.Conv1d):
+    pass
+
+
+class _Conv2d(_Taps, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_Taps, nn.Conv3d):
+    pass
+
+
+_CONV: dict[int, Any] = {1: _Conv1d, 2: _Conv2d, 3: _Conv3d}
 
 
 class TTT(nn.Module):
@@ -130,8 +156,7 @@ class TTT(nn.Module):
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The arguments ``weights`` and ``conv`` of ``torch.ops.t5fx.ttt``."""
         weights = [getattr(self, name) for name in self._weight_names]
-        conv = [getattr(self, name) for name in self._conv_names]
-        return weights, [tensor for module in conv for tensor in (module.weight, module.bias)]
+        return weights, [tensor for name in self._conv_names for tensor in getattr(self, name)()]
 
     def settings(self) -> dict[str, Any]:
         """The arguments of ``torch.ops.t5fx.ttt`` that are the same in every call."""

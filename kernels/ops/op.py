@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import cpp, opaque  # noqa: F401 (opaque registers the operators)
-from .checks import check_counts, check_settings, is_written_out
+from .checks import check_counts, check_device, check_settings, is_written_out
 from .choice import TRUSTED
 from .precision import widest
 from .reference import reference
@@ -48,6 +48,7 @@ def _ttt(
         inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
     )
     check_counts(weights, conv, grid, inner=inner, locality=locality)
+    check_device(q, {"k": k, "v": v, "weights": weights, "conv": conv})
     node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
     call = (q, k, v, weights, conv, scale, grid, prefix, key_norm_eps)
     if impl == "triton":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -18,6 +19,8 @@ class Recorded:
     def watch(self, template: nn.Module) -> list[Any]:
         handles = []
         for name, module in template.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it has no hooks, and nothing in it has code to be rewritten
 
             def before(_m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 self.calls.setdefault(name, []).append((args, kwargs))
