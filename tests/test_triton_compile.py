@@ -26,9 +26,9 @@ TOO_LARGE = ("sm_89", 256, torch.float32)
 def cases(multiply: bool):
     """(architecture, width, dtype), of kernels that multiply matrices or of the others.
 
-    Always compiled: what multiplies bfloat16, for sm_90 all widths and for the others those from 64
-    on; heads of 64 of the rest, in float32 once. The oldest torch and its Triton have two of them,
-    `make nightly` has all.
+    Always compiled: what multiplies bfloat16, for sm_90 in heads of 64 and 128 and for the others in
+    heads of 64, once in float32; heads of 64 of the rest. The oldest torch and its Triton have two of
+    them, `make nightly` has all.
     """
     for architecture in offline.TARGETS:
         for dim in configs.WIDTHS:
@@ -36,8 +36,8 @@ def cases(multiply: bool):
                 if (architecture, dim, dtype) == TOO_LARGE:
                     continue
                 half = dtype == torch.bfloat16
-                most = dim >= 64 and half if multiply else dim == 64 and half
-                once = architecture == "sm_90" and multiply and (half or dim == 64)
+                most = dim == 64 and half
+                once = architecture == "sm_90" and multiply and (dim == 64 or (half and dim == 128))
                 marks = []
                 if architecture == "sm_89" or not (most or once):
                     marks.append(pytest.mark.slow)
@@ -140,7 +140,13 @@ PAIRS = [(16, 64), (8, 64), (16, 128), (16, 256), (64, 16), (128, 16), (256, 16)
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float16, torch.float32)),
+    ],
+)
 @pytest.mark.parametrize(
     ("dim", "value_dim"),
     [pytest.param(*pair, marks=[] if pair == (24, 40) else pytest.mark.slow) for pair in PAIRS],
@@ -168,7 +174,7 @@ def test_other_kernels(architecture, dim, dtype):
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("grid", [(4096,), (16, 16, 16)])
+@pytest.mark.parametrize("grid", [pytest.param((4096,), marks=pytest.mark.slow), (16, 16, 16)])
 def test_other_grids(grid):
     launches = offline.launches("sm_90", torch.bfloat16, 32, grid=grid)
     for kernel, arguments in launches.values():
