@@ -26,9 +26,9 @@ TOO_LARGE = ("sm_89", 256, torch.float32)
 def cases(multiply: bool):
     """(architecture, width, dtype), of kernels that multiply matrices or of the others.
 
-    Always compiled: what multiplies bfloat16, for sm_90 in heads of 64 and 128 and for the others in
-    heads of 64, once in float32; heads of 64 of the rest. The oldest torch and its Triton have two of
-    them, `make nightly` has all.
+    Always compiled: what multiplies bfloat16, for sm_90 in heads of 64 and 128 and for the others
+    in heads of 64, once in float32; heads of 64 of the rest. The oldest torch and its Triton have
+    two of them, `make nightly` has all.
     """
     for architecture in offline.TARGETS:
         for dim in configs.WIDTHS:

@@ -19,29 +19,24 @@ from .locality import CONVOLVED
 SETTINGS = ("scale", "inner", "inner_loss", "key_norm", "key_norm_eps", "locality", "impl")
 
 
-class _Taps:
-    """A convolution whose call hands out its weight and its bias, for the operator.
+def _hand_out(convolution: Any) -> tuple[Tensor, Tensor]:
+    """A convolution's weight and bias, as what its call returns: the operator convolves.
 
     So hooks around calls of modules (those that bring offloaded weights, FSDP's) have their way.
     """
-
-    weight: Tensor
-    bias: Tensor
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.bias
+    return convolution.weight, convolution.bias
 
 
-class _Conv1d(_Taps, nn.Conv1d):
-    pass
+class _Conv1d(nn.Conv1d):
+    forward = _hand_out  # type: ignore[assignment]
 
 
-class _Conv2d(_Taps, nn.Conv2d):
-    pass
+class _Conv2d(nn.Conv2d):
+    forward = _hand_out  # type: ignore[assignment]
 
 
-class _Conv3d(_Taps, nn.Conv3d):
-    pass
+class _Conv3d(nn.Conv3d):
+    forward = _hand_out  # type: ignore[assignment]
 
 
 _CONV: dict[int, Any] = {1: _Conv1d, 2: _Conv2d, 3: _Conv3d}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from t5fx.analysis.tokens import Axis, Layout, layout_of
+from t5fx.analysis.tokens import Axis, Kind, Layout, layout_of
 from t5fx.graph.sizes import hint, same
 from t5fx.graph.view import View
 
@@ -90,12 +90,12 @@ class Axes:
         """Whether the values of a node depend on the inputs of the model, not only its sizes."""
         return self._data[node]
 
-    def plain(self, node: fx.Node, i: int, kind: str = "plain") -> Axis:
+    def plain(self, node: fx.Node, i: int, kind: Kind = "plain") -> Axis:
         """A fresh axis that `node` makes."""
         size = self.view.shape(node)[i]
         return Axis(kind, size, source=(node.name, i), data=self.data(node))
 
-    def fresh(self, node: fx.Node, kinds: Iterable[str]) -> tuple[Axis, ...]:
+    def fresh(self, node: fx.Node, kinds: Iterable[Kind]) -> tuple[Axis, ...]:
         return tuple(self.plain(node, i, kind) for i, kind in enumerate(kinds))
 
 

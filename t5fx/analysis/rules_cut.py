@@ -92,10 +92,9 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         elif found is not None:
             runs = (*runs[: found.start], new, *runs[found.stop :])
             result[dim] = runs[0] if len(runs) == 1 else replace(axis, kind="cat", parts=runs)
-    kinds = ("feature" if a.features else "plain" for a in whole)
     return tuple(
-        axes.plain(node, i, kind) if a is None else a
-        for i, (a, kind) in enumerate(zip(result, kinds, strict=True))
+        axes.plain(node, i, "feature" if before.features else "plain") if a is None else a
+        for i, (a, before) in enumerate(zip(result, whole, strict=True))
     )
 
 

@@ -5,12 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
 from t5fx.graph.axes import regroup
 from t5fx.graph.sizes import exactly, quotient, same
+
+Kind = Literal[
+    "spatial",
+    "side",
+    "merge",
+    "cat",
+    "piece",
+    "picked",
+    "chosen",
+    "feature",
+    "batch",
+    "repeat",
+    "unit",
+    "plain",
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,7 @@ class Axis:
     the inputs of the model, not on parameters alone. at: (node, axis) that has this size.
     """
 
-    kind: str
+    kind: Kind
     size: Any
     source: Any = None
     parts: tuple[Axis, ...] = ()
