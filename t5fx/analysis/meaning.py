@@ -109,7 +109,7 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     rank = len(axes.view.shape(node))
     value = axes.view.val(node)
     floating = value is not None and value.is_floating_point()
-    kinds = ["side" if floating and rank > 3 else "plain"] * rank
+    kinds: list[Kind] = ["side" if floating and rank > 3 else "plain"] * rank
     if floating and rank == 3:
         kinds[-1] = "feature"
     first = replace(axes.plain(node, 0, "batch"), source="batch")

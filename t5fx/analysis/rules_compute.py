@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import fx
 
 from t5fx.analysis.meaning import Axes, pointwise, rank_of, rule
-from t5fx.analysis.tokens import Axis, merge
+from t5fx.analysis.tokens import Axis, Kind, merge
 from t5fx.graph.sizes import expr, hint, same
 from t5fx.graph.view import View
 
@@ -116,7 +116,7 @@ def _frames(batch: Axis) -> Axis:
     *("avg_pool1d", "max_pool1d"),
 )
 def _resampled(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
-    spatial = ["spatial"] * (rank_of(axes, node) - 2)
+    spatial: list[Kind] = ["spatial"] * (rank_of(axes, node) - 2)
     made = axes.fresh(node, ["batch", "feature", *spatial])
     batch = axes[axes.view.inputs(node)[0]][0]
     windows = any(part.kind == "piece" for part in (batch, *batch.parts))
