@@ -272,6 +272,24 @@ def test_lora_after_conversion(vit):
     torch.testing.assert_close(wrapped.merge_and_unload()(x), changed, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")  # those of torchao on import
+def test_quantized_weights_after_and_before_conversion(vit):
+    torchao = pytest.importorskip("torchao.quantization")
+    plain, lin = copy.deepcopy(vit)
+    x = torch.randn(1, 3, 48, 32)
+    with torch.no_grad():
+        out = lin(x)
+        torchao.quantize_(lin, torchao.Int8WeightOnlyConfig())
+        assert type(lin.blocks[0].attn.qkv.weight).__module__.startswith("torchao.")
+        quantized = lin(x)
+        assert not torch.equal(quantized, out)
+        torch.testing.assert_close(quantized, out, rtol=0.05, atol=0.1)
+        torchao.quantize_(plain, torchao.Int8WeightOnlyConfig())
+        again = t5fx.linearize(plain, (x,), config=ALL)
+        again.load_state_dict(t5fx.adapter(lin).state_dict(), strict=False)
+        torch.testing.assert_close(again(x), quantized)
+
+
 def test_probabilities_of_rewritten_attention_are_refused():
     options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"image_size": 24, "patch_size": 8, "intermediate_size": 32}
