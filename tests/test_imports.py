@@ -173,6 +173,8 @@ def _loaded_by(statement: str, after: str) -> set[str]:
 def test_importing_t5fx_loads_little_beside_torch():
     loaded = _loaded_by("import t5fx", after="import torch")
     foreign = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names - {"t5fx"}
+    # torch.utils.flop_counter imports triton, and that Python's build settings.
+    foreign = {name for name in foreign if not name.startswith("_sysconfigdata")}
     assert foreign <= {"torch", "triton"}
     heavy = {
         "sympy",
