@@ -97,8 +97,9 @@ on-gpu:
 		$(GPU_PYTHON) -m t5fx bench $$suite $(BENCH_ARGS) || failed=1; done; \
 	$(GPU_PYTHON) -m t5fx bench report docs/bench $(LEASE) && exit $$failed
 
-nightly: .venv/.test-installed  ## slow tests too, and many more examples of each property
+nightly: .venv/.test-installed .venv-oldest/.test-installed  ## slow tests too, and many more examples of each property
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) tests/test_triton.py
 
 format: .venv/.test-installed  ## put the code in ruff's format
 	.venv/bin/ruff check --fix .

@@ -27,9 +27,14 @@ HALF = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("file", ["triton_interpreted", "triton_races", "triton_tiles"])
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param("triton_interpreted", marks=pytest.mark.extras), "triton_races", "triton_tiles"],
+)
 def test_in_the_interpreter(file, slow):
-    """A file of tests in a process of its own; of two of them what is slow at night."""
+    """A file of tests in a process of its own; of two of them what is slow at night, and the first
+    takes so long that the oldest torch has it at night, too.
+    """
     path = Path(__file__).with_name(f"{file}.py")
     chosen = ["-m", "slow" if slow else "not slow"]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=5", *chosen]
