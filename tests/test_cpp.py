@@ -446,7 +446,8 @@ class _OneHash:
 def test_tensors_on_several_devices_are_an_error():
     args, settings = arguments()
     args[3] = [w.to("meta") for w in args[3]]
-    with pytest.raises(RuntimeError, match="device"):
+    told = "weights: expected tensors on cpu, as q is; got one on meta"
+    with pytest.raises(NodeArgumentError, match=told):
         ttt(*args, **settings)
 
 
