@@ -280,7 +280,8 @@ def test_hooks_see_the_modules_of_the_original():
     for name, module in lin.named_modules():
         module.register_forward_hook(lambda m, args, out, name=name: seen.append(name))
     lin(images)
-    expected = ["blocks.0.attn.qkv", "blocks.0.attn.t5", "blocks.0.attn.proj", "blocks.0.attn"]
+    inner = ["qkv", "t5.dwc_q", "t5.dwc_k", "t5", "proj"]
+    expected = [*(f"blocks.0.attn.{name}" for name in inner), "blocks.0.attn"]
     assert [n for n in seen if n.startswith("blocks.0.attn")] == expected
     assert seen[-1] == ""
     assert {"blocks.0", "blocks.1", "norm", "patch_embed"} <= set(seen)
