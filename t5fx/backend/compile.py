@@ -87,8 +87,8 @@ def t5(
     """
     chosen = Options.of(mode, options)
     compile_graph = _inductor(chosen, more)
-    region = read(gm, example_inputs)
-    if _is_linearized(gm) or _in_linearized(region):
+    region = None if _is_linearized(gm) else read(gm, example_inputs)
+    if region is None or _in_linearized(region):
         log.info("a linearized model: lowered as it is")
         return compile_graph(_shared(gm), example_inputs)
     report, sites = _rewrite(region, chosen)

@@ -8,9 +8,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from t5fx.errors import (
-    CaptureError,
-)
+from t5fx.errors import CaptureError
 from t5fx.graph.view import View
 
 
