@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from t5fx.errors import ConfigError
+from t5fx.kernels.variant import NAMES, Variant
 
 VERSION = 1
 
@@ -18,6 +19,7 @@ Inner = Literal["swiglu", "mlp2", "mlp3", "gate1"]
 InnerLoss = Literal["dot", "l2"]
 KeyNorm = Literal["instance", "instance_center", "instance_scale", "rms", "layer", "none"]
 Locality = Literal["dwc_qk", "dwc_v", "none"]
+Mix = Literal["gate", "half"]
 Policy = Literal["flops", "measure"]
 Impl = Literal["auto", "reference", "triton"]
 
@@ -27,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inner_loss": get_args(InnerLoss),
     "key_norm": get_args(KeyNorm),
     "locality": get_args(Locality),
+    "mix": get_args(Mix),
     "policy": get_args(Policy),
     "impl": get_args(Impl),
 }
@@ -46,6 +49,12 @@ class LinearizeConfig:
     inner_loss: "dot", -(s/N) sum v.f(k), or "l2", (s/2N) sum |f(k) - v|^2.
     key_norm, key_norm_eps: normalisation of the keys before the inner step.
     locality: where the depthwise convolutions sit: on q and k, on v, or nowhere.
+    neighborhood: side of the window of near tokens to which softmax attention is kept, odd (3, 5,
+        7, ...), or 0 for none; moved inwards at the borders, as in the natten package.
+    coarse: cells along each axis of the grid whose mean keys and values are seen beside the window,
+        or 0 for none.
+    mix: how this near attention a is joined with the node's output o: "gate", o + gate * a with a
+        learned gate a head, or "half", (o + a) / 2. Prefix and suffix tokens see every key.
     grid, prefix, suffix: the token layout: prefix tokens, then a row-major grid of one to three
         axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
         of the call's arguments that returns one (evaluated at capture).
@@ -80,6 +89,9 @@ class LinearizeConfig:
     key_norm: KeyNorm = "instance"
     key_norm_eps: float = 1.0
     locality: Locality = "dwc_qk"
+    neighborhood: int = 0
+    coarse: int = 0
+    mix: Mix = "gate"
     grid: Grid = None
     prefix: Layout = None
     suffix: Layout = None
@@ -117,6 +129,13 @@ class LinearizeConfig:
         eps = self.key_norm_eps
         if not isinstance(eps, int | float) or not math.isfinite(eps) or eps < 0:
             raise ConfigError(f"key_norm_eps: expected a finite number >= 0, got {eps!r}")
+        side = self.neighborhood
+        if not _natural(side) or (side and (side < 3 or side % 2 == 0)):
+            raise ConfigError(f"neighborhood: expected 0, 3, 5, 7 or so on, got {side!r}")
+        if not _natural(self.coarse):
+            raise ConfigError(
+                f"coarse: expected a number of cells along an axis, or 0, got {self.coarse!r}"
+            )
         if self.dynamic not in (None, True, False):
             raise ConfigError(f"dynamic: expected True, False or None, got {self.dynamic!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -146,6 +165,16 @@ class LinearizeConfig:
             if fnmatchcase(owner, pattern):
                 changes.update(fields)
         return dataclasses.replace(self, overrides={}, **changes) if changes else self
+
+    def variant(self, grid: bool) -> Variant:
+        """Which node a site gets whose tokens lie on a grid, or do not."""
+        variant = Variant(**{name: getattr(self, name) for name in NAMES})
+        return variant if grid else variant.without_grid()
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a site's node reads where its tokens lie."""
+        return self.variant(True).needs_grid
 
     @property
     def gives_layout(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..checks import check_counts, check_shapes
 from ..errors import NodeArgumentError
 from ..explicit import token_major_empty
+from ..variant import Variant
 from .library import start
 
 #: What q, k and v may be; parameters and W' are float32.
@@ -102,9 +103,9 @@ def _check(
     prefix: int,
 ) -> None:
     """What is behind a pointer nobody checks: raises where the call would read past an end."""
-    node = {"inner": "swiglu", "locality": "dwc_qk" if conv else "none"}
-    check_counts(weights, conv, grid, **node)
-    check_shapes(q, k, v, weights, conv, grid=grid, prefix=prefix, **node)
+    node = Variant(locality="dwc_qk" if conv else "none")
+    check_counts(node, weights, conv, [], grid)
+    check_shapes(node, q, k, v, weights, conv, [], grid=grid, prefix=prefix)
     wanted = [(len(q), *w.shape) for w in weights]
     got = [tuple(u.shape) for u in updated]
     if got != wanted:

@@ -6,90 +6,80 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from .errors import NodeArgumentError, require_name
-from .inner import INNER_MODELS, inner_model
-from .key_norm import KEY_NORMS
+from .inner import inner_model
 from .locality import CONVOLVED
-from .reference import INNER_LOSSES
+from .variant import Variant
 
 #: Implementations that can be asked for; see ``t5fx.kernels.ttt``.
 IMPLS = ("auto", "reference", "triton")
 
 
-def check_settings(*, inner: str, inner_loss: str, key_norm: str, locality: str, impl: str) -> None:
-    """Raise unless every name is a known one."""
-    require_name("inner", inner, INNER_MODELS)
-    require_name("inner_loss", inner_loss, INNER_LOSSES)
-    require_name("key_norm", key_norm, KEY_NORMS)
-    require_name("locality", locality, CONVOLVED)
+def check_impl(variant: Variant, impl: str) -> None:
+    """Raise unless there is such an implementation, for that variant."""
     require_name("impl", impl, IMPLS)
-    node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
-    if impl == "triton" and not is_written_out(**node):
+    if impl == "triton" and not variant.is_written_out:
         raise NodeArgumentError(
             'impl: expected "auto" or "reference", got "triton", which has kernels for inner '
             '"swiglu", inner_loss "dot", key_norm "instance" and locality "dwc_qk" or "none" '
-            f"alone; got {node}"
+            f"alone; got {variant.settings()}"
         )
 
 
-def is_written_out(*, inner: str, inner_loss: str, key_norm: str, locality: str) -> bool:
-    """Whether forward and backward with these settings exist written out, beside the reference."""
-    return (inner, inner_loss, key_norm) == ("swiglu", "dot", "instance") and (
-        locality in ("dwc_qk", "none")
-    )
-
-
 def check_counts(
+    variant: Variant,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
+    mixing: Sequence[Tensor],
     grid: Sequence[int],
-    *,
-    inner: str,
-    locality: str,
 ) -> None:
-    """Raise unless there are as many weights, convolution tensors and grid axes as needed."""
-    names = inner_model(inner).weight_names
+    """Raise unless there are as many tensors of each kind and grid axes as needed."""
+    names = inner_model(variant.inner).weight_names
     _expect("weights", f"{len(names)} tensors ({', '.join(names)})", len(weights), len(names))
-    convolved = CONVOLVED[locality]
+    convolved = CONVOLVED[variant.locality]
     wanted = f"{2 * len(convolved)} tensors (a weight and a bias for each of {convolved!r})"
     _expect("conv", wanted, len(conv), 2 * len(convolved))
-    if convolved:
+    gates = int(variant.is_gated)
+    _expect("mixing", "a gate, [H]" if gates else "nothing", len(mixing), gates)
+    if variant.needs_grid:
         check_grid_ndim(len(grid))
 
 
 def check_grid_ndim(grid_ndim: int) -> None:
-    """Raise unless a depthwise convolution exists for that number of grid axes."""
+    """Raise unless a node exists for that number of grid axes."""
     if grid_ndim not in (1, 2, 3):
         raise NodeArgumentError(f"grid: expected 1, 2 or 3 axes; got {grid_ndim}")
 
 
 def check_shapes(
+    variant: Variant,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
+    mixing: Sequence[Tensor],
     *,
     grid: Sequence[int],
     prefix: int,
-    inner: str,
-    locality: str,
 ) -> None:
-    """Raise unless dtypes are floating and shapes fit each other; names and counts are right."""
+    """Raise unless dtypes are floating and shapes fit each other; counts are right."""
     check_tokens(q, k, v)
     _, heads, tokens, head_dim = q.shape
     value_dim = v.shape[3]
 
-    model = inner_model(inner)
+    model = inner_model(variant.inner)
     shapes = model.weight_shapes(head_dim, value_dim)
     for name, weight, shape in zip(model.weight_names, weights, shapes, strict=True):
         _expect_tensor(name, weight, (heads, *shape))
 
     widths = {"q": head_dim, "k": head_dim, "v": value_dim}
-    for i, name in enumerate(CONVOLVED[locality]):
+    for i, name in enumerate(CONVOLVED[variant.locality]):
         channels = heads * widths[name]
         _expect_tensor(f"conv weight of {name}", conv[2 * i], (channels, 1) + (3,) * len(grid))
         _expect_tensor(f"conv bias of {name}", conv[2 * i + 1], (channels,))
-    if CONVOLVED[locality] and (
+    for gate in mixing:
+        _expect_tensor("gate", gate, (heads,))
+    if variant.needs_grid and (
         prefix < 0 or any(size < 1 for size in grid) or prefix + math.prod(grid) > tokens
     ):
         raise NodeArgumentError(

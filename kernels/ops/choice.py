@@ -9,24 +9,14 @@ import torch
 from torch import Tensor
 
 from . import trust
-from .checks import is_written_out
 from .trust import Question
+from .variant import NAMES, Variant
 
 #: The argument ``impl`` of the operator where "auto" has become the Triton kernels. In a graph it
 #: is what tells compilers' caches a graph with the kernels from one without: they look at the graph
 #: before the operator is decomposed.
 TRUSTED = "trusted"
 
-#: The settings that the kernels know, and nothing else: of a node with another value, or with a
-#: setting that is not here, no kernel is trusted.
-_KNOWN: dict[str, tuple[Any, ...]] = {
-    "inner": ("swiglu",),
-    "inner_loss": ("dot",),
-    "key_norm": ("instance",),
-    "locality": ("dwc_qk", "none"),
-}
-#: Beside these, which are numbers: one is an argument, of the other verdicts are kept apart.
-_NUMBERS = ("scale", "key_norm_eps")
 #: The widest head that the kernels take, in channels.
 _MAX_WIDTH = 256
 _HALF = (torch.float16, torch.bfloat16)
@@ -50,9 +40,9 @@ class Call(NamedTuple):
 
     @property
     def written_out(self) -> bool:
-        """Whether there is more than the reference for its settings."""
-        node = {name: value for name, value in self.node if name not in _NUMBERS}
-        return node.keys() == _KNOWN.keys() and is_written_out(**node)
+        """Whether there is more than the reference for its settings, all of which are known."""
+        node = {name: value for name, value in self.node if name != "scale"}
+        return node.keys() == set(NAMES) and Variant(**node).is_written_out
 
 
 class Choice(NamedTuple):
@@ -101,6 +91,8 @@ def _obstacle(call: Call) -> str | None:
         return f"switched off by {trust.SWITCH}"
     if not call.written_out:
         return f"no kernels for {', '.join(f'{n}={v!r}' for n, v in call.node)}"
+    if Variant(**{n: v for n, v in call.node if n != "scale"}).is_near:
+        return "no kernels for near attention"
     if call.dtype is None:
         return "q, k and v differ in dtype"
     if call.dtype not in _HALF:

@@ -1,16 +1,15 @@
 """The node as a checked function, and what it costs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import op  # noqa: F401  (registers torch.ops.t5fx.ttt)
-from .checks import check_counts, check_settings, check_shapes
+from .checks import check_counts, check_impl, check_shapes
 from .choice import resolved
-from .errors import require_name
-from .inner import inner_model
-from .reference import INNER_LOSSES
+from .variant import Variant
 
 
 def ttt(
@@ -19,6 +18,7 @@ def ttt(
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor] = (),
+    gate: Tensor | None = None,
     *,
     scale: float,
     grid: Sequence[int] = (),
@@ -28,6 +28,9 @@ def ttt(
     key_norm: str = "instance",
     key_norm_eps: float = 1.0,
     locality: str = "dwc_qk",
+    neighborhood: int = 0,
+    coarse: int = 0,
+    mix: str = "gate",
     impl: str = "auto",
 ) -> Tensor:
     """Attention's linear-time stand-in: train a small model on (k, v) for one step, apply it to q.
@@ -41,6 +44,11 @@ def ttt(
 
     from "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772).
 
+    With ``neighborhood`` or ``coarse`` softmax attention to what is near is mixed in, on q and k as
+    they are given: to the tokens of the window around each grid token, to the mean key and value of
+    each coarse cell of the grid (the log of its tokens added to the logit), and to all prefix and
+    suffix tokens, in one softmax. Prefix and suffix tokens then get exact softmax attention.
+
     Tokens are ordered prefix, grid (row-major), suffix; N = prefix + prod(grid) + suffix. Prefix
     and suffix tokens bypass the convolutions and take part in everything else.
 
@@ -52,8 +60,10 @@ def ttt(
         conv: weight and bias of each depthwise convolution (kernel 3, zero padding 1):
             ``[H*D, 1, 3, ...], [H*D]`` for q, then the same for k, with locality "dwc_qk";
             ``[H*Dv, 1, 3, ...], [H*Dv]`` with "dwc_v"; nothing with "none". Channel h*D + d.
+        gate: ``[H]``, where near attention is mixed in by "gate"; else None.
         scale: s, the factor that the softmax gave the logits. Scales the loss, not q.
-        grid: sizes of the one, two or three spatial axes. Not read with locality "none".
+        grid: sizes of the one, two or three spatial axes. Not read with locality "none" and
+            without near attention.
         prefix: number of tokens before the grid.
         inner: "swiglu" f(x) = (silu(x W1) * (x W2)) W3; "mlp2" silu(x W1) W2;
             "mlp3" silu(silu(x W1) W2) W3; "gate1" silu(x W1) * (x W2).
@@ -63,6 +73,10 @@ def ttt(
             "rms", "layer" over the D channels of a token; "none".
         key_norm_eps: eps of the key norm.
         locality: "dwc_qk", "dwc_v" or "none".
+        neighborhood: side of the window, odd, in tokens; 0 for none. It is moved inwards at the
+            borders, as in the natten package.
+        coarse: coarse cells along each axis of the grid; 0 for none.
+        mix: what becomes of near attention a: "gate" o + gate a, "half" (o + a) / 2.
         impl: "reference", which autograd and compilers see as the ordinary operators it is made
             of; "triton", kernels for a GPU, float32 or narrower, for the settings "swiglu", "dot",
             "instance" and "dwc_qk" or "none"; or "auto": with the same settings, on a GPU in 16
@@ -86,23 +100,18 @@ def ttt(
     >>> ttt(q, k, v, weights, scale=8**-0.5, locality="none").shape
     torch.Size([2, 6, 17, 8])
     """
-    check_settings(
-        inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
+    variant = Variant(
+        *(inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix)
     )
-    check_counts(weights, conv, grid, inner=inner, locality=locality)
-    check_shapes(q, k, v, weights, conv, grid=grid, prefix=prefix, inner=inner, locality=locality)
-    node = {
-        "scale": scale,
-        "inner": inner,
-        "inner_loss": inner_loss,
-        "key_norm": key_norm,
-        "key_norm_eps": key_norm_eps,
-        "locality": locality,
-    }
-    impl = resolved(impl, q, k, v, [*weights, *conv], len(grid), node)
-    return torch.ops.t5fx.ttt(
-        q, k, v, list(weights), list(conv), grid=list(grid), prefix=prefix, **node, impl=impl
-    )
+    mixing = [] if gate is None else [gate]
+    check_impl(variant, impl)
+    check_counts(variant, weights, conv, mixing, grid)
+    check_shapes(variant, q, k, v, weights, conv, mixing, grid=grid, prefix=prefix)
+    parameters = [*weights, *conv, *mixing]
+    settings = variant.settings() | {"scale": scale}
+    settings["impl"] = resolved(impl, q, k, v, parameters, len(grid), settings)
+    tensors = (list(weights), list(conv), mixing)
+    return torch.ops.t5fx.ttt(q, k, v, *tensors, grid=list(grid), prefix=prefix, **settings)
 
 
 def flops(
@@ -110,23 +119,19 @@ def flops(
     head_dim: int,
     value_dim: int | None = None,
     *,
-    inner: str = "swiglu",
-    inner_loss: str = "dot",
+    grid: Sequence[int] = (),
     num_heads: int = 1,
     batch: int = 1,
+    **settings: Any,
 ) -> int:
     """FLOP of the node's matrix products, forward; a multiply-add is two.
 
     "swiglu" with "dot" and Dv = D, the default: 18 N D^2 per head. Softmax attention has 4 N^2 D.
-    Norms, convolutions and activations, all O(N D), are not counted.
+    Norms, convolutions and activations, all O(N D), are not counted. ``grid`` is read for near
+    attention; ``settings``: inner, inner_loss, neighborhood, coarse and so on, as `ttt` has them.
 
     >>> flops(4096, 64) == 18 * 4096 * 64**2
     True
     """
-    require_name("inner_loss", inner_loss, INNER_LOSSES)
-    model = inner_model(inner)
     value_dim = head_dim if value_dim is None else value_dim
-    per_head = model.flops(num_tokens, head_dim, value_dim)
-    if inner_loss == "l2":
-        per_head += model.output_flops(num_tokens, head_dim, value_dim)
-    return batch * num_heads * per_head
+    return batch * num_heads * Variant(**settings).flops(num_tokens, head_dim, value_dim, grid)

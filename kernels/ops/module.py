@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_grid_ndim, check_settings
+from .checks import check_grid_ndim, check_impl
 from .choice import resolved
 from .errors import NodeArgumentError
-from .functional import flops
 from .inner import inner_model
 from .locality import CONVOLVED
+from .variant import NAMES, Variant
 
 #: The attributes of a node that are arguments of the operator.
-SETTINGS = ("scale", "inner", "inner_loss", "key_norm", "key_norm_eps", "locality", "impl")
+SETTINGS = ("scale", *NAMES, "impl")
 
 
 def _hand_out(convolution: Any) -> tuple[Tensor, Tensor]:
@@ -48,14 +48,16 @@ class TTT(nn.Module):
     Parameters: ``w1``, ``w2``, ``w3`` as far as the inner model has them, ``[H, in, out]``, drawn
     from a normal of standard deviation 0.02 cut off at +-2; ``dwc_q``, ``dwc_k`` (locality
     "dwc_qk") or ``dwc_v`` ("dwc_v"), depthwise convolutions with PyTorch's default initialisation,
-    channel h*D + d. Fresh values depend on ``seed`` and ``name`` only: the same on every device and
+    channel h*D + d; ``gate`` ``[H]``, ones, where near attention is mixed in by one. Fresh values
+    depend on ``seed`` and ``name`` only: the same on every device and
     in every dtype up to rounding; the global random state is neither read nor changed.
 
     Args:
         num_heads, head_dim, value_dim: H, D and Dv.
-        grid_ndim: spatial axes, 1, 2 or 3; not read with locality "none".
+        grid_ndim: spatial axes, 1, 2 or 3; not read with locality "none" and no near attention.
         scale: s, the factor that the softmax gave the logits.
-        inner, inner_loss, key_norm, key_norm_eps, locality, impl: see ``t5fx.kernels.ttt``.
+        inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix, impl: see
+            ``t5fx.kernels.ttt``.
         seed, name: choose the fresh values; give each site of a model its own name.
 
     Raises:
@@ -75,6 +77,9 @@ class TTT(nn.Module):
         key_norm: str = "instance",
         key_norm_eps: float = 1.0,
         locality: str = "dwc_qk",
+        neighborhood: int = 0,
+        coarse: int = 0,
+        mix: str = "gate",
         impl: str = "auto",
         seed: int = 0,
         name: str = "",
@@ -82,14 +87,16 @@ class TTT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_settings(
-            inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
+        variant = Variant(
+            *(inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix)
         )
+        check_impl(variant, impl)
         self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
         self.grid_ndim, self.scale = grid_ndim, scale
-        self.inner, self.inner_loss = inner, inner_loss
-        self.key_norm, self.key_norm_eps = key_norm, key_norm_eps
-        self.locality, self.impl = locality, impl
+        # Plain attributes: compilers that trace the forward read them as constants.
+        for setting, value in variant.settings().items():
+            setattr(self, setting, value)
+        self.impl = impl
         self.seed, self.name = seed, name
 
         model = inner_model(inner)
@@ -99,7 +106,7 @@ class TTT(nn.Module):
             empty = torch.empty(num_heads, *shape, device=device, dtype=dtype)
             self.register_parameter(weight, nn.Parameter(empty))
         self._conv_names = tuple(f"dwc_{letter}" for letter in CONVOLVED[locality])
-        if self._conv_names:
+        if variant.needs_grid:
             check_grid_ndim(grid_ndim)
         for conv in self._conv_names:
             channels = num_heads * (value_dim if conv == "dwc_v" else head_dim)
@@ -108,6 +115,9 @@ class TTT(nn.Module):
                 channels, channels, 3, padding=1, groups=channels, device="meta", dtype=dtype
             )
             self.add_module(conv, holder.to_empty(device=empty.device))
+        self._needs_grid = variant.needs_grid
+        if variant.is_gated:
+            self.gate = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -119,7 +129,9 @@ class TTT(nn.Module):
             digest = hashlib.sha256(f"{self.seed}:{self.name}:{name}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             fresh = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
-            if name.startswith("dwc_"):
+            if name == "gate":
+                fresh.fill_(1.0)
+            elif name.startswith("dwc_"):
                 # What nn.Conv does: uniform within 1/sqrt(fan in), one input channel per group.
                 bound = 1 / math.sqrt(3**self.grid_ndim)
                 fresh.uniform_(-bound, bound, generator=generator)
@@ -139,40 +151,38 @@ class TTT(nn.Module):
         prefix: int = 0,
     ) -> Tensor:
         """``[B, H, N, D]`` twice and ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]``, in q's dtype."""
-        if self._conv_names and len(grid) != self.grid_ndim:
+        if self._needs_grid and len(grid) != self.grid_ndim:
             raise NodeArgumentError(f"grid: expected {self.grid_ndim} axes; got {tuple(grid)}")
-        weights, conv = self.tensors()
+        tensors = self.tensors()
         settings = self.settings()
-        settings["impl"] = resolved(self.impl, q, k, v, [*weights, *conv], len(grid), settings)
-        return torch.ops.t5fx.ttt(
-            q, k, v, weights, conv, grid=list(grid), prefix=prefix, **settings
-        )
+        parameters = [tensor for some in tensors for tensor in some]
+        settings["impl"] = resolved(self.impl, q, k, v, parameters, len(grid), settings)
+        return torch.ops.t5fx.ttt(q, k, v, *tensors, grid=list(grid), prefix=prefix, **settings)
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The arguments ``weights`` and ``conv`` of ``torch.ops.t5fx.ttt``."""
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The arguments ``weights``, ``conv`` and ``mixing`` of ``torch.ops.t5fx.ttt``."""
         weights = [getattr(self, name) for name in self._weight_names]
-        return weights, [tensor for name in self._conv_names for tensor in getattr(self, name)()]
+        conv = [tensor for name in self._conv_names for tensor in getattr(self, name)()]
+        return weights, conv, [self.gate] if "gate" in self._parameters else []
+
+    @property
+    def variant(self) -> Variant:
+        """Which node it is."""
+        return Variant(**{name: getattr(self, name) for name in NAMES})
 
     def settings(self) -> dict[str, Any]:
         """The arguments of ``torch.ops.t5fx.ttt`` that are the same in every call."""
         return {name: getattr(self, name) for name in SETTINGS}
 
-    def flops(self, batch: int, tokens: int) -> int:
+    def flops(self, batch: int, tokens: int, grid: Sequence[int] = ()) -> int:
         """FLOP of one forward's matrix products at these sizes; a multiply-add is two."""
-        return flops(
-            tokens,
-            self.head_dim,
-            self.value_dim,
-            inner=self.inner,
-            inner_loss=self.inner_loss,
-            num_heads=self.num_heads,
-            batch=batch,
-        )
+        per_head = self.variant.flops(tokens, self.head_dim, self.value_dim, grid)
+        return batch * self.num_heads * per_head
 
     def extra_repr(self) -> str:
-        return (
+        settings = self.variant.settings() | {"impl": self.impl}
+        sizes = (
             f"heads={self.num_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
-            f"grid_ndim={self.grid_ndim}, scale={self.scale:.4g}, inner={self.inner!r}, "
-            f"inner_loss={self.inner_loss!r}, key_norm={self.key_norm!r}, "
-            f"key_norm_eps={self.key_norm_eps:g}, locality={self.locality!r}, impl={self.impl!r}"
+            f"grid_ndim={self.grid_ndim}, scale={self.scale:.4g}"
         )
+        return ", ".join([sizes, *(f"{name}={value!r}" for name, value in settings.items())])

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import cpp, opaque  # noqa: F401 (opaque registers the operators)
-from .checks import check_counts, check_device, check_settings, is_written_out
+from . import cpp, near, near_op, opaque  # noqa: F401 (two of them register operators)
+from .checks import check_counts, check_device, check_impl
 from .choice import TRUSTED
 from .precision import widest
 from .reference import reference
+from .variant import Variant
 
 QUALNAME = "t5fx::ttt"
 
@@ -30,6 +31,7 @@ def _ttt(
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
+    mixing: Sequence[Tensor],
     *,
     scale: float,
     grid: Sequence[int],
@@ -39,25 +41,59 @@ def _ttt(
     key_norm: str = "instance",
     key_norm_eps: float = 1.0,
     locality: str = "dwc_qk",
+    neighborhood: int = 0,
+    coarse: int = 0,
+    mix: str = "gate",
     impl: str = "auto",
 ) -> Tensor:
     """The body; its annotations and defaults are the operator's schema."""
     if impl == TRUSTED:
         impl = "auto" if _is_transformed() else "triton"
-    check_settings(
-        inner=inner, inner_loss=inner_loss, key_norm=key_norm, locality=locality, impl=impl
+    ttt = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
+    variant = Variant(
+        **ttt, key_norm_eps=key_norm_eps, neighborhood=neighborhood, coarse=coarse, mix=mix
     )
-    check_counts(weights, conv, grid, inner=inner, locality=locality)
-    check_device(q, {"k": k, "v": v, "weights": weights, "conv": conv})
-    node = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
-    call = (q, k, v, weights, conv, scale, grid, prefix, key_norm_eps)
+    check_impl(variant, impl)
+    check_counts(variant, weights, conv, mixing, grid)
+    tensors = {"k": k, "v": v, "weights": weights, "conv": conv, "mixing": mixing}
+    check_device(q, tensors)
+    base = _linear(q, k, v, weights, conv, scale, grid, prefix, variant, impl)
+    if not variant.is_near:
+        return base
+    near_settings = (scale, grid, prefix, neighborhood, coarse)
+    if impl != "reference" and _is_closed(q, k, v, *weights, *conv, *mixing):
+        return torch.ops.t5fx.near_forward(q, k, v, base, mixing, *near_settings)
+    return near.reference(
+        *(q, k, v, base, mixing),
+        scale=scale,
+        grid=grid,
+        prefix=prefix,
+        neighborhood=neighborhood,
+        coarse=coarse,
+    )
+
+
+def _linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    variant: Variant,
+    impl: str,
+) -> Tensor:
+    """The node without near attention."""
+    call = (q, k, v, weights, conv, scale, grid, prefix, variant.key_norm_eps)
     if impl == "triton":
         # Imported where it is asked for: Triton is slow to import.
         from t5fx.kernels import triton_kernels  # noqa: F401
 
         trained = _is_transformed() or _is_trained(q, k, v, *weights, *conv)
         return torch.ops.t5fx.ttt_triton_forward(*call, trained)[0]
-    if impl == "auto" and is_written_out(**node) and _is_closed(q, k, v, *weights, *conv):
+    if impl == "auto" and variant.is_written_out and _is_closed(q, k, v, *weights, *conv):
         return torch.ops.t5fx.ttt_forward(*call)[0]
     return reference(
         q,
@@ -68,8 +104,11 @@ def _ttt(
         scale=scale,
         grid=grid,
         prefix=prefix,
-        key_norm_eps=key_norm_eps,
-        **node,
+        inner=variant.inner,
+        inner_loss=variant.inner_loss,
+        key_norm=variant.key_norm,
+        key_norm_eps=variant.key_norm_eps,
+        locality=variant.locality,
     )
 
 

@@ -33,7 +33,7 @@ def join(forward: Any, backward: Any) -> None:
         return *grads[:3], grads[3 : 3 + weights], grads[3 + weights :], *nothing
 
     torch.library.register_autograd(forward.name(), differentiate, setup_context=_save)
-    torch.library.register_autograd(backward.name(), _refuse)
+    torch.library.register_autograd(backward.name(), refuse)
     torch.library.register_fake(backward.name(), _backward_fake)
     register_flop_formula(forward.overloadpacket)(_forward_flops)
     register_flop_formula(backward.overloadpacket)(_backward_flops)
@@ -45,7 +45,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(q, k, v, *weights, *conv, *output[1:])
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
+def refuse(ctx: Any, *grads: Any) -> None:
     raise T5Error(
         "the TTT node: expected to be differentiated once, got a second derivative; use "
         "impl='reference', which is differentiable any number of times"

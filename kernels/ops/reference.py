@@ -9,9 +9,6 @@ from .key_norm import KEY_NORMS
 from .locality import add_depthwise_conv
 from .precision import no_autocast, widest
 
-#: Inner losses: "dot" is -(s/N) sum_t v_t . f(k_t), "l2" is (s/2N) sum_t |f(k_t) - v_t|^2.
-INNER_LOSSES = ("dot", "l2")
-
 
 def reference(
     q: Tensor,

@@ -132,7 +132,7 @@ def find_layout(
     found = layout_of(tokens)
     if config.grid is None and config.prefix is None and config.suffix is None:
         if isinstance(found, str):
-            if config.locality == "none":
+            if not config.needs_grid:
                 return (), (), ()
             raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
         site.prefix = sum(a.count for a in found.prefix)

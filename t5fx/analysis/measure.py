@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -240,14 +241,14 @@ class _Node(nn.Module):
 
     def __init__(self, node: TTT, grid: tuple[int, ...], prefix: int) -> None:
         super().__init__()
-        weights, conv = node.tensors()
-        self.counts = len(weights), len(conv)
+        self.counts = tuple(map(len, node.tensors()))
         self.settings = node.settings() | {"grid": list(grid), "prefix": prefix}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        weights, conv = tensors[: self.counts[0]], tensors[self.counts[0] :]
-        out = torch.ops.t5fx.ttt(q, k, v, list(weights), list(conv), **self.settings)
+        left = iter(tensors)
+        lists = [list(itertools.islice(left, count)) for count in self.counts]
+        out = torch.ops.t5fx.ttt(q, k, v, *lists, **self.settings)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -267,8 +268,8 @@ def _measure(shape: Shape, settings: dict[str, Any], device: torch.device) -> Co
             torch.randn(batch, shape.tokens, heads, size, dtype=dtype).requires_grad_(shape.trained)
             for size in sizes
         ]
-        weights, conv = node.tensors()
-        parameters = [t.detach().requires_grad_(shape.trained) for t in (*weights, *conv)]
+        tensors = [tensor for some in node.tensors() for tensor in some]
+        parameters = [t.detach().requires_grad_(shape.trained) for t in tensors]
         calls = [
             _call(_Softmax(scale), inputs, shape.trained),
             _call(_Node(node, shape.grid, shape.prefix), [*inputs, *parameters], shape.trained),

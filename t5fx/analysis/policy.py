@@ -30,8 +30,8 @@ from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
 from t5fx.graph.sizes import expr, hint
 from t5fx.graph.view import View
 from t5fx.kernels import choice as choices
-from t5fx.kernels import flops
 from t5fx.kernels.choice import Call, Choice, choose, settings_of
+from t5fx.kernels.variant import Variant
 from t5fx.patterns.base import Binding, Operand, Refusal
 from t5fx.reports import Site, Tried
 
@@ -173,6 +173,9 @@ def _judge(
                 raise Refusal(
                     "grid-unknown", f"no node has the size {axis.size} of {in_words(axis)}"
                 )
+    if entry.grid:
+        q, v = (_sizes(view, operand, binding) for operand in (binding.q, binding.v))
+        _count(site, config.variant(True), q.batch * q.heads, v.channels)
     asked = decided is None and config.min_tokens is None  # the cost model
     if decided is None:
         _enough(site, config)
@@ -206,11 +209,15 @@ def _measure(view: View, site: Site, binding: Binding, config: LinearizeConfig) 
         assert value is not None
         if not isinstance(expr(value.shape[operand.channel]), int):
             raise Refusal("head-dim", f"the size of {name}'s heads is not static")
-    inner = {"inner": config.inner, "inner_loss": config.inner_loss}
     site.flops_before = 2 * q.batch * q.heads * q.tokens * k.tokens * (q.channels + v.channels)
-    site.flops_after = flops(
-        q.tokens, q.channels, v.channels, num_heads=q.heads, batch=q.batch, **inner
-    )
+    _count(site, config.variant(False), q.batch * q.heads, v.channels)
+
+
+def _count(site: Site, variant: Variant, heads: int, value_dim: int) -> None:
+    """The FLOPs of a site's node; `heads` of all items of the batch."""
+    assert site.num_tokens is not None and site.head_dim is not None
+    per_head = variant.flops(site.num_tokens, site.head_dim, value_dim, site.grid or ())
+    site.flops_after = heads * per_head
 
 
 @dataclass(frozen=True)
@@ -257,9 +264,7 @@ def _call(view: View, entry: Plan, trained: bool) -> Call:
 def _node(entry: Plan) -> dict[str, Any]:
     """The settings of a site's node."""
     config = entry.config
-    names = ("inner", "inner_loss", "key_norm", "key_norm_eps", "impl")
-    node = {name: getattr(config, name) for name in names}
-    return node | {"locality": config.locality if entry.grid else "none"}
+    return config.variant(bool(entry.grid)).settings() | {"impl": config.impl}
 
 
 #: What a FLOP of the node takes over one of softmax attention on the same GPU in 16 bits, by the

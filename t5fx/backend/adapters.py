@@ -332,8 +332,8 @@ def _clean(name: str) -> str:
 
 def matches(node: TTT, config: LinearizeConfig) -> bool:
     """Whether a node is what these options describe."""
-    names = ["inner", "inner_loss", "key_norm", "key_norm_eps", "seed"]
+    names = ["seed"]
     if config.impl != "auto":  # of which a measurement may have made something else
         names.append("impl")
     same = all(getattr(node, name) == getattr(config, name) for name in names)
-    return same and node.locality in (config.locality, "none")
+    return same and node.variant in (config.variant(True), config.variant(False))

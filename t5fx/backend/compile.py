@@ -130,8 +130,7 @@ class Compiled:
             anchor = args[site.anchor]
             entry = adapters.held(anchor, site.identity)
             node = self._make(site, anchor) if entry is None else entry.follow(anchor)
-            weights, conv = node.tensors()
-            tensors = [*weights, *conv]
+            tensors = [tensor for some in node.tensors() for tensor in some]
             for tensor in tensors:
                 if tensor.dtype != site.dtype or tensor.device != site.device:
                     raise AdapterError(
@@ -253,13 +252,13 @@ def _lower(
     fake_mode = detect_fake_mode([View.meta(n) for n in graph.nodes])
     assert fake_mode is not None
     fakes: list[torch.Tensor] = []
-    inputs: dict[str, tuple[list[fx.Node], list[fx.Node]]] = {}
+    inputs: dict[str, tuple[list[fx.Node], ...]] = {}
     first = next(iter(graph.nodes))
     for site in sites:
         node = site.node()
         assert node is not None
         names = {id(parameter): name for name, parameter in node.named_parameters()}
-        lists: tuple[list[fx.Node], list[fx.Node]] = ([], [])
+        lists: tuple[list[fx.Node], ...] = ([], [], [])
         for tensors, placeholders in zip(node.tensors(), lists, strict=True):
             for tensor in tensors:
                 with torch.inference_mode(False):

@@ -108,11 +108,7 @@ def settings(view: View, entry: Plan) -> dict[str, Any]:
         "value_dim": int(view.shape(binding.v.like)[binding.v.channel]),
         "grid_ndim": len(entry.grid) or 1,
         "scale": binding.scale,
-        "inner": config.inner,
-        "inner_loss": config.inner_loss,
-        "key_norm": config.key_norm,
-        "key_norm_eps": config.key_norm_eps,
-        "locality": config.locality if entry.grid else "none",
+        **config.variant(bool(entry.grid)).settings(),
         "impl": config.impl,
         "seed": config.seed,
     }

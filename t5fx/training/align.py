@@ -153,8 +153,8 @@ class Align:
 
     def _optimizers(self, students: Mapping[str, _Student]) -> list[torch.optim.Optimizer]:
         named = [pair for s in students.values() for pair in s.node.named_parameters()]
-        matrices = [p for name, p in named if "." not in name]
-        convolutions = [p for name, p in named if "." in name]
+        matrices = [p for _, p in named if p.dim() == 3]
+        convolutions = [p for _, p in named if p.dim() != 3]
         optimizers: list[torch.optim.Optimizer] = [Muon(matrices, self.lr, momentum=0.9)]
         if convolutions:
             rate = 2 * self.lr

@@ -1,0 +1,98 @@
+"""The operators ``t5fx::near_forward`` and ``t5fx::near_backward``: `near` behind a closed door.
+
+As those of `opaque`, no compiler looks into them. On a CPU they are the C++ of
+``t5fx.kernels.cpp``, where that can be compiled and takes the dtypes; all else is `near_explicit`.
+They can be differentiated once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import near_explicit, pair
+from .explicit import token_major_empty
+from .precision import no_autocast
+from .variant import Variant
+
+_SETTINGS = "float scale, SymInt[] grid, SymInt prefix, int neighborhood, int coarse"
+_NAMES = ("scale", "grid", "prefix", "neighborhood", "coarse")
+_SCHEMAS = {
+    "t5fx::near_forward": (
+        f"(Tensor q, Tensor k, Tensor v, Tensor base, Tensor[] mixing, {_SETTINGS}) -> Tensor"
+    ),
+    "t5fx::near_backward": (
+        f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] mixing, {_SETTINGS}) -> Tensor[]"
+    ),
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(_name, _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl("t5fx::near_forward", "CompositeExplicitAutograd")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, base: Tensor, mixing: Sequence[Tensor], *settings: Any
+) -> Tensor:
+    """Near attention joined with the node's output ``base``: see `near.reference`."""
+    with torch.no_grad(), no_autocast(q.device.type):
+        return near_explicit.forward(q, k, v, base, mixing, **_named(settings))
+
+
+@torch.library.register_fake("t5fx::near_forward")
+def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
+    return token_major_empty(q, v.shape[3])
+
+
+@torch.library.impl("t5fx::near_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixing: Sequence[Tensor], *settings: Any
+) -> list[Tensor]:
+    """Gradients of q, k, v, base and mixing, each in its dtype, base in q's."""
+    with torch.no_grad(), no_autocast(q.device.type):
+        grads = near_explicit.backward(grad, q, k, v, mixing, **_named(settings))
+    return [g.to(x.dtype) for g, x in zip(grads, (q, k, v, q, *mixing), strict=True)]
+
+
+@torch.library.register_fake("t5fx::near_backward")
+def _backward_fake(grad, q, k, v, mixing, *_):  # type: ignore[no-untyped-def]
+    token_major = [token_major_empty(x, x.shape[3]) for x in (q, k, v)]
+    base = token_major_empty(q, v.shape[3])
+    return [*token_major, base, *(x.new_empty(x.shape) for x in mixing)]
+
+
+def _named(settings: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(_NAMES, settings, strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, _, mixing, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *mixing)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, k, v, *mixing = ctx.saved_tensors
+    dq, dk, dv, dbase, *rest = torch.ops.t5fx.near_backward(grad, q, k, v, mixing, *ctx.settings)
+    return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
+
+
+torch.library.register_autograd("t5fx::near_forward", _differentiate, setup_context=_save)
+torch.library.register_autograd("t5fx::near_backward", pair.refuse)
+
+
+@register_flop_formula(torch.ops.t5fx.near_forward)
+def _forward_flops(q, k, v, base, mixing, scale, grid, prefix, side, cells, **_):  # type: ignore
+    batch, heads, tokens, head_dim = q
+    variant = Variant(neighborhood=side, coarse=cells)
+    return batch * heads * variant.near_flops(tokens, head_dim, v[3], grid)
+
+
+@register_flop_formula(torch.ops.t5fx.near_backward)
+def _backward_flops(grad, q, k, v, mixing, scale, grid, prefix, side, cells, **_):  # type: ignore
+    """The logits and their weights' gradients again, and a product for each of dq, dk and dv."""
+    batch, heads, tokens, head_dim = q
+    variant = Variant(neighborhood=side, coarse=cells)
+    forward = variant.near_flops(tokens, head_dim, v[3], grid)
+    keys = variant.near_flops(tokens, head_dim, 0, grid)
+    return batch * heads * (2 * forward + keys)
