@@ -1,13 +1,16 @@
 """Near attention: softmax over a window of the grid, coarse cells of it, and prefix and suffix.
 
-For a grid token t, on the raw queries, keys and values of a head::
+For a grid token t, on the raw queries, keys and values of a head, one softmax over
 
-    a_t = softmax over j of (s q_t . k_j + b_j), times v_j
+- the tokens j of the window W around t, moved inwards at the borders, as in the natten package:
+  logit s q_t . k_j, value v_j;
+- the prefix and suffix tokens: the same;
+- the cells c into which the grid is cut, as far as they are outside of the window: with R the
+  tokens of c that are not in W, logit s q_t . mean of k in R + log |R|, value the mean of v in R.
 
-where j goes through the tokens of the window around t (b = 0; moved inwards at the borders, as in
-the natten package), the cells into which the grid is cut (mean key, mean value, b = log of the
-number of tokens in it), and the prefix and suffix tokens (b = 0). A prefix or suffix token sees
-every key: a_t is what softmax attention gives it. All of it is linear in the tokens of the grid.
+So every token of the grid is seen once, near ones by themselves and far ones by a mean. A prefix or
+suffix token sees every key: what it gets is softmax attention. All of it is linear in the tokens of
+the grid.
 
 What is returned joins it with the output o of the TTT node: o_t + gate a_t, a gate a head, or the
 published (o_t + a_t) / 2 without one, on the grid; a_t alone for prefix and suffix tokens.
@@ -27,15 +30,79 @@ from .precision import no_autocast, widest
 
 
 class Window(NamedTuple):
-    """tokens: [n, K], which tokens of the grid each one sees; bias: [n, K], -inf at those beyond
-    an axis that is shorter than the window, which are clamped."""
+    """tokens: [n, K], which tokens of the grid each one sees; beyond: [n, K], whether that is none,
+    past the end of an axis that is shorter than the window."""
 
     tokens: Tensor
-    bias: Tensor
+    beyond: Tensor
 
 
-def window_of(grid: Sequence[int], side: int, like: Tensor) -> Window:
-    """The windows of a grid's tokens, K = side ** axes; sizes may be symbolic."""
+class Cells(NamedTuple):
+    """inside: for each axis [cells, size], 1 where a position is in a cell; of: [n], the cell of
+    each token of the grid; count: [cells ** axes], the tokens in each."""
+
+    inside: list[Tensor]
+    of: Tensor
+    count: Tensor
+
+
+class Near(NamedTuple):
+    """What the queries of a grid see beside prefix and suffix; None of what there is none.
+
+    left: [n, cells ** axes], the tokens of each cell that a query's window leaves to it.
+    """
+
+    grid: Sequence[int]
+    prefix: int
+    window: Window | None
+    cells: Cells | None
+    left: Tensor | None
+
+    @classmethod
+    def of(cls, like: Tensor, grid: Sequence[int], prefix: int, side: int, cells: int) -> "Near":
+        """On the device and in the dtype of ``like``; sizes may be symbolic."""
+        window = _window(grid, side, like) if side else None
+        if not cells:
+            return cls(grid, prefix, window, None, None)
+        cut = _cells(grid, cells, like)
+        left = cut.count.expand(math.prod(grid), -1)
+        if window is not None:
+            own = cut.of[window.tokens]
+            left = left.scatter_add(1, own, (window.beyond.to(like.dtype) - 1).expand(own.shape))
+        return cls(grid, prefix, window, cut, left)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefix, grid and suffix of [..., N, D]."""
+        count = math.prod(self.grid)
+        rest = x.shape[-2] - self.prefix - count
+        return (
+            x.narrow(-2, 0, self.prefix),
+            x.narrow(-2, self.prefix, count),
+            x.narrow(-2, self.prefix + count, rest),
+        )
+
+    def shared(self, x: Tensor) -> Tensor:
+        """Of keys or values what every query of the grid sees: prefix, suffix, sums of cells."""
+        before, on_grid, after = self.split(x)
+        if self.cells is None:
+            return torch.cat([before, after], dim=-2)
+        return torch.cat([before, after, pooled(on_grid, self.cells.inside, self.grid)], dim=-2)
+
+    def per_cell(self, own: Tensor) -> Tensor:
+        """Sums over the tokens of the window in each cell: [..., n, K] to [..., n, cells ** axes]."""
+        assert self.window is not None and self.cells is not None
+        index = self.cells.of[self.window.tokens].expand(own.shape)
+        own = own.masked_fill(self.window.beyond, 0)
+        return own.new_zeros(*own.shape[:-1], self.cells.count.shape[0]).scatter_add(-1, index, own)
+
+    def at_window(self, cells: Tensor) -> Tensor:
+        """Of each token of the window the value of its cell: [..., n, cells ** axes] to [.., K]."""
+        assert self.window is not None and self.cells is not None
+        index = self.cells.of[self.window.tokens]
+        return cells.gather(-1, index.expand(*cells.shape[:-1], -1))
+
+
+def _window(grid: Sequence[int], side: int, like: Tensor) -> Window:
     axes = len(grid)
     tokens = torch.zeros((), dtype=torch.int64, device=like.device)
     beyond = torch.zeros((), dtype=torch.bool, device=like.device)
@@ -47,79 +114,37 @@ def window_of(grid: Sequence[int], side: int, like: Tensor) -> Window:
         shape[axis], shape[axes + axis] = size, side
         beyond = beyond | (places >= size).view(shape)
         tokens = tokens * size + places.clamp(max=size - 1).view(shape)
-    count = math.prod(grid)
-    bias = like.new_zeros(()).masked_fill(beyond, -math.inf)
-    return Window(tokens.reshape(count, side**axes), bias.expand(tokens.shape).reshape(count, -1))
+    shape = (math.prod(grid), side**axes)
+    return Window(tokens.reshape(shape), beyond.reshape(shape))
 
 
-class Cells(NamedTuple):
-    """means: for each axis [cells, size], the shares of the positions in a cell's mean; bias:
-    [cells ** axes], the log of the tokens in each."""
-
-    means: list[Tensor]
-    bias: Tensor
-
-
-def cells_of(grid: Sequence[int], count: int, like: Tensor) -> Cells:
-    """The cells into which a grid is cut, position i of an axis in the cell i * count // size."""
-    means = []
-    bias = like.new_zeros(1)
+def _cells(grid: Sequence[int], count: int, like: Tensor) -> Cells:
+    """Position i of an axis is in the cell i * count // size."""
+    inside = []
+    tokens, of = like.new_ones(1), torch.zeros(1, dtype=torch.int64, device=like.device)
     for size in grid:
         cell = torch.arange(size, device=like.device) * count // size
-        inside = (cell == torch.arange(count, device=like.device)[:, None]).to(like.dtype)
-        tokens = inside.sum(1)
-        means.append(inside / tokens.clamp(min=1)[:, None])
-        bias = (bias[:, None] + tokens.log()).flatten()
-    return Cells(means, bias)
+        matrix = (cell == torch.arange(count, device=like.device)[:, None]).to(like.dtype)
+        inside.append(matrix)
+        tokens = (tokens[:, None] * matrix.sum(1)).flatten()
+        of = (of[:, None] * count + cell).flatten()
+    return Cells(inside, of, tokens)
 
 
-def pooled(x: Tensor, means: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
-    """The cells' means of grid tokens: [..., n, D] to [..., cells ** axes, D]."""
-    for axis, matrix in enumerate(means):
-        rest = math.prod(grid[axis + 1 :])
-        done = math.prod(m.shape[0] for m in means[:axis])
-        shape = (*x.shape[:-2], done, grid[axis], rest * x.shape[-1])
-        x = (matrix @ x.reshape(shape)).reshape(*x.shape[:-2], -1, x.shape[-1])
+def pooled(x: Tensor, inside: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
+    """The sums of grid tokens in cells: [..., n, D] to [..., cells ** axes, D]."""
+    done = 1
+    for axis, matrix in enumerate(inside):
+        rest = math.prod(grid[axis + 1 :]) * x.shape[-1]
+        image = x.reshape(*x.shape[:-2], done, grid[axis], rest)
+        x = (matrix @ image).reshape(*x.shape[:-2], -1, x.shape[-1])
+        done *= matrix.shape[0]
     return x
 
 
-def spread(x: Tensor, means: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
-    """The transpose of `pooled`: [..., cells ** axes, D] to [..., n, D]."""
-    return pooled(x, [m.mT for m in means], [m.shape[0] for m in means])
-
-
-class Parts(NamedTuple):
-    """What the grid's queries see: windows of `on_grid`, and all of `shared`, with its bias."""
-
-    window: Window | None
-    cells: Cells | None
-    bias: Tensor
-
-    @classmethod
-    def of(cls, like: Tensor, grid: Sequence[int], rest: int, side: int, count: int) -> "Parts":
-        window = window_of(grid, side, like) if side else None
-        cells = cells_of(grid, count, like) if count else None
-        bias = like.new_zeros(rest)
-        return cls(window, cells, bias if cells is None else torch.cat([bias, cells.bias]))
-
-    def shared(self, x: Tensor, grid: Sequence[int], prefix: int) -> Tensor:
-        """The keys or values that every query of the grid sees: prefix, suffix, cells."""
-        before, on_grid, after = cut(x, grid, prefix)
-        parts = [before, after]
-        if self.cells is not None:
-            parts.append(pooled(on_grid, self.cells.means, grid))
-        return torch.cat(parts, dim=-2)
-
-
-def cut(x: Tensor, grid: Sequence[int], prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Prefix, grid and suffix of [..., N, D]."""
-    count = math.prod(grid)
-    rest = x.shape[-2] - prefix - count
-    return (
-        x.narrow(-2, 0, prefix),
-        x.narrow(-2, prefix, count),
-        x.narrow(-2, prefix + count, rest),
-    )
+def spread(x: Tensor, inside: Sequence[Tensor]) -> Tensor:
+    """To each grid token what its cell has: [..., cells ** axes, D] to [..., n, D]."""
+    return pooled(x, [m.mT for m in inside], [m.shape[0] for m in inside])
 
 
 def reference(
@@ -138,32 +163,55 @@ def reference(
     """Near attention joined with ``base``, the node's output, in ordinary operators.
 
     q, k: [B, H, N, D]; v, base: [B, H, N, Dv]; mixing: [] or [gate], [H]. Returns [B, H, N, Dv] in
-    the dtype of ``base``; computed in the widest of the dtypes and float32, also under autocast.
+    q's dtype; computed in the widest of the dtypes and float32, also under autocast.
     """
     wide = widest(q, k, v, base, *mixing)
     with no_autocast(q.device.type):
         queries, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
-        before, on_grid, after = cut(queries, grid, prefix)
-        rest = q.shape[2] - math.prod(grid)
-        parts = Parts.of(k, grid, rest, neighborhood, coarse)
-        keys, values = (parts.shared(x, grid, prefix) for x in (k, v))
-        logits = on_grid @ keys.mT + parts.bias
-        if parts.window is None:
-            near = logits.softmax(-1) @ values
-        else:
-            _, key_grid, _ = cut(k, grid, prefix)
-            _, value_grid, _ = cut(v, grid, prefix)
-            around = key_grid[:, :, parts.window.tokens]
-            own = (around @ on_grid[..., None]).squeeze(-1) + parts.window.bias
-            weights = torch.cat([logits, own], dim=-1).softmax(-1)
-            shared = keys.shape[-2]
-            near = weights.narrow(-1, 0, shared) @ values
-            own = weights.narrow(-1, shared, own.shape[-1])
-            near = near + (own[..., None, :] @ value_grid[:, :, parts.window.tokens]).squeeze(-2)
-        _, base, _ = cut(base.to(wide), grid, prefix)
-        near = joined(base, near, mixing)
-        exact = [(x @ k.mT).softmax(-1) @ v for x in (before, after)]
-        return torch.cat([exact[0], near, exact[1]], dim=2).to(q.dtype)
+        near = Near.of(k, grid, prefix, neighborhood, coarse)
+        before, x, after = near.split(queries)
+        shared = near.shared(v)
+        weights, own = weigh(near, x, near.shared(k), near.split(k)[1])
+        found = weights @ shared
+        if near.window is not None:
+            around = near.split(v)[1][:, :, near.window.tokens]
+            found = found + (own[..., None, :] @ around).squeeze(-2)
+        found = joined(near.split(base.to(wide))[1], found, mixing)
+        first, last = ((t @ k.mT).softmax(-1) @ v for t in (before, after))
+        return torch.cat([first, found, last], dim=2).to(q.dtype)
+
+
+def weigh(near: Near, x: Tensor, shared: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of what is shared, [B, H, n, M], a cell's that of its sums; and of the window.
+
+    x: the scaled queries of the grid; shared: `Near.shared` of the keys; keys: of the grid. A
+    token of the window is in the sums of its cell too, which its own weight takes out again.
+    """
+    plain = x @ shared.mT
+    own = plain.narrow(-1, 0, 0)
+    if near.window is not None:
+        own = (keys[:, :, near.window.tokens] @ x[..., None]).squeeze(-1)
+    cells, rest = 0, plain.shape[-1]
+    logits = [plain]
+    if near.left is not None:
+        cells = near.left.shape[-1]
+        rest -= cells
+        sums = plain.narrow(-1, rest, cells)
+        if near.window is not None:
+            sums = sums - near.per_cell(own)
+        seen = near.left > 0
+        means = sums / near.left.clamp(min=1) + near.left.clamp(min=1).log()
+        logits = [plain.narrow(-1, 0, rest), means.masked_fill(~seen, -math.inf)]
+    if near.window is not None:
+        logits.append(own.masked_fill(near.window.beyond, -math.inf))
+    weights = torch.cat(logits, dim=-1).softmax(-1)
+    own = weights.narrow(-1, rest + cells, own.shape[-1])
+    if near.left is None:
+        return weights.narrow(-1, 0, rest), own
+    of_cells = weights.narrow(-1, rest, cells) / near.left.clamp(min=1)
+    if near.window is not None:
+        own = own - near.at_window(of_cells).masked_fill(near.window.beyond, 0)
+    return torch.cat([weights.narrow(-1, 0, rest), of_cells], dim=-1), own
 
 
 def joined(base: Tensor, near: Tensor, mixing: Sequence[Tensor]) -> Tensor:

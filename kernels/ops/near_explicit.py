@@ -1,18 +1,16 @@
 """Near attention with its backward written out, in blocks of batch items and heads.
 
-The equations are those of `near`; in the comments s is a logit, p a weight, g the gradient of the
-attention's output.
+The equations are those of `near`; g is the gradient of what is returned.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import near
 from .explicit import token_major_empty
+from .near import Near, reference, spread, weigh
 from .precision import widest
 
 #: Elements that the keys of all windows of a block may have: 32 MiB in float32.
@@ -27,7 +25,7 @@ def forward(
     for items, heads in _blocks(q, settings["grid"], settings["neighborhood"]):
         block = (x[items, heads] for x in (q, k, v, base))
         gates = [gate[heads] for gate in mixing]
-        out[items, heads] = near.reference(*block, gates, **settings)
+        out[items, heads] = reference(*block, gates, **settings)
     return out
 
 
@@ -49,39 +47,30 @@ def backward(
     grads = [token_major_empty(*about) for about in ((q, q.shape[3]), (k, k.shape[3]))]
     grads += [token_major_empty(v, v.shape[3]), token_major_empty(q, v.shape[3])]
     grad_mixing = [torch.zeros_like(gate, dtype=wide) for gate in mixing]
-    rest = q.shape[2] - math.prod(grid)
-    parts = near.Parts.of(q.new_zeros((), dtype=wide), grid, rest, neighborhood, coarse)
+    near = Near.of(q.new_zeros((), dtype=wide), grid, prefix, neighborhood, coarse)
     for items, heads in _blocks(q, grid, neighborhood):
         gate = mixing[0][heads].to(wide)[:, None, None] if mixing else 0.5
         block = [x[items, heads].to(wide) for x in (q, k, v, grad)]
         block[0] = block[0] * scale
-        dq, dk, dv, along = _backward(*block, gate, parts, grid, prefix)
+        dq, dk, dv, along = _backward(*block, gate, near)
         for whole, part in zip(grads, (dq * scale, dk, dv), strict=False):
             whole[items, heads] = part.to(whole.dtype)
-        base = block[3] if mixing else 0.5 * block[3]
-        whole = grads[3][items, heads]
-        whole.zero_()
-        near.cut(whole, grid, prefix)[1].copy_(near.cut(base, grid, prefix)[1])
+        base = near.split(block[3])[1] * (1.0 if mixing else 0.5)
+        whole = grads[3][items, heads].zero_()
+        near.split(whole)[1].copy_(base)
         for total in grad_mixing:
             total[heads] += along.sum((0, 2))
     return [*grads, *grad_mixing]
 
 
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    gate: Any,
-    parts: near.Parts,
-    grid: Sequence[int],
-    prefix: int,
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, gate: Any, near: Near
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the scaled queries, of keys and values, and g . a of each grid token."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    before, x, after = near.cut(q, grid, prefix)
-    g_before, g, g_after = near.cut(grad, grid, prefix)
-    into = near.cut(dq, grid, prefix)
+    before, x, after = near.split(q)
+    g_before, g, g_after = near.split(grad)
+    into = near.split(dq)
     for exact, outer, to in ((before, g_before, into[0]), (after, g_after, into[2])):
         p = (exact @ k.mT).softmax(-1)
         ds = _softmax_backward(p, outer @ v.mT)
@@ -89,39 +78,46 @@ def _backward(
         dk += ds.mT @ exact
         to.copy_(ds @ k)
 
-    keys, values = (parts.shared(t, grid, prefix) for t in (k, v))
-    count = keys.shape[-2]
-    logits = x @ keys.mT + parts.bias
-    dp = g @ values.mT
-    _, key_grid, _ = near.cut(k, grid, prefix)
-    _, value_grid, _ = near.cut(v, grid, prefix)
-    if parts.window is not None:
-        tokens = parts.window.tokens
-        around, among = key_grid[:, :, tokens], value_grid[:, :, tokens]
-        own = (around @ x[..., None]).squeeze(-1) + parts.window.bias
-        logits = torch.cat([logits, own], dim=-1)
-        dp = torch.cat([dp, (among @ g[..., None]).squeeze(-1)], dim=-1)
-    p = logits.softmax(-1)
-    along = (p * dp).sum(-1, keepdim=True)
-    ds = p * (dp - along) * gate
-    p = p * gate
+    # With P, O the weights of what is shared and of the window, and l the logits: a = P V + O v.
+    keys, values = near.shared(k), near.shared(v)
+    on_grid = near.split(k)[1]
+    shared, own = weigh(near, x, keys, on_grid)
+    dp, done = g @ values.mT, torch.zeros_like(own)
+    if near.window is not None:
+        tokens, beyond = near.window
+        done = (near.split(v)[1][:, :, tokens] @ g[..., None]).squeeze(-1).masked_fill_(beyond, 0)
+    # The weights as the softmax gave them, and their gradients.
+    rest = keys.shape[-2] - (0 if near.left is None else near.left.shape[-1])
+    plain, plain_own = shared.clone(), own
+    if near.left is not None:
+        left = near.left.clamp(min=1)
+        if near.window is not None:
+            dp[..., rest:] -= near.per_cell(done)
+            plain_own = own + near.at_window(shared[..., rest:]).masked_fill(beyond, 0)
+        dp[..., rest:] /= left
+        plain[..., rest:] *= left
+    along = (plain * dp).sum(-1, keepdim=True) + (plain_own * done).sum(-1, keepdim=True)
+    dl, dl_own = plain * (dp - along) * gate, plain_own * (done - along) * gate
+    if near.left is not None:
+        dl[..., rest:] /= left
+        if near.window is not None:
+            dl_own = dl_own - near.at_window(dl[..., rest:]).masked_fill(beyond, 0)
+    shared, own = shared * gate, own * gate
 
-    dkeys, dvalues = ds[..., :count].mT @ x, p[..., :count].mT @ g
-    into[1].copy_(ds[..., :count] @ keys)
-    _, dk_grid, _ = near.cut(dk, grid, prefix)
-    _, dv_grid, _ = near.cut(dv, grid, prefix)
-    if parts.window is not None:
-        into[1].add_((ds[..., None, count:] @ around).squeeze(-2))
+    into[1].copy_(dl @ keys)
+    if near.window is not None:
+        into[1].add_((dl_own[..., None, :] @ on_grid[:, :, tokens]).squeeze(-2))
         flat = tokens.flatten()
-        dk_grid.index_add_(2, flat, (ds[..., count:, None] * x[..., None, :]).flatten(2, 3))
-        dv_grid.index_add_(2, flat, (p[..., count:, None] * g[..., None, :]).flatten(2, 3))
-    rest = q.shape[2] - x.shape[2]
-    for total, part in ((dk, dkeys), (dv, dvalues)):
-        head, on_grid, tail = near.cut(total, grid, prefix)
-        head.add_(part[:, :, :prefix])
-        tail.add_(part[:, :, prefix:rest])
-        if parts.cells is not None:
-            on_grid.add_(near.spread(part[:, :, rest:], parts.cells.means, grid))
+        for total, weights, rows in ((dk, dl_own, x), (dv, own, g)):
+            outer = weights[..., None] * rows[..., None, :]
+            near.split(total)[1].index_add_(2, flat, outer.flatten(2, 3))
+    for total, weights, rows in ((dk, dl, x), (dv, shared, g)):
+        part = weights.mT @ rows
+        head, image, tail = near.split(total)
+        head.add_(part[:, :, : near.prefix])
+        tail.add_(part[:, :, near.prefix : rest])
+        if near.cells is not None:
+            image.add_(spread(part[:, :, rest:], near.cells.inside))
     return dq, dk, dv, along.squeeze(-1)
 
 
