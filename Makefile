@@ -92,14 +92,14 @@ on-gpu:
 	$(GPU_PYTHON) -m t5fx.bench.lease --out $(LEASE) $(LEASE_ARGS) || failed=1; \
 	test -z "$(ONLY_LEASE)" || exit $$failed; \
 	$(GPU_PYTHON) -m pytest -q -p no:benchmark -W default -n $(GPU_WORKERS) --dist worksteal \
-		-m gpu tests/test_triton.py $(PYTEST_ARGS) || failed=1; \
+		-m gpu tests/kernels/test_triton.py $(PYTEST_ARGS) || failed=1; \
 	for suite in kernels models peers; do \
 		$(GPU_PYTHON) -m t5fx bench $$suite $(BENCH_ARGS) || failed=1; done; \
 	$(GPU_PYTHON) -m t5fx bench report docs/bench $(LEASE) && exit $$failed
 
 nightly: .venv/.test-installed .venv-oldest/.test-installed  ## slow tests too, and many more examples of each property
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
-	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) tests/test_triton.py
+	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) tests/kernels/test_triton.py
 
 format: .venv/.test-installed  ## put the code in ruff's format
 	.venv/bin/ruff check --fix .

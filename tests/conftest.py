@@ -82,7 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _imported(path: Path) -> set[str]:
-    """The modules that a test file imports anywhere in it, through its neighbours in tests/ too."""
+    """The modules that a test file imports anywhere in it, through those of the tests too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -90,10 +90,11 @@ def _imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
     for name in list(names):
-        neighbour = TESTS / f"{name.partition('.')[0]}.py"
-        if neighbour.exists():
+        file = f"{name.partition('.')[0]}.py"
+        for neighbour in filter(Path.exists, (path.parent / file, TESTS / file)):
             names.remove(name)
             names |= _imported(neighbour)
+            break
     return names
 
 

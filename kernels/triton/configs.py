@@ -6,7 +6,7 @@ the most warps on a multiprocessor; two parts where the products of one would be
 tile has fewer than 16 tokens for each warp, products in a row are computed twice. Tiles are loaded
 ahead where that costs no program its room and nothing is spilled for it: `inner_gradient`, with all
 registers in use, would spill 3 % of its instructions in heads of 64 and 18 % in those of 128. The
-other rows are guesses that fit: tests/test_triton_compile.py builds each of them for five
+other rows are guesses that fit: tests/kernels/test_triton_compile.py builds each of them for five
 architectures and holds it to the architecture's shared memory, and the programs of the rows for
 sm_90 to what fits on a multiprocessor by registers, shared memory and warps
 (``bench.offline.resident``): never more, and all of them where 16 bits are multiplied in heads of

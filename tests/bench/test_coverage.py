@@ -12,7 +12,7 @@ from t5fx.bench import coverage
 from t5fx.bench.cases import parse, show
 from t5fx.bench.executed import Executed, count
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 X = torch.randn(2, 9, 8)
 
 

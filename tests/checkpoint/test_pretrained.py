@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+import vits
 from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,7 +79,7 @@ def test_in_a_fresh_process_without_pickle(tmp_path, compiled):
         import pickle, sys
         import torch
         from safetensors.torch import load_file
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        sys.path.insert(0, {os.path.dirname(vits.__file__)!r})
         from vits import Shape, ViT
         import t5fx
 

@@ -675,7 +675,7 @@ def test_a_failure_names_the_site_and_changes_nothing(eager, monkeypatch):
 
 
 def script(text, **environment):
-    tests = os.path.dirname(__file__)
+    tests = os.path.dirname(vits.__file__)
     text = f"import sys; sys.path.insert(0, {tests!r})\n" + textwrap.dedent(text)
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", text],
