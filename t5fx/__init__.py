@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     )
     from t5fx.reports import Report, Site
     from t5fx.training.align import Align
+    from t5fx.training.distill import Distill
     from t5fx.training.finetune import FineTune
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Align",
+    "Distill",
     "AlreadyLinearizedError",
     "CaptureError",
     "CheckpointError",
@@ -89,6 +91,7 @@ _ERRORS = (
 
 _HOMES = {
     "Align": "training.align",
+    "Distill": "training.distill",
     "FineTune": "training.finetune",
     "from_pretrained": "checkpoint.pretrained",
     "save_pretrained": "checkpoint.pretrained",

@@ -5,6 +5,7 @@ As those of `opaque`, no compiler looks into them. On a CPU they are the C++ of
 They can be differentiated once.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import near_explicit, pair
 from .explicit import token_major_empty
-from .precision import no_autocast
+from .precision import no_autocast, widest
 from .variant import Variant
 
 _SETTINGS = "float scale, SymInt[] grid, SymInt prefix, int neighborhood, int coarse"
@@ -73,8 +74,26 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, *mixing = ctx.saved_tensors
+    if not any(ctx.needs_input_grad[:3]):
+        return *_of_parameters(ctx, grad, q, k, v, mixing), *[None] * len(ctx.settings)
     dq, dk, dv, dbase, *rest = torch.ops.t5fx.near_backward(grad, q, k, v, mixing, *ctx.settings)
     return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
+
+
+def _of_parameters(
+    ctx: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixing: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """The gradients where q, k and v need none: the attention again, without its backward."""
+    scale, grid, prefix, *rest = ctx.settings
+    nothing = torch.zeros_like(grad)
+    on_grid = nothing.index_fill(2, torch.arange(math.prod(grid), device=q.device) + prefix, 1)
+    base = grad * on_grid if mixing else 0.5 * grad * on_grid
+    if not mixing:
+        return None, None, None, base, []
+    ones = [torch.ones_like(mixing[0])]
+    near = torch.ops.t5fx.near_forward(q, k, v, nothing, ones, scale, grid, prefix, *rest)
+    wide = widest(grad, *mixing)
+    return None, None, None, base, [(base.to(wide) * near.to(wide)).sum((0, 2, 3)).to(ones[0])]
 
 
 torch.library.register_autograd("t5fx::near_forward", _differentiate, setup_context=_save)
