@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from t5fx.training.align import Align
     from t5fx.training.distill import Distill
     from t5fx.training.finetune import FineTune
+    from t5fx.training.search import search
 
 __version__ = "0.1.0"
 __all__ = [
@@ -99,6 +100,7 @@ _HOMES = {
     "linearize": "api",
     "explain": "api",
     "report": "api",
+    "search": "training.search",
     "softmax": "api",
     "example_inputs": "api",
     "LinearizeConfig": "config",

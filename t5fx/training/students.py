@@ -77,6 +77,15 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def attention(node: TTT) -> Callable[..., Tensor]:
+    """The softmax attention that a node replaced, as its forward."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, scale=node.scale)
+
+    return forward
+
+
 @contextmanager
 def instead(
     nodes: Mapping[str, TTT], forward: Mapping[str, Callable[..., Tensor]]
