@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import near_explicit, pair
+from . import cpp, near_explicit, pair
 from .explicit import token_major_empty
 from .precision import no_autocast, widest
 from .variant import Variant
@@ -37,8 +37,11 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, base: Tensor, mixing: Sequence[Tensor], *settings: Any
 ) -> Tensor:
     """Near attention joined with the node's output ``base``: see `near.reference`."""
+    wide = widest(q, k, v, base, *mixing)
+    compiled = cpp.serves(q, wide, "near_forward")
+    forward = cpp.near_forward if compiled else near_explicit.forward
     with torch.no_grad(), no_autocast(q.device.type):
-        return near_explicit.forward(q, k, v, base, mixing, **_named(settings))
+        return forward(q, k, v, base, [gate.to(wide) for gate in mixing], **_named(settings))
 
 
 @torch.library.register_fake("t5fx::near_forward")
@@ -51,8 +54,12 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixing: Sequence[Tensor], *settings: Any
 ) -> list[Tensor]:
     """Gradients of q, k, v, base and mixing, each in its dtype, base in q's."""
+    wide = widest(q, k, v, *mixing)
+    compiled = cpp.serves(q, wide, "near_backward")
+    backward = cpp.near_backward if compiled else near_explicit.backward
     with torch.no_grad(), no_autocast(q.device.type):
-        grads = near_explicit.backward(grad, q, k, v, mixing, **_named(settings))
+        gates = [gate.to(wide) for gate in mixing]
+        grads = backward(grad, q, k, v, gates, **_named(settings))
     return [g.to(x.dtype) for g, x in zip(grads, (q, k, v, q, *mixing), strict=True)]
 
 
