@@ -29,6 +29,7 @@ ORDER = [
     "t5fx.patterns",  # a pattern each
     "t5fx.analysis.match",
     "t5fx.analysis.opaque",
+    "t5fx.analysis.axis",
     "t5fx.analysis.tokens",
     "t5fx.analysis.meaning",
     "t5fx.analysis.rules_compute",

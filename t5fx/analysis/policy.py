@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from t5fx.analysis.axis import Axis
 from t5fx.analysis.layout import Axes
 from t5fx.analysis.legality import (
     check_independent,
@@ -24,7 +25,6 @@ from t5fx.analysis.legality import (
 )
 from t5fx.analysis.match import Match, find
 from t5fx.analysis.measure import Cost, Shape, cost
-from t5fx.analysis.tokens import Axis
 from t5fx.config import LinearizeConfig
 from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
 from t5fx.graph.sizes import expr, hint
