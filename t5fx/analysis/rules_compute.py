@@ -11,6 +11,7 @@ from t5fx.analysis.meaning import Axes, pointwise, rank_of, rule
 from t5fx.analysis.tokens import merge
 from t5fx.graph.sizes import expr, hint, same
 from t5fx.graph.view import View
+from t5fx.patterns import patterns
 
 
 @rule("mean", "sum", "amax", "amin")
@@ -63,7 +64,7 @@ def _matmul(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     return (*batch, left[-2], axes.fresh(node, rank - 1, Feature) if weights else right[-1])
 
 
-@rule("scaled_dot_product_attention")
+@rule(*(pattern.anchor for pattern in patterns() if pattern.whole))
 def attention(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     query, value = (axes[axes.view.arg(node, name)] for name in ("query", "value"))
     return (*query[:-1], value[-1])

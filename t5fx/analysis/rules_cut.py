@@ -117,7 +117,7 @@ def _getitem(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if axes.view.val(producer) is not None:
         return _index(axes, node, producer, key)
     name = axes.view.op(producer)
-    if name in ("scaled_dot_product_attention", "flex_attention") and key == 0:
+    if RULES.get(name) is attention and key == 0:
         return attention(axes, producer)
     if name in ("native_group_norm", "layer_norm", "native_batch_norm", "max_pool2d") and key == 0:
         return RULES.get(name, normalised)(axes, producer)
