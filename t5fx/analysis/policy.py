@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from t5fx.analysis.axis import Axis
 from t5fx.analysis.layout import Axes
 from t5fx.analysis.legality import (
     check_independent,
@@ -24,7 +25,6 @@ from t5fx.analysis.legality import (
 )
 from t5fx.analysis.match import Match, find
 from t5fx.analysis.measure import Cost, Shape, cost
-from t5fx.analysis.tokens import Axis
 from t5fx.config import LinearizeConfig
 from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
 from t5fx.graph.sizes import expr, hint
@@ -87,7 +87,7 @@ def plan(
     for match in matches:
         name = public(match.owner)
         chosen = config.at(name)
-        site = Site(fqn=name, status="skipped", pattern=match.pattern)
+        site = Site(fqn=name, status="skipped", pattern=match.pattern.name)
         entry = Plan(match, site, chosen)
         plans.append(entry)
         assert axes is not None
@@ -153,7 +153,7 @@ def _judge(
     if match.binding is None:
         value = view.val(match.anchor)
         if value is not None and value.dim() >= 2:
-            site.num_tokens = hint(value.shape[-1 if match.pattern != "fused" else -2])
+            site.num_tokens = hint(value.shape[-2 if match.pattern.whole else -1])
         assert match.refusal is not None
         raise match.refusal
     binding = match.binding
