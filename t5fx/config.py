@@ -59,8 +59,8 @@ class LinearizeConfig:
         axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
         of the call's arguments that returns one (evaluated at capture).
     min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
-        rewrites where the node needs fewer FLOPs than softmax (N > 4.5 D for "swiglu"), each
-        counted at the estimated rate of the implementation that will run.
+        rewrites where the node needs fewer FLOPs than softmax (of a "swiglu" with K keys of near
+        attention N > 4.5 D + K), each counted at the estimated rate of what will run.
     include, exclude: `fnmatch` patterns of owner names, e.g. ("blocks.[0-5].*",); exclude wins.
     overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
         where several patterns match, later ones win.
@@ -89,8 +89,8 @@ class LinearizeConfig:
     key_norm: KeyNorm = "instance"
     key_norm_eps: float = 1.0
     locality: Locality = "dwc_qk"
-    neighborhood: int = 0
-    coarse: int = 0
+    neighborhood: int = 5
+    coarse: int = 8
     mix: Mix = "gate"
     grid: Grid = None
     prefix: Layout = None

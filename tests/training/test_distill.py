@@ -38,7 +38,7 @@ def changed(before, module):
     return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
 
 
-@pytest.mark.parametrize("train", ["new", "full", "lora"])
+@pytest.mark.parametrize("train", ["new", "full", pytest.param("lora", marks=pytest.mark.extras)])
 def test_the_student_comes_closer_and_only_what_is_trained_changes(model, lin, train):
     original, before, names = values(model), values(lin), list(lin.state_dict())
     flags = [p.requires_grad for p in lin.parameters()]

@@ -100,6 +100,7 @@ def test_measured_costs(model, monkeypatch):
     assert result.points[0].cost == 1.5
 
 
+@pytest.mark.extras
 def test_aligned_candidates_and_a_picture(model, tmp_path):
     result = look(model, budget=1.0, align=20)
     assert result.points[0].loss < look(model, budget=1.0).points[0].loss
