@@ -71,11 +71,9 @@ def plan(
 ) -> list[Plan]:
     """Judge every attention of a graph.
 
-    tried: is told what each pattern did, by its name.
-
-    owner: the module that has a name in the graph; without it the one under the graph's root.
-
-    public: the name that a module of the graph has for the user.
+    tried: is told what each pattern did, by its name. owner: the module that has a name in the
+    graph; without it the one under the graph's root. public: the name that a module of the graph
+    has for the user.
 
     decided: what an earlier graph of the same model decided about a site: True, it is rewritten
     (and judged again for legality and layout, but not for selection and cost); False, it is left;
