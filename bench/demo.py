@@ -170,7 +170,7 @@ def distillation(crops: photos.RandomCrops, steps: int) -> t5fx.Distill:
 
 
 def class_and_patches(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine, the mean of that of the class tokens and that of the patches, of [B, 1 + N, C]."""
+    """1 - cosine: the mean of that of class tokens and that of patches, of [B, 1 + N, C]."""
     parts = ((x[:, :1], x[:, 1:]) for x in (student, teacher))
     return 0.5 * sum((cosine(s, t) for s, t in zip(*parts, strict=True)), torch.zeros(()))
 

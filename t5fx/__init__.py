@@ -41,11 +41,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Align",
-    "Distill",
     "AlreadyLinearizedError",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "Distill",
     "FineTune",
     "GraphSpecError",
     "HookError",
@@ -67,6 +67,7 @@ __all__ = [
     "from_pretrained",
     "linearize",
     "report",
+    "search",
     "save_pretrained",
     "softmax",
 ]

@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from t5fx.errors import ConfigError
-from t5fx.kernels.variant import NAMES, Variant
 
 VERSION = 1
 
@@ -165,16 +164,6 @@ class LinearizeConfig:
             if fnmatchcase(owner, pattern):
                 changes.update(fields)
         return dataclasses.replace(self, overrides={}, **changes) if changes else self
-
-    def variant(self, grid: bool) -> Variant:
-        """Which node a site gets whose tokens lie on a grid, or do not."""
-        variant = Variant(**{name: getattr(self, name) for name in NAMES})
-        return variant if grid else variant.without_grid()
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether a site's node reads where its tokens lie."""
-        return self.variant(True).needs_grid
 
     @property
     def gives_layout(self) -> bool:

@@ -102,8 +102,8 @@ class Align:
         steps: how many batches.
         lr: peak learning rate of Muon for the inner model's matrices; AdamW has twice that for the
             convolutions and gates. None is 1e-2, or 2e-3 where the nodes have near attention, which
-            leaves them little to learn. Linear warm-up over a fraction `warmup` of the steps, then a
-            cosine.
+            leaves them little to learn. Linear warm-up over a fraction `warmup` of the steps, then
+            a cosine.
         own: the fraction of the steps, the last ones, in which the nodes' own outputs go on to the
             layers behind instead of the original's: so that later nodes learn on what they will
             get. Their targets are the softmax attention's on that.
@@ -216,7 +216,7 @@ class Align:
                     break
 
     def _is_still(self, means: list[float]) -> bool:
-        """Whether the loss does not fall any more; of means over all processes: all stop at once."""
+        """Whether the loss falls no more; it is the mean over all processes: all stop at once."""
         if self.until is None or len(means) < 100:
             return False
         earlier, later = sum(means[-100:-50]), sum(means[-50:])

@@ -82,7 +82,7 @@ def test_hidden_states_are_those_of_the_blocks_or_those_named(lin):
     assert hook._hidden(lin, nodes) == blocks
     named = t5fx.Distill(batches(), hidden=["*.mlp"])._hidden(lin, nodes)
     assert named and all(name.endswith(".mlp") for name in named)
-    with pytest.raises(TrainingError, match="hidden: expected names of modules.* got 'nothing'"):
+    with pytest.raises(TrainingError, match=r"hidden: expected names of modules.* got 'nothing'"):
         t5fx.Distill(batches(), hidden=["nothing"], steps=1)(lin)
 
 

@@ -70,7 +70,9 @@ def test_frontier_of_random_tables_is_that_of_all_choices():
 
         def value(choice, options=options):
             chosen = [options[k][i] if i is not None else None for k, i in choice.items()]
-            return sum(o.cost if o else 2.0 for o in chosen), sum(o.loss if o else 0 for o in chosen)
+            return sum(o.cost if o else 2.0 for o in chosen), sum(
+                o.loss if o else 0 for o in chosen
+            )
 
         every = [
             value(dict(zip(options, choice, strict=True)))
@@ -120,6 +122,6 @@ def test_wrong_settings(model):
             look(model, **wrong)
     with pytest.raises(TrainingError, match="data: expected batches"):
         t5fx.search(model, (SHAPE.images(),), data=[], budget=1)
+    none = dataclasses.replace(t5fx.LinearizeConfig(), exclude=("*",))
     with pytest.raises(NothingRewrittenError):
-        none = dataclasses.replace(t5fx.LinearizeConfig(), exclude=("*",))
         look(model, budget=1, config=none)
