@@ -67,8 +67,8 @@ __all__ = [
     "from_pretrained",
     "linearize",
     "report",
-    "search",
     "save_pretrained",
+    "search",
     "softmax",
 ]
 
