@@ -61,6 +61,8 @@ def _ttt(
     if not variant.is_near:
         return base
     near_settings = (scale, grid, prefix, neighborhood, coarse)
+    if impl == "triton":
+        return torch.ops.t5fx.near_triton_forward(q, k, v, base, mixing, *near_settings)[0]
     if impl != "reference" and _is_closed(q, k, v, *weights, *conv, *mixing):
         return torch.ops.t5fx.near_forward(q, k, v, base, mixing, *near_settings)
     return near.reference(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..choice import cells_obstacle
 from ..errors import NodeArgumentError
 from .launch import (
     MAX_WIDTH,
@@ -27,11 +28,6 @@ from .near_query import near_exact, near_queries
 from .near_query_gradient import near_exact_gradient, near_query_gradient
 from .share import ceil_div
 
-#: Channels of all cells together, cells and channels padded to powers of two: all mean keys are on
-#: the chip at once.
-MAX_CELLS_BY_WIDTH = 2**14
-#: The most cells in any case: what a query has of each is in registers.
-MAX_CELLS = 256
 #: Queries of the grid whose gradients of what they share one program sums up.
 CHUNK = 1024
 
@@ -44,15 +40,25 @@ class Block(NamedTuple):
     warps: int
 
 
-#: By the width that a head is padded to: guesses that compile without much spilling. None of them
-#: has been measured.
+#: By the width that a head is padded to, for products of 16 bits: guesses that compile with little
+#: spilling. None of them has been measured.
 BLOCKS = {
     16: Block(64, 64, 4),
     32: Block(64, 64, 4),
     64: Block(32, 64, 4),
-    128: Block(32, 32, 4),
+    128: Block(32, 32, 8),
     256: Block(16, 32, 4),
 }
+#: The same of float32, whose multiply-adds are all unrolled.
+WIDE_BLOCKS = {
+    16: Block(32, 32, 4),
+    32: Block(32, 32, 4),
+    64: Block(16, 32, 4),
+    128: Block(16, 16, 4),
+    256: Block(16, 16, 8),
+}
+#: Cells from which on a program has as few rows as a product can have: it has all cells of each.
+MANY_CELLS = 64
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,9 @@ class NearSite:
 
     @property
     def block(self) -> Block:
-        return BLOCKS[padded(max(self.dim, self.value_dim))]
+        rows = WIDE_BLOCKS if self.wide else BLOCKS
+        found = rows[padded(max(self.dim, self.value_dim))]
+        return found._replace(rows=16) if self.cells >= MANY_CELLS else found
 
     def programs(self, rows: int) -> int:
         """So many that each has a block of ``rows``; 1 too many where there are none."""
@@ -140,15 +148,6 @@ def cell_count(axes: int, coarse: int) -> int:
     return coarse**axes if coarse else 0
 
 
-def cells_obstacle(axes: int, coarse: int, width: int) -> str | None:
-    """Why the kernels cannot take so many cells, with heads of ``width``."""
-    cells = cell_count(axes, coarse)
-    most = min(MAX_CELLS, MAX_CELLS_BY_WIDTH // padded(width))
-    if not cells or padded(cells) <= most:
-        return None
-    return f"expected at most {most} cells with heads of {width} channels; got {cells}"
-
-
 def near_site(
     q: Tensor,
     k: Tensor,
@@ -181,10 +180,11 @@ def near_site(
         )
     batch, heads, tokens, dim = q.shape
     axes = len(grid)
-    obstacle = cells_obstacle(axes, coarse, int(max(dim, v.shape[3])))
+    obstacle = cells_obstacle(axes, coarse, padded(max(dim, v.shape[3])))
     if obstacle is not None:
         raise NodeArgumentError(
-            f'coarse: {obstacle} with impl="triton"; use impl="reference"'
+            f'coarse: expected what kernels take with impl="triton"; got {obstacle}; use '
+            'impl="reference"'
         )
     return NearSite(
         batch=batch,
@@ -195,8 +195,8 @@ def near_site(
         prefix=prefix,
         grid=(1,) * (3 - axes) + tuple(grid),
         axes=axes,
-        side=neighborhood,
-        coarse=coarse,
+        side=int(neighborhood),
+        coarse=int(coarse),
         gated=bool(mixing),
         wide=is_wide(q, k, v),
         scaled=is_scaled(q, k, v),

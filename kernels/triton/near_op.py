@@ -4,6 +4,7 @@
 The annotations are the operators' schemas.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,9 +74,28 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, lse, *mixing = ctx.saved_tensors
+    if not any(ctx.needs_input_grad[:3]):
+        return *_of_parameters(ctx, grad, q, k, v, mixing), *[None] * len(ctx.settings)
     backward = torch.ops.t5fx.near_triton_backward
     dq, dk, dv, dbase, *rest = backward(grad, q, k, v, mixing, lse, *ctx.settings)
     return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
+
+
+def _of_parameters(
+    ctx: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixing: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """The gradients where q, k and v need none: the attention again, without its backward."""
+    _, grid, prefix, *_ = ctx.settings
+    on_grid = 2, prefix, math.prod(grid)
+    part = grad.narrow(*on_grid)
+    base = torch.zeros_like(grad)
+    base.narrow(*on_grid).copy_(part if mixing else 0.5 * part)
+    if not mixing:
+        return None, None, None, base, []
+    ones, nothing = [torch.ones_like(mixing[0])], torch.zeros_like(grad)
+    near, _ = torch.ops.t5fx.near_triton_forward(q, k, v, nothing, ones, *ctx.settings)
+    along = part.float() * near.narrow(*on_grid).float()
+    return None, None, None, base, [along.sum((0, 2, 3)).to(mixing[0].dtype)]
 
 
 near_triton_forward.register_autograd(_differentiate, setup_context=_save)

@@ -117,27 +117,27 @@ def near_queries(
         left = tokens_left(starts, cells, grid, NDIM, SIDE, COARSE)
         sizes = counts(cells, grid, NDIM, COARSE)
         known = tl.minimum(cells, CELLS - 1)
-        block = load_rows(
+        means = load_rows(
             (mean_k + group.to(tl.int64) * (CELLS * D), D, 1), known, channels, D, 1
         )
-        logits = cell_logits(times_means(x, block, PRECISION) * scale, left, sizes, taken)
-        top, total = larger(top, total, logits)
+        of_cells = cell_logits(times_means(x, means, PRECISION) * scale, left, sizes, taken)
+        top, total = larger(top, total, of_cells)
     norm = top + tl.log(total)
 
     result = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if CELLS > 0:
-        share = tl.exp(logits - norm[:, None]) / tl.maximum(left, 1.0)
-        block = load_rows(
+        share = tl.exp(of_cells - norm[:, None]) / tl.maximum(left, 1.0)
+        mean_values = load_rows(
             (mean_v + group.to(tl.int64) * (CELLS * DV), DV, 1), known, values, DV, 1
         ).to(dtype)
-        weights = (share * sizes[None, :]).to(dtype)
-        result = tl.dot(weights, block, result, input_precision=PRECISION)
+        of_means = (share * sizes[None, :]).to(dtype)
+        result = tl.dot(of_means, mean_values, result, input_precision=PRECISION)
     for begin in range(0, count, BLOCK_S):
-        tokens, _, off = off_grid_logits(
+        off, _, logits = off_grid_logits(
             x, keys, begin, count, channels, scale, prefix, grid_tokens, D, UNIT, PRECISION, BLOCK_S
         )
-        block = load_rows(vals, tokens, values, DV, UNIT).to(dtype)
-        weights = tl.exp(off - norm[:, None]).to(dtype)
+        block = load_rows(vals, off, values, DV, UNIT).to(dtype)
+        weights = tl.exp(logits - norm[:, None]).to(dtype)
         result = tl.dot(weights, block, result, input_precision=PRECISION)
     for offset in range(WINDOW):
         tokens, inside, cell = seen(starts, offset, grid, NDIM, SIDE, COARSE)
@@ -146,8 +146,8 @@ def near_queries(
         if CELLS > 0:
             weight -= of_cell(share, cells, cell)
         weight = tl.where(inside, weight, 0.0)
-        row = load_rows(vals, prefix + tokens, values, DV, UNIT).to(tl.float32)
-        result += weight[:, None] * row
+        value = load_rows(vals, prefix + tokens, values, DV, UNIT).to(tl.float32)
+        result += weight[:, None] * value
 
     joined = load_rows(bases, prefix + own, values, DV, UNIT).to(tl.float32)
     factor = load_gate(gate, head, GATED)
@@ -202,9 +202,9 @@ def near_exact(
         weights = tl.exp(logits - new[:, None])
         shrunk = tl.exp(top - new)
         total = total * shrunk + tl.sum(weights, 1)
-        block = load_rows(vals, known, values, DV, UNIT).to(dtype)
+        value = load_rows(vals, known, values, DV, UNIT).to(dtype)
         result = tl.dot(
-            weights.to(dtype), block, result * shrunk[:, None], input_precision=PRECISION
+            weights.to(dtype), value, result * shrunk[:, None], input_precision=PRECISION
         )
         top = new
     first = (group // heads).to(tl.int64) * num_tokens

@@ -97,8 +97,8 @@ def near_query_gradient(
         tokens, inside, cell = seen(starts, offset, grid, NDIM, SIDE, COARSE)
         row = load_rows(keys, prefix + tokens, channels, D, UNIT).to(tl.float32)
         logit = tl.sum(scaled * row, 1)
-        row = load_rows(vals, prefix + tokens, values, DV, UNIT).to(tl.float32)
-        dp = tl.sum(g_wide * row, 1)
+        value = load_rows(vals, prefix + tokens, values, DV, UNIT).to(tl.float32)
+        dp = tl.sum(g_wide * value, 1)
         if CELLS > 0:
             at = (cells[None, :] == cell[:, None]) & inside[:, None]
             taken += tl.where(at, logit[:, None], 0.0)
@@ -115,22 +115,22 @@ def near_query_gradient(
         most = tl.maximum(left, 1.0)
         sizes = counts(cells, grid, NDIM, COARSE)
         known = tl.minimum(cells, CELLS - 1)
-        block = load_rows(
+        mean_keys = load_rows(
             (mean_k + group.to(tl.int64) * (CELLS * D), D, 1), known, channels, D, 1
         )
-        logits = cell_logits(times_means(x, block, PRECISION) * scale, left, sizes, taken)
+        logits = cell_logits(times_means(x, mean_keys, PRECISION) * scale, left, sizes, taken)
         share = tl.exp(logits - norm[:, None])
-        means = load_rows(
+        mean_values = load_rows(
             (mean_v + group.to(tl.int64) * (CELLS * DV), DV, 1), known, values, DV, 1
         )
-        dps = (times_means(g, means, PRECISION) * sizes[None, :] - taken_dp) / most
-        total += tl.sum(share * dps, 1)
+        cell_dp = (times_means(g, mean_values, PRECISION) * sizes[None, :] - taken_dp) / most
+        total += tl.sum(share * cell_dp, 1)
 
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if CELLS > 0:
-        slope = share * (dps - total[:, None]) / most
-        weights = (slope * sizes[None, :]).to(dtype)
-        result = tl.dot(weights, block.to(dtype), result, input_precision=PRECISION)
+        slope = share * (cell_dp - total[:, None]) / most
+        of_means = (slope * sizes[None, :]).to(dtype)
+        result = tl.dot(of_means, mean_keys.to(dtype), result, input_precision=PRECISION)
         there = exist[:, None] & (cells < CELLS)[None, :]
         first = (group.to(tl.int64) * grid_tokens + own) * CELLS
         tl.store(shares + first[:, None] + cells[None, :], share / most, mask=there)
@@ -140,12 +140,12 @@ def near_query_gradient(
             x, g, norm, keys, vals, begin, count, channels, values, scale, prefix, grid_tokens, D,
             DV, UNIT, PRECISION, BLOCK_S,
         )  # fmt: skip
-        weights = (weights * (dps - total[:, None])).to(dtype)
-        result = tl.dot(weights, block, result, input_precision=PRECISION)
+        slopes_of = (weights * (dps - total[:, None])).to(dtype)
+        result = tl.dot(slopes_of, block, result, input_precision=PRECISION)
     for offset in range(WINDOW):
         tokens, inside, cell = seen(starts, offset, grid, NDIM, SIDE, COARSE)
-        row = load_rows(vals, prefix + tokens, values, DV, UNIT).to(tl.float32)
-        dp = tl.sum(g_wide * row, 1)
+        value = load_rows(vals, prefix + tokens, values, DV, UNIT).to(tl.float32)
+        dp = tl.sum(g_wide * value, 1)
         row = load_rows(keys, prefix + tokens, channels, D, UNIT).to(tl.float32)
         weight = tl.exp(tl.sum(scaled * row, 1) - norm) * (dp - total)
         if CELLS > 0:
@@ -187,10 +187,10 @@ def near_exact_gradient(
     keys = source(k, group, heads, k_stride_b, k_stride_h, k_stride_n, k_stride_d, UNIT)
     vals = source(v, group, heads, v_stride_b, v_stride_h, v_stride_n, v_stride_d, UNIT)
     grads = source(grad, group, heads, y_stride_b, y_stride_h, y_stride_n, y_stride_d, UNIT)
-    known = tl.minimum(own, num_tokens - 1)
-    x = load_rows(queries, known, channels, D, UNIT).to(dtype)
+    at = tl.minimum(own, num_tokens - 1)
+    x = load_rows(queries, at, channels, D, UNIT).to(dtype)
     up, down = load_scale(largest, group, SCALED)
-    g = (load_rows(grads, known, values, DV, UNIT).to(tl.float32) * up).to(dtype)
+    g = (load_rows(grads, at, values, DV, UNIT).to(tl.float32) * up).to(dtype)
     at_lse = group.to(tl.int64) * num_tokens
     norm = tl.load(lse + at_lse + own, mask=exist, other=0.0)
 
@@ -204,13 +204,13 @@ def near_exact_gradient(
             logits = tl.dot(x, tl.trans(block), input_precision=PRECISION) * scale
             seen_by = exist[:, None] & (tokens < num_tokens)[None, :]
             weights = tl.where(seen_by, tl.exp(logits - norm[:, None]), 0.0)
-            row = load_rows(vals, known, values, DV, UNIT).to(dtype)
-            dps = tl.dot(g, tl.trans(row), input_precision=PRECISION)
+            value = load_rows(vals, known, values, DV, UNIT).to(dtype)
+            dps = tl.dot(g, tl.trans(value), input_precision=PRECISION)
             if second == 0:
                 total += tl.sum(weights * dps, 1)
             else:
-                weights = (weights * (dps - total[:, None])).to(dtype)
-                result = tl.dot(weights, block, result, input_precision=PRECISION)
+                slopes = (weights * (dps - total[:, None])).to(dtype)
+                result = tl.dot(slopes, block, result, input_precision=PRECISION)
     tl.store(delta + at_lse + own, total * down, mask=exist)
     first = (group // heads).to(tl.int64) * num_tokens
     result *= scale * down
