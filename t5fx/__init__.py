@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     )
     from t5fx.reports import Report, Site
     from t5fx.training.align import Align
+    from t5fx.training.distill import Distill
     from t5fx.training.finetune import FineTune
+    from t5fx.training.search import search
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Align",
+    "Distill",
     "AlreadyLinearizedError",
     "CaptureError",
     "CheckpointError",
@@ -89,6 +92,7 @@ _ERRORS = (
 
 _HOMES = {
     "Align": "training.align",
+    "Distill": "training.distill",
     "FineTune": "training.finetune",
     "from_pretrained": "checkpoint.pretrained",
     "save_pretrained": "checkpoint.pretrained",
@@ -96,6 +100,7 @@ _HOMES = {
     "linearize": "api",
     "explain": "api",
     "report": "api",
+    "search": "training.search",
     "softmax": "api",
     "example_inputs": "api",
     "LinearizeConfig": "config",

@@ -10,7 +10,7 @@ from ..checks import check_counts, check_shapes
 from ..errors import NodeArgumentError
 from ..explicit import token_major_empty
 from ..variant import Variant
-from .library import start
+from .library import is_available, start
 
 #: What q, k and v may be; parameters and W' are float32.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -52,7 +52,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """`explicit.forward` in C++: q, k, v in DTYPES with any strides, parameters float32."""
-    dtype, (q, k, v) = q.dtype, _alike(q, k, v)
+    dtype, (q, k, v) = q.dtype, alike(q, k, v)
     out = token_major_empty(q, v.shape[3])
     updated = [w.new_empty(len(q), *w.shape) for w in weights]
     settings = (grid, prefix, scale, eps)
@@ -75,7 +75,7 @@ def backward(
     eps: float,
 ) -> list[Tensor]:
     """`explicit.backward` in C++, for the same dtypes as `forward`; W' is float32 too."""
-    grad, q, k, v = _alike(grad, q, k, v)
+    grad, q, k, v = alike(grad, q, k, v)
     grads = [token_major_empty(x, x.shape[3]) for x in (q, k, v)]
     # Those of the parameters have a batch axis until they are summed.
     grad_parameters = [x.new_empty(len(q), *x.shape) for x in (*weights, *conv)]
@@ -85,10 +85,30 @@ def backward(
     return [*grads, *(g.sum(0) for g in grad_parameters)]
 
 
-def _alike(*tensors: Tensor) -> list[Tensor]:
+def serves(q: Tensor, wide: torch.dtype, name: str) -> bool:
+    """Whether ``<name>.cpp`` is what computes with q in the dtype ``wide``; waits for it."""
+    return q.device.type == "cpu" and wide == torch.float32 and is_available(name)
+
+
+def alike(*tensors: Tensor) -> list[Tensor]:
     """In the dtype that they share, or else in float32."""
     same = len({x.dtype for x in tensors}) == 1
     return [x if same else x.float() for x in tensors]
+
+
+def check_cpu(*tensors: Tensor) -> None:
+    """Raise unless all of them are in the memory that the C++ reads."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise NodeArgumentError(f"expected tensors on one CPU; got one on {tensor.device}")
+
+
+def launch(name: str, call: ctypes.Structure, q: Tensor, what: str) -> None:
+    """Calls ``<name>.cpp`` for q's dtype; ``what`` it is, for an error."""
+    function = start(name).result()[f"ttt_{DTYPES[q.dtype]}"]
+    function.restype = ctypes.c_bool
+    if not function(ctypes.byref(call)):
+        raise MemoryError(f"{what} of q {list(q.shape)}: not enough for its scratch")
 
 
 def _check(
@@ -112,9 +132,7 @@ def _check(
         raise NodeArgumentError(f"updated weights: expected shapes {wanted}; got {got}")
     if grad is not None and grad.shape != v.shape:
         raise NodeArgumentError(f"gradient: expected shape {list(v.shape)}; got {list(grad.shape)}")
-    for tensor in (q, k, v, *weights, *conv, *updated, *(() if grad is None else (grad,))):
-        if tensor.device.type != "cpu":
-            raise NodeArgumentError(f"expected tensors on one CPU; got one on {tensor.device}")
+    check_cpu(q, k, v, *weights, *conv, *updated, *(() if grad is None else (grad,)))
 
 
 def _run(
@@ -143,7 +161,4 @@ def _run(
         _Grid(*(grid if conv else ())),
         *(prefix, scale, eps, torch.get_num_threads()),
     )
-    function = start(name).result()[f"ttt_{DTYPES[q.dtype]}"]
-    function.restype = ctypes.c_bool
-    if not function(ctypes.byref(call)):
-        raise MemoryError(f"the TTT node's {name} of q {list(q.shape)}: not enough for its scratch")
+    launch(name, call, q, f"the TTT node's {name}")

@@ -1,10 +1,8 @@
-// What the forward and the backward pass share: the call's arguments and who does what.
+// What the node's forward and backward pass share: the call's arguments, tiles and sums.
 
 #pragma once
 
-#include <omp.h>
-
-#include "tiles.h"
+#include "pairs.h"
 
 namespace ttt {
 
@@ -25,23 +23,20 @@ struct Call {
   Index threads;
 };
 
-// Pairs (batch item, head) that do not share the threads evenly are parted: runs of whole tiles of
-// their tokens. T is the dtype of q, k, v and the results.
+// A part of a pair is a run of whole tiles of its tokens.
 template <typename T>
-struct Pass {
-  const Call& call;
-  const Index N = call.tokens, dim = call.dim, value = call.value;
-  const Index D = padded(dim), V = padded(value);
-  const Index pairs = call.batch * call.heads, threads = call.threads;
+struct Pass : Pairs<T, Call> {
+  using Pairs<T, Call>::call, Pairs<T, Call>::N, Pairs<T, Call>::D, Pairs<T, Call>::V;
+  using Pairs<T, Call>::dim, Pairs<T, Call>::value, Pairs<T, Call>::parts;
+
   const Index matrices = 2 * D * D + D * V;  // floats of the three weights, padded
   const float rate = float(call.scale / double(N));
   Grid grid{{1, 1, 1}, call.prefix};
-  Index parts = 1, length;
+  Index length;
 
-  explicit Pass(const Call& given) : call(given) {
+  explicit Pass(const Call& given) : Pairs<T, Call>(given) {
     for (Index i = 0; i < call.axes; ++i) grid.size[3 - call.axes + i] = call.grid[i];
     const Index tiles = (N + TILE - 1) / TILE;
-    if (pairs % threads && pairs < 8 * threads) parts = (8 * threads + pairs - 1) / pairs;
     // A part that is no longer than its sums are large gains nothing.
     if (parts > N / (2 * D)) parts = N / (2 * D);
     if (parts < 1) parts = 1;
@@ -51,22 +46,6 @@ struct Pass {
 
   Index first(Index part) const { return part * length; }
   Index last(Index part) const { return first(part) + length < N ? first(part) + length : N; }
-  Index head(Index pair) const { return pair % call.heads; }
-  // What a thread keeps of the pair that it works on, or what is kept of all pairs.
-  Index kept() const { return parts == 1 ? threads : pairs; }
-  Index place(Index pair) const { return parts == 1 ? omp_get_thread_num() : pair; }
-
-  // q, k, v or grad (0 to 3) of a pair.
-  Tokens<T> tokens(const void* at, Index which, Index pair, Index width) const {
-    const Index* strides = call.strides + 4 * which;
-    return {static_cast<const T*>(at) + pair / call.heads * strides[0] + head(pair) * strides[1],
-            strides[2], strides[3], N, width};
-  }
-  // Row n of a pair's result; its rows are `heads * width` apart.
-  T* result(void* at, Index pair, Index n, Index width) const {
-    return static_cast<T*>(at) +
-           ((pair / call.heads * N + n) * call.heads + head(pair)) * width;
-  }
 
   // f(at, count) for the tiles of a part.
   template <typename F>
@@ -75,25 +54,9 @@ struct Pass {
       f(at, last(part) - at < TILE ? last(part) - at : TILE);
   }
 
-  // stage(0, pair, part), stage(1, ...): by one thread for a whole pair, or one after the other for
-  // all parts of all pairs. Called by all threads.
-  template <typename F>
-  void in_stages(Index stages, F stage) const {
-    if (parts == 1) {
-#pragma omp for schedule(static)
-      for (Index pair = 0; pair < pairs; ++pair)
-        for (Index i = 0; i < stages; ++i) stage(i, pair, Index(0));
-    } else {
-      for (Index i = 0; i < stages; ++i) {
-#pragma omp for schedule(static)
-        for (Index unit = 0; unit < pairs * parts; ++unit) stage(i, unit / parts, unit % parts);
-      }
-    }
-  }
-
   // The key statistics of a part: mean, sum of squares around it.
   void measure(Index pair, Index part, float* statistics) const {
-    const auto k = tokens(call.k, 1, pair, dim);
+    const auto k = this->tokens(call.k, 1, pair, dim);
     over_channels(k, D, [&](auto vectors, auto inside, Index c) {
       moments<vectors.value, inside.value>(k, first(part), last(part), c, statistics,
                                            statistics + D);

@@ -77,11 +77,20 @@ def check_shapes(
         channels = heads * widths[name]
         _expect_tensor(f"conv weight of {name}", conv[2 * i], (channels, 1) + (3,) * len(grid))
         _expect_tensor(f"conv bias of {name}", conv[2 * i + 1], (channels,))
+    check_gates(mixing, heads)
+    if variant.needs_grid:
+        check_grid(grid, prefix, tokens)
+
+
+def check_gates(mixing: Sequence[Tensor], heads: int) -> None:
+    """Raise unless a gate has a number for each head."""
     for gate in mixing:
         _expect_tensor("gate", gate, (heads,))
-    if variant.needs_grid and (
-        prefix < 0 or any(size < 1 for size in grid) or prefix + math.prod(grid) > tokens
-    ):
+
+
+def check_grid(grid: Sequence[int], prefix: int, tokens: int) -> None:
+    """Raise unless so many tokens can be a prefix, a grid and a suffix."""
+    if prefix < 0 or any(size < 1 for size in grid) or prefix + math.prod(grid) > tokens:
         raise NodeArgumentError(
             "grid: expected sizes of at least 1, prefix >= 0 and prefix + prod(grid) <= N = "
             f"{tokens}; got grid {tuple(grid)}, prefix {prefix}"

@@ -95,7 +95,9 @@ def _obstacle(call: Call) -> str | None:
     if trust.is_off():
         return f"switched off by {trust.SWITCH}"
     if not call.written_out:
-        return f"no kernels for {', '.join(f'{n}={v!r}' for n, v in call.node)}"
+        usual = Variant().settings()
+        unusual = [f"{n}={v!r}" for n, v in call.node if n != "scale" and usual.get(n) != v]
+        return f"no kernels for {', '.join(unusual) or 'a node of which not all is known'}"
     if call.dtype is None:
         return "q, k and v differ in dtype"
     if call.dtype not in _HALF:

@@ -5,16 +5,17 @@ As those of `opaque`, no compiler looks into them. On a CPU they are the C++ of
 They can be differentiated once.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import near_explicit, pair
+from . import cpp, near_explicit, pair
 from .explicit import token_major_empty
-from .precision import no_autocast
+from .precision import no_autocast, widest
 from .variant import Variant
 
 _SETTINGS = "float scale, SymInt[] grid, SymInt prefix, int neighborhood, int coarse"
@@ -36,8 +37,11 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, base: Tensor, mixing: Sequence[Tensor], *settings: Any
 ) -> Tensor:
     """Near attention joined with the node's output ``base``: see `near.reference`."""
+    wide = widest(q, k, v, base, *mixing)
+    compiled = cpp.serves(q, wide, "near_forward")
+    forward = cpp.near_forward if compiled else near_explicit.forward
     with torch.no_grad(), no_autocast(q.device.type):
-        return near_explicit.forward(q, k, v, base, mixing, **_named(settings))
+        return forward(q, k, v, base, [gate.to(wide) for gate in mixing], **_named(settings))
 
 
 @torch.library.register_fake("t5fx::near_forward")
@@ -50,8 +54,12 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixing: Sequence[Tensor], *settings: Any
 ) -> list[Tensor]:
     """Gradients of q, k, v, base and mixing, each in its dtype, base in q's."""
+    wide = widest(q, k, v, *mixing)
+    compiled = cpp.serves(q, wide, "near_backward")
+    backward = cpp.near_backward if compiled else near_explicit.backward
     with torch.no_grad(), no_autocast(q.device.type):
-        grads = near_explicit.backward(grad, q, k, v, mixing, **_named(settings))
+        gates = [gate.to(wide) for gate in mixing]
+        grads = backward(grad, q, k, v, gates, **_named(settings))
     return [g.to(x.dtype) for g, x in zip(grads, (q, k, v, q, *mixing), strict=True)]
 
 
@@ -73,8 +81,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, *mixing = ctx.saved_tensors
+    if not any(ctx.needs_input_grad[:3]):
+        found = of_parameters(torch.ops.t5fx.near_forward, ctx, grad, q, k, v, mixing)
+        return *found, *[None] * len(ctx.settings)
     dq, dk, dv, dbase, *rest = torch.ops.t5fx.near_backward(grad, q, k, v, mixing, *ctx.settings)
     return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
+
+
+def of_parameters(
+    forward: Callable[..., Tensor],
+    ctx: Any,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Sequence[Tensor],
+) -> tuple[Any, ...]:
+    """The gradients where q, k and v need none: ``forward`` again, without its backward."""
+    scale, grid, prefix, *rest = ctx.settings
+    nothing = torch.zeros_like(grad)
+    on_grid = nothing.index_fill(2, torch.arange(math.prod(grid), device=q.device) + prefix, 1)
+    base = grad * on_grid if mixing else 0.5 * grad * on_grid
+    if not mixing:
+        return None, None, None, base, []
+    ones = [torch.ones_like(mixing[0])]
+    near = forward(q, k, v, nothing, ones, scale, grid, prefix, *rest)
+    wide = widest(grad, *mixing)
+    return None, None, None, base, [(base.to(wide) * near.to(wide)).sum((0, 2, 3)).to(ones[0])]
 
 
 torch.library.register_autograd("t5fx::near_forward", _differentiate, setup_context=_save)

@@ -57,13 +57,16 @@ def _ttt(
     check_counts(variant, weights, conv, mixing, grid)
     tensors = {"k": k, "v": v, "weights": weights, "conv": conv, "mixing": mixing}
     check_device(q, tensors)
+    # Before the node runs, which waits for its own files to be compiled.
+    near_tensors = (q, k, v, *weights, *conv, *mixing)
+    closed = variant.is_near and impl != "reference" and _is_closed("near_", *near_tensors)
     base = _linear(q, k, v, weights, conv, scale, grid, prefix, variant, impl)
     if not variant.is_near:
         return base
     near_settings = (scale, grid, prefix, neighborhood, coarse)
     if impl == "triton":
         return torch.ops.t5fx.near_triton_forward(q, k, v, base, mixing, *near_settings)[0]
-    if impl != "reference" and _is_closed(q, k, v, *weights, *conv, *mixing):
+    if closed:
         return torch.ops.t5fx.near_forward(q, k, v, base, mixing, *near_settings)
     return near.reference(
         *(q, k, v, base, mixing),
@@ -95,7 +98,7 @@ def _linear(
 
         trained = _is_transformed() or _is_trained(q, k, v, *weights, *conv)
         return torch.ops.t5fx.ttt_triton_forward(*call, trained)[0]
-    if impl == "auto" and variant.is_written_out and _is_closed(q, k, v, *weights, *conv):
+    if impl == "auto" and variant.is_written_out and _is_closed("", q, k, v, *weights, *conv):
         return torch.ops.t5fx.ttt_forward(*call)[0]
     return reference(
         q,
@@ -114,8 +117,10 @@ def _linear(
     )
 
 
-def _is_closed(*tensors: Tensor) -> bool:
+def _is_closed(name: str, *tensors: Tensor) -> bool:
     """Whether the opaque operators are the better, which autograd alone can differentiate.
+
+    ``name``: what the names of their files begin with, which are compiled from now on.
 
     For training: they keep less and compile sooner. On a CPU: they are C++. What is exported is for
     other runtimes, and gets operators that these know.
@@ -127,9 +132,9 @@ def _is_closed(*tensors: Tensor) -> bool:
         return trained
     if torch.compiler.is_exporting() or any(map(is_traceable_wrapper_subclass, tensors)):
         return trained
-    cpp.start("forward")
+    cpp.start(f"{name}forward")
     if trained:
-        cpp.start("backward")
+        cpp.start(f"{name}backward")
     return True
 
 

@@ -39,7 +39,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The output ``[B, H, N, Dv]`` and W1', W2', W3', ``[B, H, in, out]``."""
     wide = widest(q, k, v, *weights, *conv)
-    forward = cpp.forward if _is_compiled(q, wide, "forward") else explicit.forward
+    forward = cpp.forward if cpp.serves(q, wide, "forward") else explicit.forward
     with torch.no_grad(), no_autocast(q.device.type):
         out, updated = forward(
             *(q, k, v, [w.to(wide) for w in weights], [c.to(wide) for c in conv]),
@@ -68,7 +68,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v, the weights and conv, each in its dtype; see `explicit.backward`."""
     wide = saved[0].dtype
-    backward = cpp.backward if _is_compiled(q, wide, "backward") else explicit.backward
+    backward = cpp.backward if cpp.serves(q, wide, "backward") else explicit.backward
     with torch.no_grad(), no_autocast(q.device.type):
         grads = backward(
             *(grad, q, k, v, [w.to(wide) for w in weights], [c.to(wide) for c in conv], saved),
@@ -76,10 +76,6 @@ def _backward(
         )
     inputs = (q, k, v, *weights, *conv)
     return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
-
-
-def _is_compiled(q: Tensor, wide: torch.dtype, name: str) -> bool:
-    return q.device.type == "cpu" and wide == torch.float32 and cpp.is_available(name)
 
 
 def _named(scale: float, grid: Sequence[int], prefix: int, eps: float) -> dict[str, Any]:

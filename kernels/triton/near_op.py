@@ -4,7 +4,6 @@
 The annotations are the operators' schemas.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +66,11 @@ def _backward_fake(grad, q, k, v, mixing, *_):  # type: ignore[no-untyped-def]
     return [*token_major, base, *(x.new_empty(x.shape) for x in mixing)]
 
 
+def _attention(*args: Any) -> Tensor:
+    out: Tensor = torch.ops.t5fx.near_triton_forward(*args)[0]
+    return out
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, _, mixing, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, output[1], *mixing)
@@ -75,27 +79,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, lse, *mixing = ctx.saved_tensors
     if not any(ctx.needs_input_grad[:3]):
-        return *_of_parameters(ctx, grad, q, k, v, mixing), *[None] * len(ctx.settings)
+        found = near_op.of_parameters(_attention, ctx, grad, q, k, v, mixing)
+        return *found, *[None] * len(ctx.settings)
     backward = torch.ops.t5fx.near_triton_backward
     dq, dk, dv, dbase, *rest = backward(grad, q, k, v, mixing, lse, *ctx.settings)
     return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
-
-
-def _of_parameters(
-    ctx: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixing: Sequence[Tensor]
-) -> tuple[Any, ...]:
-    """The gradients where q, k and v need none: the attention again, without its backward."""
-    _, grid, prefix, *_ = ctx.settings
-    on_grid = 2, prefix, math.prod(grid)
-    part = grad.narrow(*on_grid)
-    base = torch.zeros_like(grad)
-    base.narrow(*on_grid).copy_(part if mixing else 0.5 * part)
-    if not mixing:
-        return None, None, None, base, []
-    ones, nothing = [torch.ones_like(mixing[0])], torch.zeros_like(grad)
-    near, _ = torch.ops.t5fx.near_triton_forward(q, k, v, nothing, ones, *ctx.settings)
-    along = part.float() * near.narrow(*on_grid).float()
-    return None, None, None, base, [along.sum((0, 2, 3)).to(mixing[0].dtype)]
 
 
 near_triton_forward.register_autograd(_differentiate, setup_context=_save)

@@ -321,7 +321,7 @@ def _is_faster(view: View, entry: Plan, trained: bool) -> None:
         *(sizes.batch, sizes.heads, sizes.tokens, sizes.channels, values.channels),
         *(site.prefix or 0, site.grid or (), str(value.dtype).removeprefix("torch."), trained),
     )
-    node = {name: value for name, value in _node(entry).items() if name != "key_norm_eps"}
+    node = _node(entry)
     if entry.config.impl == "auto" and site.impl == "triton":
         costs = {i: cost(shape, node | {"impl": i}, value.device) for i in ("triton", "reference")}
         _choose(entry, costs["triton"], costs["reference"])

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor, distributed, nn
 
 from t5fx.backend.adapters import adapter
 from t5fx.errors import TrainingError
 from t5fx.frontend.copies import duplicate
-from t5fx.kernels import TTT
 from t5fx.pipeline import build
 from t5fx.reports import Report
 from t5fx.runtime.lookup import is_linearized
@@ -33,6 +30,7 @@ from t5fx.training.nodes import (
     table,
     warm_cosine,
 )
+from t5fx.training.students import Student, find_projections, taught
 
 
 @dataclass
@@ -40,14 +38,17 @@ class AlignResult:
     """What an alignment did.
 
     losses: for each site, by key, one value a step: |TTT - softmax|^2 / |softmax|^2, summed over
-    tokens and batch; before: the values of the first step, where no node was trained yet. measured:
-    the module at whose output the two are compared, or "" for the attention's own output.
+    tokens and batch; before: the values of the first step, where no node was trained yet. held_out:
+    of each site the same on inputs that were kept from training, before and after, if there were
+    any. measured: the module at whose output the two are compared, or "" for the attention's own
+    output.
     """
 
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
+    held_out: dict[str, tuple[float, float]] = field(default_factory=dict)
     measured: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -56,18 +57,23 @@ class AlignResult:
 
     @property
     def after(self) -> dict[str, float]:
-        """Mean over the last tenth of the steps."""
-        last = max(1, self.steps // 10)
-        return {key: sum(v[-last:]) / len(v[-last:]) for key, v in self.losses.items()}
+        """Mean over the last tenth of a site's steps."""
+        last = {key: v[-max(1, len(v) // 10) :] for key, v in self.losses.items()}
+        return {key: sum(v) / len(v) for key, v in last.items() if v}
 
     def __str__(self) -> str:
         before, after = self.before, self.after
+        columns = ["site", "before", "after", "measured at"]
         rows = [
             [key, f"{before[key]:.3f}", f"{after[key]:.3f}", self.measured[key] or "attention"]
-            for key in self.losses
+            for key in before
         ]
+        if self.held_out:
+            columns[3:3] = ["held out: before", "after"]
+            for row in rows:
+                row[3:3] = [f"{loss:.3f}" for loss in self.held_out[row[0]]]
         title = f"aligned in {self.steps} steps, {self.samples} samples, {self.seconds:.1f} s"
-        return table(title, ["site", "before", "after", "measured at"], rows)
+        return table(title, columns, rows)
 
 
 @dataclass
@@ -85,6 +91,9 @@ class Align:
     one compiled with backend="t5", or its torch.compile: `Align(batches)(lin)`. Afterwards
     `.result` has the losses.
 
+    In several processes (torch.distributed, such as under torchrun) each takes batches of its own;
+    gradients and losses are averaged, and the nodes are those of the first process.
+
     Args:
         data: batches, iterated as often as needed: a DataLoader, or a list. A mapping is a call's
             keyword arguments, a tuple or list its positional ones, anything else the only one.
@@ -92,7 +101,17 @@ class Align:
             batches have labels too.
         steps: how many batches.
         lr: peak learning rate of Muon for the inner model's matrices; AdamW has twice that for the
-            convolutions. Linear warm-up over a fraction `warmup` of the steps, then a cosine.
+            convolutions and gates. Linear warm-up over a fraction `warmup` of the steps, then a
+            cosine.
+        own: the fraction of the steps, the last ones, in which the nodes' own outputs go on to the
+            layers behind instead of the original's: so that later nodes learn on what they will
+            get. Their targets are the softmax attention's on that.
+        held_out: batches to measure the losses on before and after, which are not trained on.
+        sequential: the sites learn one after the other, in the order in which they run, each for
+            `steps` batches, with the finished ones' own outputs before it. Of gradients and the
+            optimizer's states only one site's are in memory at a time.
+        until: stop early, once the mean loss over 50 steps is lower than over the 50 before it by
+            less than this share, such as 0.01.
 
     Raises:
         TrainingError: data that ends, a site that no batch reaches, a loss that is not finite. The
@@ -105,53 +124,120 @@ class Align:
     steps: int = 200
     lr: float = 1e-2
     warmup: float = 0.1
+    own: float = 0.0
+    held_out: Iterable[Any] | None = None
+    sequential: bool = False
+    until: float | None = None
     result: AlignResult | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive(steps=self.steps, lr=self.lr)
+        if not 0 <= self.own <= 1:
+            raise TrainingError(f"own: expected a fraction of the steps, 0 to 1, got {self.own!r}")
+        if self.until is not None:
+            check_positive(until=self.until)
 
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
         batches = endless(self.data)
         module, first = self._original(module, batches)
+        batches = itertools.chain([first], batches)
         nodes = nodes_of(module)
         device = next(iter(nodes.values())).tensors()[0][0].device
-        students = {key: _Student(key, node) for key, node in nodes.items()}
-        optimizers = self._optimizers(students)
+        students = {key: Student(key, node) for key, node in nodes.items()}
+        _share_values(students)
+        self.result = result = AlignResult(losses={key: [] for key in nodes})
+        start = time.perf_counter()
+        with kept(module):
+            module.eval().requires_grad_(False)
+            args, kwargs = self._call(first, device)
+            order = find_projections(module, students, args, kwargs)
+            result.measured = {key: s.projection for key, s in students.items()}
+            before = self._measure(module, students, device)
+            rounds = [[key] for key in order] if self.sequential else [list(students)]
+            try:
+                for keys in rounds:
+                    for student in students.values():
+                        student.learns = False
+                    chosen = {key: students[key] for key in keys}
+                    self._train(module, students, chosen, batches, device)
+                    for student in chosen.values():
+                        student.passes_on = self.sequential
+            finally:
+                for student in students.values():
+                    student.give_back()
+                result.seconds = time.perf_counter() - start
+            for student in students.values():
+                student.passes_on = False
+            after = self._measure(module, students, device)
+            result.held_out = {key: (before[key], after[key]) for key in before}
+
+    def _train(
+        self,
+        module: nn.Module,
+        students: Mapping[str, Student],
+        chosen: Mapping[str, Student],
+        batches: Iterator[Any],
+        device: torch.device,
+    ) -> None:
+        """Train the chosen students for `steps` batches."""
+        assert self.result is not None
+        result, means = self.result, list[float]()
+        optimizers = self._optimizers(chosen)
         schedules = [
             torch.optim.lr_scheduler.LambdaLR(
                 one, lambda step: warm_cosine(step, self.steps, self.warmup)
             )
             for one in optimizers
         ]
-        self.result = result = AlignResult(losses={key: [] for key in nodes})
-        start = time.perf_counter()
-        with kept(module), progress("align", self.steps) as advance:
-            module.eval().requires_grad_(False)
-            _find_projections(module, students, *self._call(first, device))
-            result.measured = {key: s.projection for key, s in students.items()}
-            try:
-                for step in range(self.steps):
-                    args, kwargs = self._call(first if step == 0 else next(batches), device)
-                    for optimizer in optimizers:
-                        optimizer.zero_grad()
-                    with _taught(students, module):
-                        module(*args, **kwargs)
-                    self._record(result, students, step)
-                    for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                        optimizer.step()
-                        schedule.step()
-                    result.steps, result.samples = (
-                        step + 1,
-                        result.samples + samples((args, kwargs)),
-                    )
-                    advance(f"mean loss {sum(result.after.values()) / len(nodes):.3f}")
-            finally:
-                for student in students.values():
-                    student.give_back()
-                result.seconds = time.perf_counter() - start
+        for student in chosen.values():
+            student.learns = True
+        with progress("align", self.steps) as advance:
+            for step in range(self.steps):
+                own = not self.sequential and step >= round(self.steps * (1 - self.own))
+                for student in chosen.values():
+                    student.passes_on = own
+                args, kwargs = self._call(next(batches), device)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                with taught(students, module):
+                    module(*args, **kwargs)
+                losses = {key: student.take_loss() for key, student in students.items()}
+                means.append(self._record({key: losses[key] for key in chosen}, step))
+                _average_gradients(chosen)
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
+                result.steps += 1
+                result.samples += samples((args, kwargs)) * _processes()
+                advance(f"mean loss {means[-1]:.3f}")
+                if self._is_still(means):
+                    break
 
-    def _optimizers(self, students: Mapping[str, _Student]) -> list[torch.optim.Optimizer]:
+    def _is_still(self, means: list[float]) -> bool:
+        """Whether the loss does not fall any more; of means over all processes: all stop at once."""
+        if self.until is None or len(means) < 100:
+            return False
+        earlier, later = sum(means[-100:-50]), sum(means[-50:])
+        return later > (1 - self.until) * earlier
+
+    @torch.no_grad()
+    def _measure(
+        self, module: nn.Module, students: Mapping[str, Student], device: torch.device
+    ) -> dict[str, float]:
+        """The mean loss of each site on the inputs that are held out."""
+        found: dict[str, list[Tensor]] = {key: [] for key in students}
+        for batch in self.held_out or ():
+            args, kwargs = self._call(batch, device)
+            for student in students.values():
+                student.learns = False
+            with taught(students, module):
+                module(*args, **kwargs)
+            for key, student in students.items():
+                found[key].append(student.take_loss())
+        return {key: float(torch.stack(v).mean()) for key, v in found.items() if v}
+
+    def _optimizers(self, students: Mapping[str, Student]) -> list[torch.optim.Optimizer]:
         named = [pair for s in students.values() for pair in s.node.named_parameters()]
         matrices = [p for _, p in named if p.dim() == 3]
         convolutions = [p for _, p in named if p.dim() != 3]
@@ -182,140 +268,47 @@ class Align:
     def _call(self, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return as_call(batch if self.inputs is None else self.inputs(batch), device)
 
-    def _record(self, result: AlignResult, students: Mapping[str, _Student], step: int) -> None:
-        losses = torch.stack([s.take_loss() for s in students.values()]).tolist()
-        for (key, values), loss in zip(result.losses.items(), losses, strict=True):
+    def _record(self, losses: Mapping[str, Tensor], step: int) -> float:
+        """Keep the losses of a step; their mean. Raises where one is not finite."""
+        assert self.result is not None
+        values = _averaged(torch.stack(list(losses.values()))).tolist()
+        for key, loss in zip(losses, values, strict=True):
             if not loss < float("inf"):
                 raise TrainingError(
                     f"'{key}': expected a finite loss, got {loss} at step {step}: lower lr "
                     f"({self.lr}), or look for inputs that are not finite; the values are those "
                     f"of the step before"
                 )
-            values.append(loss)
+        for key, loss in zip(losses, values, strict=True):
+            self.result.losses[key].append(loss)
+        return sum(values) / len(values)
 
 
-class _Student:
-    """The float32 copy of a node that is trained in its place."""
-
-    def __init__(self, key: str, node: TTT) -> None:
-        self.key = key
-        self.original = node
-        self.node = copy.deepcopy(node).float().requires_grad_(True)
-        self.projection = ""
-        self.weight: Tensor | None = None
-        self.merged: Tensor | None = None
-        self.losses: list[Tensor] = []
-
-    def softmax(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        """What the original does here, and kept to find out who reads it."""
-        out = functional.scaled_dot_product_attention(q, k, v, scale=self.node.scale)
-        self.merged = _merge_heads(out)
-        return out
-
-    def learn(self, q: Tensor, k: Tensor, v: Tensor, *layout: Any, **named: Any) -> Tensor:
-        """The same, and the gradients of the student's loss on it."""
-        out = functional.scaled_dot_product_attention(q, k, v, scale=self.node.scale)
-        wanted = _merge_heads(out).float()
-        with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-            got = self.node(q.float(), k.float(), v.float(), *layout, **named)
-            error = _merge_heads(got) - wanted
-            if self.weight is not None:
-                error, wanted = error @ self.weight.mT, wanted @ self.weight.mT
-            tiny = torch.finfo(torch.float32).tiny
-            loss = error.square().sum() / wanted.square().sum().clamp_min(tiny)
-            loss.backward()
-        self.losses.append(loss.detach())
-        return out
-
-    def take_loss(self) -> Tensor:
-        if not self.losses:
-            raise TrainingError(
-                f"'{self.key}' did not run: expected batches for which every rewritten attention "
-                f"runs, as in the call that the model was linearized for"
-            )
-        losses, self.losses = self.losses, []
-        return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def give_back(self) -> None:
-        """The trained values to the node itself, in its dtype."""
-        trained = dict(self.node.named_parameters())
-        for name, parameter in self.original.named_parameters():
-            parameter.copy_(trained[name])
+def _processes() -> int:
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready else 1
 
 
-def _merge_heads(x: Tensor) -> Tensor:
-    """[B, H, N, Dv] to [B, N, H*Dv]."""
-    return x.transpose(1, 2).flatten(2)
+def _averaged(values: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if _processes() > 1:
+        distributed.all_reduce(values)
+        values = values / _processes()
+    return values
 
 
-@contextmanager
-def _instead(
-    nodes: Mapping[str, TTT], forward: Mapping[str, Callable[..., Tensor]]
-) -> Iterator[None]:
-    """The nodes compute something else meanwhile."""
-    try:
-        for key, node in nodes.items():
-            node.forward = forward[key]  # type: ignore[method-assign]
-        yield
-    finally:
-        for node in nodes.values():
-            vars(node).pop("forward", None)
-
-
-@contextmanager
-def _taught(students: Mapping[str, _Student], module: nn.Module) -> Iterator[None]:
-    """`module` is the original meanwhile, and each of its sites teaches a student."""
-    nodes = {key: s.original for key, s in students.items()}
-    with torch.no_grad(), _instead(nodes, {key: s.learn for key, s in students.items()}):
-        yield
+def _average_gradients(students: Mapping[str, Student]) -> None:
+    if _processes() > 1:
+        for student in students.values():
+            for parameter in student.node.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = _averaged(parameter.grad)
 
 
 @torch.no_grad()
-def _find_projections(
-    module: nn.Module, students: Mapping[str, _Student], args: Any, kwargs: Any
-) -> None:
-    """Find the linear layer that reads each attention's output and nothing else, by running it.
-
-    It is a module inside the attention's owner with a weight [C, H*Dv] whose input is that very
-    output, heads merged.
-    """
-    handles = []
-    for key, student in students.items():
-        owner = key.rpartition(".")[0]
-        width = student.node.num_heads * student.node.value_dim
-        inside = module.get_submodule(owner) if owner else module
-        for name, candidate in inside.named_modules():
-            weight = candidate._parameters.get("weight")
-            if weight is not None and weight.dim() == 2 and weight.shape[1] == width:
-                handles.append(
-                    candidate.register_forward_pre_hook(
-                        _Compare(student, f"{owner}.{name}".strip("."), weight)
-                    )
-                )
-    nodes = {key: s.original for key, s in students.items()}
-    try:
-        with _instead(nodes, {key: s.softmax for key, s in students.items()}):
-            module(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _share_values(students: Mapping[str, Student]) -> None:
+    """All processes start from the nodes of the first."""
+    if _processes() > 1:
         for student in students.values():
-            student.merged = None
-
-
-class _Compare:
-    """A forward pre-hook: is what this layer reads the attention's output?"""
-
-    def __init__(self, student: _Student, name: str, weight: Tensor) -> None:
-        self.student, self.name, self.weight = student, name, weight
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        merged = self.student.merged
-        read = next((a for a in args if isinstance(a, Tensor)), None)
-        if merged is None or read is None or read.numel() != merged.numel():
-            return
-        if torch.equal(read.reshape(merged.shape), merged.to(read.dtype)):
-            self.student.projection = self.name
-            self.student.weight = self.weight.detach().float()
-            self.student.merged = None
+            for parameter in student.node.parameters():
+                distributed.broadcast(parameter, 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from t5fx.errors import TrainingError
@@ -81,6 +83,8 @@ class FineTune:
         evaluate: (model) -> metrics by name, called in eval mode without gradients every
             `eval_every` steps (never in between where that is None) and after the last.
         log_every: steps of an interval of `.result.history`.
+        ema: decay of an exponential moving average of the trained parameters, such as 0.999, by
+            torch.optim.swa_utils; `evaluate` sees it, and it is what the module has at the end.
         accelerator: with your own settings (mixed precision, gradient accumulation, trackers are
             logged to). By default one on the device where the model is.
 
@@ -102,6 +106,7 @@ class FineTune:
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     eval_every: int | None = None
     log_every: int = 50
+    ema: float | None = None
     accelerator: Accelerator | None = None
     result: FineTuneResult | None = field(default=None, init=False, repr=False)
 
@@ -110,6 +115,8 @@ class FineTune:
             raise TrainingError(
                 f"protocol: expected one of {', '.join(PROTOCOLS)}, got {self.protocol!r}"
             )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise TrainingError(f"ema: expected a decay between 0 and 1, got {self.ema!r}")
         check_positive(
             steps=self.steps,
             lr=self.lr,
@@ -172,7 +179,8 @@ class FineTune:
         result, start, batches = self.result, time.perf_counter(), endless(data)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         interval = _Interval()
-        with progress("fine-tune", self.steps) as advance:
+        average = _Average(trained, self.ema)
+        with average, progress("fine-tune", self.steps) as advance:
             while result.steps < self.steps:
                 batch = placed(next(batches), accelerator.device)
                 with accelerator.accumulate(model):
@@ -189,6 +197,7 @@ class FineTune:
                     continue
                 rate = optimizer.param_groups[0]["lr"]
                 schedule.step()
+                average.update()
                 result.steps += 1
                 result.seconds = time.perf_counter() - start
                 advance(f"loss {interval.loss:.4g}")
@@ -200,7 +209,8 @@ class FineTune:
                 record = {"step": result.steps, "samples": result.samples, "lr": rate}
                 record |= interval.take() | {"seconds": result.seconds}
                 if evaluated:
-                    record |= self._evaluate(model)
+                    with average.shown():
+                        record |= self._evaluate(model)
                 result.history.append(record)
                 accelerator.log({n: v for n, v in record.items() if n != "step"}, result.steps)
 
@@ -225,6 +235,43 @@ class FineTune:
         assert self.evaluate is not None
         with kept(model), torch.no_grad():
             return {n: float(v) for n, v in self.evaluate(model.eval()).items()}
+
+
+class _Average:
+    """The moving average of parameters; as a context, they have its values at its end."""
+
+    def __init__(self, parameters: list[Tensor], decay: float | None) -> None:
+        self.parameters, self.values = parameters, []
+        if decay is not None:
+            self.values = [p.detach().clone() for p in parameters]
+            self.step = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.values:
+            self.step(self.values, [p.detach() for p in self.parameters], None)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The parameters have the average's values meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for i, value in enumerate(self.values):
+            kept = self.parameters[i].detach().clone()
+            self.parameters[i].copy_(value)
+            self.values[i] = kept
 
 
 class _Interval:

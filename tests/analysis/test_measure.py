@@ -22,6 +22,9 @@ SETTINGS = {
     "inner_loss": "dot",
     "key_norm": "instance",
     "locality": "dwc_qk",
+    "neighborhood": 0,
+    "coarse": 0,
+    "mix": "gate",
     "impl": "auto",
 }
 SHAPE = Shape(2, 3, 17, 8, 8, 1, (4, 4), "float32", False)
@@ -81,7 +84,7 @@ class TestWhatIsTimed:
     def test_node(self, trained):
         node = TTT(3, 8, 8, 2, scale=0.3)
         inputs = [torch.randn(2, 17, 3, 8) for _ in "qkv"]
-        weights, conv = node.tensors()
+        weights, conv, _ = node.tensors()
         leaves = [t.detach().requires_grad_(trained) for t in (*inputs, *weights, *conv)]
         timed = measure._Node(node, (4, 4), 1)
         with torch.set_grad_enabled(trained):
@@ -203,7 +206,7 @@ class TestSites:
             False,
             CPU,
         )
-        assert set(settings) == set(SETTINGS)
+        assert set(settings) == set(SETTINGS) | {"key_norm_eps"}
 
     def test_left_where_it_is_slower(self, asked):
         tokens = t5fx.explain(vit(), (X,), config=MEASURE).sites[0].num_tokens

@@ -30,7 +30,7 @@ from t5fx.kernels.trust import Question, Verdict
 GPU = torch.device("cuda", 0)
 NODE = {
     "inner": "swiglu", "inner_loss": "dot", "key_norm": "instance", "key_norm_eps": 1.0,
-    "locality": "dwc_qk",
+    "locality": "dwc_qk", "neighborhood": 0, "coarse": 0, "mix": "gate",
 }  # fmt: skip
 QUESTION = Question("float16", 16, 1, "forward", choice.settings_of(NODE))
 #: 101 tokens, heads of 16: more than 4.5 D, fewer than 12 times as many.
@@ -351,7 +351,7 @@ class TestTheChoice:
         q = torch.randn(1, 2, 12, 16, dtype=torch.bfloat16)
         (graph,) = self.graphs(lambda q: node(q, q, q, (3, 4)), q)
         assert self.impls(graph) == [impl]
-        weights, conv = node.tensors()
+        weights, conv, _ = node.tensors()
         (graph,) = self.graphs(lambda q: ttt(q, q, q, weights, conv, scale=1.0, grid=(3, 4)), q)
         assert self.impls(graph) == [impl]
 
@@ -411,13 +411,13 @@ class TestTheChoice:
     def test_trusted_is_the_kernels_but_in_transforms(self):
         """torch.func wants to see ordinary operators."""
         node = TTT(1, 8, 8, 1, scale=0.25)
-        weights, conv = node.tensors()
+        tensors = node.tensors()
         settings = node.settings() | {"impl": choice.TRUSTED, "grid": [4]}
         q = torch.randn(2, 1, 4, 8)
 
         def call(q, impl=choice.TRUSTED):
             given = settings | {"impl": impl}
-            return torch.ops.t5fx.ttt(q, q, q, weights, conv, **given)
+            return torch.ops.t5fx.ttt(q, q, q, *tensors, **given)
 
         with pytest.raises(NodeArgumentError, match="expected a GPU"):
             call(q)

@@ -26,10 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def _mended():
     """Small blocks and chunks, so that there are several of each."""
     small = dict.fromkeys(near_launch.BLOCKS, near_launch.Block(16, 16, 4))
-    with (
-        mended(small=False),
-        mock.patch.multiple(near_launch, BLOCKS=small, CHUNK=32),
-    ):
+    with mended(), mock.patch.multiple(near_launch, BLOCKS=small, WIDE_BLOCKS=small, CHUNK=16):
         yield
 
 
@@ -51,17 +48,17 @@ def assert_right(case):
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-@examples(6)
+@examples(3)
 @given(
     grid=st.one_of(
         st.tuples(st.integers(1, 20)),
-        st.tuples(st.integers(1, 6), st.integers(1, 6)),
-        st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+        st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
     ),
     sees=st.sampled_from([(3, 0), (3, 2), (0, 2), (0, 3), (5, 0), (5, 3)]),
     prefix=st.integers(0, 2),
     suffix=st.integers(0, 2),
-    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
     head_dim=st.sampled_from([16, 24]),
     value_dim=st.sampled_from([16, 20]),
     layout=st.sampled_from(parity.LAYOUTS),
@@ -72,7 +69,7 @@ def test_equals_the_reference(sees, **case):
     neighborhood, coarse = sees
     if len(case["grid"]) == 3:
         neighborhood = min(neighborhood, 3)
-    assert_right(NearCase(heads=2, neighborhood=neighborhood, coarse=coarse, **case))
+    assert_right(NearCase(batch=1, neighborhood=neighborhood, coarse=coarse, **case))
 
 
 SMALL = {"head_dim": 16, "value_dim": 16, "batch": 1, "heads": 1}
@@ -83,14 +80,14 @@ SMALL = {"head_dim": 16, "value_dim": 16, "batch": 1, "heads": 1}
     [
         ((1,), 3, 0),  # one token, which is all of its window
         ((2,), 3, 4),  # shorter than window and cells
-        ((41,), 7, 1),  # one cell, and more than a chunk of queries
+        ((19,), 7, 1),  # one cell, and more than a chunk of queries
         ((13,), 7, 3),  # a token that all windows hold
         ((2, 9), 5, 3),  # one axis shorter, one longer
         ((7, 1), 3, 2),
-        ((3, 3, 3), 3, 2),  # nothing is left of any cell
+        ((2, 3, 3), 3, 2),  # nothing is left of any cell
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_grids(grid, neighborhood, coarse, dtype):
     assert_right(
         NearCase(
@@ -118,10 +115,10 @@ def test_small_gradients(dtype):
 
 
 def test_large_cells_in_float16():
-    """Sums of their tokens would be infinite in float16, and weights of one token nothing."""
-    case = NearCase(**SMALL, dtype="float16", grid=(40, 40), neighborhood=0, coarse=1, prefix=0)
+    """The sums of their tokens would be infinite in float16."""
+    case = NearCase(**SMALL, dtype="float16", grid=(2, 9), neighborhood=0, coarse=1, prefix=0)
     tensors, keywords, grad = near_parity.arguments(case, "cpu")
-    tensors[1] = tensors[1] + 50  # sums of 80 000
+    tensors[1:3] = (t + 5000 for t in tensors[1:3])  # sums of 90 000
     results = near_parity.run(tensors, keywords, grad)
     wanted = near_parity.run_reference(tensors, keywords, grad)
     for name in ("out", "dv"):
@@ -144,18 +141,17 @@ def test_dtypes_may_differ():
         assert error <= allowed, name
 
 
-@pytest.mark.parametrize("impl", ["triton", TRUSTED])
-@pytest.mark.parametrize("mix", ["gate", "half"])
+@pytest.mark.parametrize(("impl", "mix"), [("triton", "gate"), (TRUSTED, "half")])
 def test_the_node_with_near_attention(mix, impl):
     """Through the node's operator and autograd."""
-    node = TTT(2, 16, 16, 2, scale=0.25, neighborhood=3, coarse=2, mix=mix)
+    node = TTT(1, 16, 16, 1, scale=0.25, neighborhood=3, coarse=2, mix=mix)
     tensors = node.tensors()
     leaves = [tensor for some in tensors for tensor in some]
-    q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in "qkv")
-    grad = torch.randn(1, 2, 8, 16)
+    q, k, v = (torch.randn(1, 1, 6, 16, requires_grad=True) for _ in "qkv")
+    grad = torch.randn(1, 1, 6, 16)
     results = []
     for one in (impl, "reference"):
-        settings = node.settings() | {"impl": one, "grid": [2, 3], "prefix": 1}
+        settings = node.settings() | {"impl": one, "grid": [4], "prefix": 1}
         out = torch.ops.t5fx.ttt(q, k, v, *tensors, **settings)
         results.append([out, *torch.autograd.grad(out, [q, k, v, *leaves], grad)])
     for found, wanted in zip(*results, strict=True):
@@ -208,8 +204,8 @@ def test_parity_and_trials():
     [
         ({"dtype": "float64"}, "q: expected float32, float16 or bfloat16"),
         ({"head_dim": 264}, "at most 256 channels"),
-        ({"grid": (20, 20), "coarse": 17}, "more than 256 coarse cells .*: 289"),
-        ({"grid": (20, 20), "coarse": 9, "head_dim": 256}, "more than 64 coarse cells .*: 81"),
+        ({"grid": (20, 20), "coarse": 12}, "more than 128 coarse cells .*: 144"),
+        ({"grid": (20, 20), "coarse": 6, "head_dim": 256}, "more than 32 coarse cells .*: 36"),
         ({"batch": 0}, "at least one batch item"),
     ],
 )
@@ -220,9 +216,9 @@ def test_what_the_kernels_cannot_take(changes, complaint):
         near_parity.run(tensors, keywords, tensors[3], training=False)
 
 
-@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("backwards", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_races(backwards):
-    case = NearCase(**{**SMALL, "heads": 2}, dtype="float16", grid=(5, 9), prefix=17, suffix=1)
+    case = NearCase(**{**SMALL, "heads": 2}, dtype="float16", grid=(4, 5), prefix=1, suffix=1)
     tensors, keywords, grad = near_parity.arguments(case, "cpu")
     with recorded(backwards=backwards) as record:
         results = near_parity.run(tensors, keywords, grad)

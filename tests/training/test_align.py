@@ -18,7 +18,7 @@ import t5fx
 from t5fx.backend import compile as backend
 from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
-from t5fx.training.align import _merge_heads, _Student, _taught
+from t5fx.training.students import Student, merge_heads, taught
 
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)
 
@@ -42,11 +42,11 @@ def test_teacher_is_the_original(shape):
     """With the softmax back in its nodes, the linearized model computes what the original does."""
     model, images = shape.model(), shape.images()
     lin = linearized(shape, model)
-    students = {key: _Student(key, node) for key, node in nodes(lin).items()}
-    with _taught(students, lin):
-        taught = lin(images)
-    torch.testing.assert_close(taught, model(images), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(lin(images), taught, rtol=1e-3, atol=1e-4)
+    students = {key: Student(key, node) for key, node in nodes(lin).items()}
+    with taught(students, lin):
+        result = lin(images)
+    torch.testing.assert_close(result, model(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(lin(images), result, rtol=1e-3, atol=1e-4)
 
 
 def test_loss_is_the_relative_error_at_the_output_projection():
@@ -63,8 +63,8 @@ def test_loss_is_the_relative_error_at_the_output_projection():
         block.attn.attend = lambda q, k, v, f=attend: (inputs.append((q, k, v)), f(q, k, v))[1]
     model(images)
     for i, (q, k, v) in enumerate(inputs):
-        softmax = _merge_heads(F.scaled_dot_product_attention(q, k, v))
-        got = _merge_heads(nodes(lin)[f"blocks.{i}.attn.t5"](q, k, v, grid=shape.grid, prefix=1))
+        softmax = merge_heads(F.scaled_dot_product_attention(q, k, v))
+        got = merge_heads(nodes(lin)[f"blocks.{i}.attn.t5"](q, k, v, grid=shape.grid, prefix=1))
         weight = model.blocks[i].attn.proj.weight
         wanted = ((got - softmax) @ weight.mT).square().sum()
         wanted /= (softmax @ weight.mT).square().sum()
@@ -231,3 +231,56 @@ def test_model_without_nodes_and_bad_settings():
 def test_says_nothing_where_there_is_no_terminal(capsys):
     t5fx.Align(batches(Shape(depth=1)), steps=2)(linearized(Shape(depth=1)))
     assert capsys.readouterr() == ("", "")
+
+
+def test_held_out_inputs_are_measured_and_not_trained_on():
+    shape = Shape(depth=2)
+    lin, twin = linearized(shape), linearized(shape)
+    data, others = batches(shape), batches(shape, 3)
+    with_them, without = t5fx.Align(data, steps=3, held_out=others), t5fx.Align(data, steps=3)
+    with_them(lin)
+    without(twin)
+    for value, other in zip(lin.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(value, other)
+    assert not without.result.held_out
+    again = t5fx.Align(data, steps=1, lr=1e-9, held_out=others)
+    again(lin)
+    for key, (before, after) in with_them.result.held_out.items():
+        assert before != after
+        assert again.result.held_out[key] == (pytest.approx(after), pytest.approx(after, rel=1e-3))
+    assert "held out" in str(with_them.result) and "held out" not in str(without.result)
+
+
+def test_own_activations_go_on_in_the_last_steps():
+    """The second site's last losses are those of the linearized model's own activations."""
+    shape = Shape(depth=2)
+    lin, images = linearized(shape), shape.images()
+    seen = []
+    lin.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    t5fx.Align([images], steps=4, own=0.5, lr=1e-9)(lin)
+    lin.eval()(images)
+    first, second, third, fourth, linear = seen[-5:]
+    assert torch.equal(first, second) and not torch.allclose(second, third, atol=1e-3)
+    torch.testing.assert_close(third, linear, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fourth, linear, rtol=1e-4, atol=1e-5)
+
+
+def test_sites_one_after_the_other():
+    shape = Shape(depth=2, heads=2, head_dim=8, grid=(4, 4))
+    lin = linearized(shape)
+    align = t5fx.Align(batches(shape, 4), steps=30, lr=2e-2, sequential=True)
+    align(lin)
+    result = align.result
+    assert (result.steps, result.samples) == (60, 120)
+    assert [len(values) for values in result.losses.values()] == [30, 30]
+    assert all(result.after[key] < 0.8 * result.before[key] for key in result.losses)
+
+
+def test_stops_when_nothing_moves():
+    lin = linearized(Shape(depth=1))
+    align = t5fx.Align(batches(Shape(depth=1)), steps=300, lr=1e-9, until=0.01)
+    align(lin)
+    assert align.result.steps == 100
+    for bad in ({"own": 1.5}, {"own": -0.1}, {"until": 0}):
+        with pytest.raises(TrainingError, match="expected a"):
+            t5fx.Align([], **bad)

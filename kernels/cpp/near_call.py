@@ -1,0 +1,143 @@
+"""Calls of ``near_forward.cpp`` and ``near_backward.cpp``: what `near_explicit` does."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_gates, check_grid, check_grid_ndim, check_tokens
+from ..errors import NodeArgumentError
+from ..explicit import token_major_empty
+from .call import alike, check_cpu, launch
+
+_TENSORS = ("q", "k", "v", "grad", "base", "gate")
+_RESULTS = ("out", "grad_q", "grad_k", "grad_v", "grad_base", "grad_gate")
+_SIZES = ("batch", "heads", "tokens", "dim", "value")
+_Strides, _Grid = ctypes.c_int64 * 20, ctypes.c_int64 * 3
+
+
+class _Call(ctypes.Structure):
+    """`ttt::NearCall` of near.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_RESULTS)),
+        ("strides", _Strides),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("grid", _Grid),
+        *((name, ctypes.c_int64) for name in ("prefix", "side", "cells")),
+        ("scale", ctypes.c_double),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    base: Tensor,
+    mixing: Sequence[Tensor],
+    *,
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    neighborhood: int,
+    coarse: int,
+) -> Tensor:
+    """`near_explicit.forward` in C++: q, k, v, base in DTYPES with any strides, a float32 gate."""
+    dtype, (q, k, v, base) = q.dtype, alike(q, k, v, base)
+    out = token_major_empty(q, v.shape[3])
+    settings = (scale, grid, prefix, neighborhood, coarse)
+    _run("near_forward", (q, k, v), {"base": base}, mixing, {"out": out}, *settings)
+    return out.to(dtype)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Sequence[Tensor],
+    *,
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    neighborhood: int,
+    coarse: int,
+) -> list[Tensor]:
+    """`near_explicit.backward` in C++, for the same dtypes as `forward`."""
+    grad, q, k, v = alike(grad, q, k, v)
+    results = {f"grad_{n}": token_major_empty(x, x.shape[3]) for n, x in zip("qkv", (q, k, v))}
+    results["grad_base"] = token_major_empty(q, v.shape[3])
+    # That of the gate has a batch axis until it is summed.
+    gates = {"grad_gate": gate.new_empty(len(q), *gate.shape) for gate in mixing}
+    settings = (scale, grid, prefix, neighborhood, coarse)
+    _run("near_backward", (q, k, v), {"grad": grad}, mixing, results | gates, *settings)
+    return [*results.values(), *(g.sum(0) for g in gates.values())]
+
+
+def _run(
+    name: str,
+    qkv: Sequence[Tensor],
+    other: dict[str, Tensor],
+    mixing: Sequence[Tensor],
+    results: dict[str, Tensor],
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    neighborhood: int,
+    coarse: int,
+) -> None:
+    """``other``: base or the gradient, which are shaped as v."""
+    q, k, v = qkv
+    _check(q, k, v, other, mixing, grid, prefix, neighborhood, coarse)
+    tensors = {"q": q, "k": k, "v": v, **other}
+    gate = {"gate": gate.contiguous() for gate in mixing}
+    strides = _Strides()
+    for i, kind in enumerate(_TENSORS[:5]):
+        if kind in tensors:
+            strides[4 * i : 4 * i + 4] = tensors[kind].stride()
+    call = _Call(
+        **{kind: x.data_ptr() for kind, x in (tensors | gate | results).items()},
+        strides=strides,
+        **dict(zip(_SIZES, (*q.shape, v.shape[3]), strict=True)),
+        grid=_Grid(*(1,) * (3 - len(grid)), *grid),
+        prefix=prefix,
+        side=neighborhood,
+        cells=coarse,
+        scale=scale,
+        threads=torch.get_num_threads(),
+    )
+    launch(name, call, q, f"near attention's {name.removeprefix('near_')}")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    other: dict[str, Tensor],
+    mixing: Sequence[Tensor],
+    grid: Sequence[int],
+    prefix: int,
+    neighborhood: int,
+    coarse: int,
+) -> None:
+    """What is behind a pointer nobody checks: raises where the call would read past an end."""
+    check_grid_ndim(len(grid))
+    check_tokens(q, k, v)
+    check_gates(mixing, q.shape[1])
+    check_grid(grid, prefix, q.shape[2])
+    if neighborhood < 0 or coarse < 0:
+        raise NodeArgumentError(
+            f"neighborhood and coarse: expected 0 or more; got {neighborhood} and {coarse}"
+        )
+    for name, tensor in other.items():
+        if tensor.shape != v.shape:
+            raise NodeArgumentError(
+                f"{name}: expected shape {list(v.shape)}; got {list(tensor.shape)}"
+            )
+    if len(mixing) > 1 or any(gate.dtype != torch.float32 for gate in mixing):
+        raise NodeArgumentError(
+            f"mixing: expected at most a gate in float32; got {[gate.dtype for gate in mixing]}"
+        )
+    check_cpu(q, k, v, *other.values(), *mixing)

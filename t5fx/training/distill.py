@@ -1,0 +1,283 @@
+"""`Distill`: a whole linearized model learns to do what the original does, without labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn import functional
+
+from t5fx.api import softmax
+from t5fx.errors import TrainingError
+from t5fx.frontend.copies import duplicate
+from t5fx.kernels import TTT
+from t5fx.reports import Report
+from t5fx.runtime.lookup import is_linearized
+from t5fx.training.finetune import FineTune, FineTuneResult
+from t5fx.training.nodes import as_call, check_positive, nodes_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Train = Literal["new", "full", "lora"]
+Loss = Callable[[Any, Any], Tensor]
+
+
+def cosine(student: Any, teacher: Any) -> Tensor:
+    """1 - cosine of the vectors of the last axis, the mean over all others and over all tensors."""
+    return _mean(
+        (1 - functional.cosine_similarity(s, t, dim=-1)).mean() for s, t in _pairs(student, teacher)
+    )
+
+
+def relative(student: Any, teacher: Any) -> Tensor:
+    """|s - t|^2 / |t|^2 over all of a tensor, the mean over the tensors."""
+    return _mean((s - t).square().sum() / t.square().sum() for s, t in _pairs(student, teacher))
+
+
+#: What can be asked for by name as the loss of the outputs.
+OUTPUTS: dict[str, Loss] = {"cosine": cosine, "relative": relative}
+
+
+@dataclass
+class Distill:
+    """A fine-tune hook: the linearized model as student of the original, end to end.
+
+    Needs inputs and no labels. The teacher is a copy of the model with the softmax attention put
+    back, in eval mode, as is the student. The loss is that of the outputs plus `hidden_weight`
+    times the mean of |s - t|^2 / |t|^2 over the chosen hidden states. Use it after `Align`, which
+    gets each site close for a fraction of the cost: the errors that it leaves add up over the
+    layers, and this is what takes them away (as in MOHAWK, arXiv 2408.10189, and LoLCATs,
+    arXiv 2410.10254, which align attentions, then hidden states, then outputs).
+
+    As a hook: `linearize(model, args, finetune=[Align(batches), Distill(batches)])`; or called with
+    a linearized model: `Distill(batches)(lin)`. Parameters are trained in place; afterwards
+    `.result` has the history, as that of `FineTune`, whose loop on accelerate it uses.
+
+    Args:
+        data: batches, as for `Align`.
+        inputs: what of a batch the model is called with.
+        output: the loss of the outputs: "cosine", 1 - cosine of their last axis; "relative",
+            |s - t|^2 / |t|^2; or a function of the student's and the teacher's output.
+        hidden: names of modules, patterns as in fnmatch, at whose outputs the two are compared;
+            None is the blocks that hold the rewritten attentions, () is nothing.
+        hidden_weight: weight of their loss.
+        train: "new" the new parameters alone; "full" the old ones too, with `lr / lr_ratio`; "lora"
+            the new ones and low-rank updates of the linear layers (by peft), merged at the end.
+        rank: of these updates.
+        steps, lr, lr_ratio, weight_decay, warmup, max_grad_norm, ema, log_every, accelerator: as
+            for `FineTune`.
+        evaluate, eval_every: as for `FineTune`, such as the agreement on inputs that are held out.
+
+    Raises:
+        TrainingError: no such hidden state, nothing to train, data that ends, a loss that is not
+            finite. The module then has the values of the last step that was in order.
+    """
+
+    data: Iterable[Any]
+    _: KW_ONLY
+    inputs: Callable[[Any], Any] | None = None
+    output: str | Loss = "cosine"
+    hidden: Sequence[str] | None = None
+    hidden_weight: float = 1.0
+    train: Train = "full"
+    rank: int = 8
+    steps: int = 500
+    lr: float = 2e-4
+    lr_ratio: float = 10.0
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    ema: float | None = None
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    eval_every: int | None = None
+    log_every: int = 50
+    accelerator: Accelerator | None = None
+    result: FineTuneResult | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.train not in get_args(Train):
+            wanted = ", ".join(map(repr, get_args(Train)))
+            raise TrainingError(f"train: expected one of {wanted}, got {self.train!r}")
+        if not callable(self.output) and self.output not in OUTPUTS:
+            wanted = ", ".join(map(repr, OUTPUTS))
+            raise TrainingError(
+                f"output: expected one of {wanted} or a function, got {self.output!r}"
+            )
+        check_positive(rank=self.rank, hidden_weight=self.hidden_weight)
+        self._loop({}, lambda model, batch: torch.zeros(()))  # which checks what it takes
+
+    @torch.inference_mode(False)
+    def __call__(self, module: nn.Module, report: Report | None = None) -> None:
+        inner = getattr(module, "_orig_mod", module)
+        nodes = nodes_of(module)
+        names = self._hidden(inner, nodes)
+        teacher = duplicate(inner, share=self.train != "full").eval()
+        flags = {id(p): p.requires_grad for p in inner.parameters()}
+        teacher.requires_grad_(False)
+        for parameter in inner.parameters():  # which the two may share
+            parameter.requires_grad_(flags[id(parameter)])
+        with ExitStack() as stack:
+            if is_linearized(teacher):
+                stack.enter_context(softmax(teacher))
+            if self.train == "lora":
+                stack.enter_context(_low_rank(inner, nodes, self.rank))
+            seen = {
+                which: stack.enter_context(_watched(one, names))
+                for which, one in (("student", inner), ("teacher", teacher))
+            }
+
+            def loss(model: nn.Module, batch: Any) -> Tensor:
+                device = next(iter(nodes.values())).tensors()[0][0].device
+                given = batch if self.inputs is None else self.inputs(batch)
+                args, kwargs = as_call(given, device)
+                with torch.no_grad():
+                    wanted = teacher(*args, **kwargs)
+                return self._compare(model(*args, **kwargs), wanted, seen)
+
+            loop = self._loop(nodes, loss)
+            try:
+                loop(module, report)
+            finally:
+                self.result = loop.result
+
+    def _loop(self, nodes: Mapping[str, TTT], loss: Callable[[nn.Module, Any], Tensor]) -> FineTune:
+        shared = {
+            one.name: getattr(self, one.name)
+            for one in dataclasses.fields(FineTune)
+            if one.init and one.name not in ("loss", "protocol")
+        }
+        return _Loop(**shared, loss=loss, protocol="freeze" if self.train == "new" else "full")
+
+    def _hidden(self, module: nn.Module, nodes: Mapping[str, TTT]) -> list[str]:
+        """The names of the modules at whose outputs student and teacher are compared."""
+        if not is_linearized(module):
+            if self.hidden:
+                raise TrainingError(
+                    "hidden: expected a linearized model, got one that was compiled without: its "
+                    "hidden states are inside of a compiled graph; use t5fx.linearize"
+                )
+            return []
+        names = [name for name, _ in module.named_modules() if name]
+        if self.hidden is None:
+            owners = [key.rpartition(".")[0] for key in nodes]
+            blocks = {owner.rpartition(".")[0] for owner in owners}
+            # Where the owner is an attention its block is its parent, unless that holds all of them.
+            lists = {b for b in blocks if isinstance(_get(module, b), nn.ModuleList)}
+            return sorted((blocks - lists - {""}) | {o for o in owners if _parent(o) in lists})
+        found = []
+        for pattern in self.hidden:
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise TrainingError(
+                    f"hidden: expected names of modules such as {names[:3]}, got {pattern!r}, "
+                    f"which none has"
+                )
+            found += matching
+        return list(dict.fromkeys(found))
+
+    def _compare(self, student: Any, teacher: Any, seen: Mapping[str, dict[str, Any]]) -> Tensor:
+        output = self.output if callable(self.output) else OUTPUTS[self.output]
+        loss = output(student, teacher)
+        ours, theirs = (dict(seen[which]) for which in ("student", "teacher"))
+        for values in seen.values():
+            values.clear()
+        if ours:
+            both = [name for name in ours if name in theirs]
+            loss = loss + self.hidden_weight * _mean(relative(ours[n], theirs[n]) for n in both)
+        return loss
+
+
+class _Loop(FineTune):
+    """The loop of `FineTune` with the student in eval mode, as its teacher is."""
+
+    def _set_flags(self, module: nn.Module, nodes: Mapping[str, TTT]) -> None:
+        super()._set_flags(module, nodes)
+        module.eval()
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _get(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name) if name else module
+
+
+def _pairs(student: Any, teacher: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The floating-point tensors of two results, in float32 or wider."""
+    ours, theirs = pytree.tree_leaves(student), pytree.tree_leaves(teacher)
+    if len(ours) != len(theirs):
+        raise TrainingError(
+            f"expected as many values from the student as from the teacher, {len(theirs)}, got "
+            f"{len(ours)}"
+        )
+    for s, t in zip(ours, theirs, strict=True):
+        if isinstance(s, Tensor) and s.is_floating_point():
+            wide = torch.promote_types(s.dtype, torch.float32)
+            yield s.to(wide), t.to(wide)
+
+
+def _mean(losses: Iterable[Tensor]) -> Tensor:
+    found = list(losses)
+    if not found:
+        raise TrainingError("expected tensors among the results to compare, got none")
+    return torch.stack(found).mean()
+
+
+@contextmanager
+def _watched(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What these modules return, by name, of the last call."""
+    seen: dict[str, Any] = {}
+    handles = []
+    for name in names:
+
+        def keep(_: nn.Module, args: Any, result: Any, name: str = name) -> None:
+            seen[name] = result
+
+        handles.append(module.get_submodule(name).register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _low_rank(module: nn.Module, nodes: Mapping[str, TTT], rank: int) -> Iterator[None]:
+    """The old weights get low-rank updates meanwhile, which are merged into them at the end."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise TrainingError(
+            'Distill(train="lora"): expected the package peft, found none: pip install peft'
+        ) from error
+    inside = tuple(f"{key}." for key in nodes)
+    targets = [
+        name
+        for name, one in module.named_modules()
+        if type(one) is nn.Linear and not name.startswith(inside)
+    ]
+    if not targets:
+        raise TrainingError('train: expected linear layers for "lora", found none')
+    flags = {name: p.requires_grad for name, p in module.named_parameters()}
+    module.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), module)
+    try:
+        yield
+    finally:
+        for name in targets:
+            layer = module.get_submodule(name)
+            assert isinstance(layer, BaseTunerLayer)
+            layer.merge()
+            module.set_submodule(name, layer.get_base_layer())
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(flags[name])

@@ -1,0 +1,346 @@
+"""`search`: which attentions are rewritten, and into which nodes, under a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t5fx.analysis.measure import Shape
+from t5fx.analysis.measure import cost as measured_cost
+from t5fx.api import check_call, linearize, report
+from t5fx.config import LinearizeConfig
+from t5fx.errors import NothingRewrittenError, TrainingError
+from t5fx.kernels import TTT
+from t5fx.reports import Site
+from t5fx.training.align import Align
+from t5fx.training.distill import cosine
+from t5fx.training.nodes import as_call, check_positive, nodes_of, table
+from t5fx.training.students import attention, instead
+
+#: What a site may become, when nothing else is said: fields of `LinearizeConfig`.
+CANDIDATES: tuple[Mapping[str, Any], ...] = (
+    {"neighborhood": 0, "coarse": 0},
+    {"neighborhood": 3, "coarse": 0},
+    {"neighborhood": 5, "coarse": 8},
+    {"neighborhood": 7, "coarse": 8},
+    {"neighborhood": 7, "coarse": 12},
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice for all sites.
+
+    config: it; cost: of all its attentions, in the unit of the search; loss: of the outputs, the
+    mean over the inputs, measured with the whole model so converted; expected: the same, as the sum
+    of what each site alone costs; rewritten: how many sites are.
+    """
+
+    config: LinearizeConfig
+    cost: float
+    loss: float
+    expected: float
+    rewritten: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    config: the choice that fits the budget; points: choices from the cheapest to all softmax;
+    softmax: the cost of the attentions of the original; unit: of all costs, "FLOP" or "s".
+    """
+
+    config: LinearizeConfig
+    points: tuple[Point, ...]
+    softmax: float
+    unit: str
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                f"{p.rewritten} sites{' *' if p.config == self.config else ''}",
+                f"{p.cost:.3g} {self.unit}",
+                f"{self.softmax / p.cost:.2f}",
+                f"{p.loss:.4f}",
+                f"{p.expected:.4f}",
+            ]
+            for p in self.points
+        ]
+        columns = ["rewritten", "attention", "times faster", "loss", "expected"]
+        return table(f"{len(rows)} choices, * the one that fits", columns, rows)
+
+    def draw(self, path: str | Path) -> None:
+        """A picture of the frontier: 1 - loss against how many times faster the attentions are."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        speed = [self.softmax / p.cost for p in self.points]
+        axes.plot(speed, [1 - p.loss for p in self.points], "o-", label="measured")
+        axes.plot(speed, [1 - p.expected for p in self.points], ":", label="sum over sites")
+        for point, x in zip(self.points, speed, strict=True):
+            chosen = point.config == self.config
+            axes.annotate(
+                f"{point.rewritten} sites{' (chosen)' if chosen else ''}",
+                (x, 1 - point.loss),
+                textcoords="offset points",
+                xytext=(6, 6),
+                fontsize=8,
+            )
+        axes.set(xlabel=f"attention, times faster ({self.unit})", ylabel="1 - loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(str(path), dpi=150)
+
+
+@torch.inference_mode(False)
+def search(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    data: Iterable[Any],
+    budget: float | None = None,
+    loss: float | None = None,
+    inputs: Callable[[Any], Any] | None = None,
+    candidates: Sequence[Mapping[str, Any]] = CANDIDATES,
+    compare: Callable[[Any, Any], Tensor] = cosine,
+    align: int = 0,
+    cost: str = "flops",
+    points: int = 8,
+    config: LinearizeConfig | None = None,
+) -> SearchResult:
+    """Find what each attention should become: a node with which window and cells, or nothing.
+
+    For each site and candidate the loss of the model's output is measured with that site alone
+    rewritten, and what the node costs at the example's sizes. The sum of losses is minimised under
+    a sum of costs (a multiple-choice knapsack, by its Lagrangian); the choices on the frontier are
+    then built and measured whole. The model itself is not touched.
+
+    Args:
+        model, args, kwargs: as for `linearize`: the call whose sizes the costs are of.
+        data: batches, a list; as for `Align`. A few are enough.
+        budget: the attentions of the whole model may cost this share of the softmax's, above 0.
+            The choice with the least loss is taken.
+        loss: or the output's loss may be this much. The cheapest choice is taken.
+        inputs: what of a batch the model is called with.
+        candidates: what a site may become: fields of `LinearizeConfig` that can be set per site.
+        compare: the loss of an output and the original's; 1 - cosine of the last axis by default.
+        align: steps of `Align` on `data` that each candidate's nodes get before they are compared.
+        cost: "flops", counted, or "measure", timed on the device (see policy="measure").
+        points: how many choices of the frontier to build and measure.
+        config: all other options. Its cost model is not asked: what pays is the search's to find.
+
+    Returns:
+        A `SearchResult`: `.config` goes to `linearize`, `.draw(path)` draws the frontier. Where no
+        choice fits, the nearest one is an error that names it.
+
+    Raises:
+        TrainingError: neither or both of `budget` and `loss`, no data, or none fits.
+        NothingRewrittenError: no site can be rewritten by any candidate.
+    """
+    if (budget is None) == (loss is None):
+        raise TrainingError(
+            "search: expected one of budget= (share of the softmax's cost) and loss= (of the "
+            f"output), got {'neither' if budget is None else 'both'}"
+        )
+    check_positive(points=points, **{"budget": budget} if loss is None else {"loss": loss})
+    if cost not in ("flops", "measure"):
+        raise TrainingError(f"cost: expected 'flops' or 'measure', got {cost!r}")
+    arguments, keywords = check_call(model, args, kwargs)
+    base = dataclasses.replace(config or LinearizeConfig(), min_tokens=0, policy="flops")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    calls = [as_call(b if inputs is None else inputs(b), device) for b in data]
+    if not calls:
+        raise TrainingError("data: expected batches to compare the outputs on, got none")
+    was_training = model.training
+    model.eval()
+    try:
+        trial = _Trial(model, (arguments, keywords), calls, compare, cost)
+        tables = [trial.table(base, candidate, data, inputs, align) for candidate in candidates]
+        options = _options(candidates, tables)
+        if not options:
+            raise NothingRewrittenError("search: no site can be rewritten by any candidate")
+        found = [
+            trial.point(base, candidates, options, choice) for choice in _frontier(options, points)
+        ]
+    finally:
+        model.train(was_training)
+    found.sort(key=lambda p: p.cost)
+    softmax = sum(next(iter(site.values())).softmax for site in options.values())
+    return SearchResult(
+        _fitting(found, softmax, budget, loss).config,
+        tuple(found),
+        softmax,
+        "FLOP" if cost == "flops" else "s",
+    )
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One candidate at one site: what it costs, what softmax does, and the output's loss."""
+
+    cost: float
+    softmax: float
+    loss: float
+
+
+class _Trial:
+    """The original's outputs, and how far a converted model is from them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: tuple[tuple[Any, ...], dict[str, Any]],
+        calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+        compare: Callable[[Any, Any], Tensor],
+        cost: str,
+    ) -> None:
+        self.model, self.example, self.calls = model, example, calls
+        self.compare, self.unit = compare, cost
+        with torch.no_grad():
+            self.wanted = [model(*args, **kwargs) for args, kwargs in calls]
+
+    @torch.no_grad()
+    def loss(self, module: nn.Module) -> float:
+        pairs = zip(self.calls, self.wanted, strict=True)
+        losses = [self.compare(module(*a, **k), wanted) for (a, k), wanted in pairs]
+        return float(torch.stack(losses).mean())
+
+    def table(
+        self,
+        base: LinearizeConfig,
+        candidate: Mapping[str, Any],
+        data: Iterable[Any],
+        inputs: Callable[[Any], Any] | None,
+        align: int,
+    ) -> dict[str, _Option]:
+        """What a candidate is at each site, by the name of the module that owns it."""
+        chosen = dataclasses.replace(base, **candidate)
+        hook = Align(data, inputs=inputs, steps=align) if align else None
+        try:
+            lin = linearize(self.model, *self.example, config=chosen, finetune=hook)
+        except NothingRewrittenError:
+            return {}
+        nodes = nodes_of(lin.eval())
+        softmax = {key: attention(node) for key, node in nodes.items()}
+        found = {}
+        for owner in dict.fromkeys(key.rpartition(".")[0] for key in nodes):
+            own = [node for key, node in nodes.items() if key.rpartition(".")[0] == owner]
+            others = {k: n for k, n in nodes.items() if k.rpartition(".")[0] != owner}
+            sites = [site for site in report(lin).rewritten if site.fqn == owner]
+            costs = [self.costs(own[0], site) for site in sites]
+            with instead(others, {k: softmax[k] for k in others}):
+                loss = self.loss(lin)
+            found[owner] = _Option(sum(c[0] for c in costs), sum(c[1] for c in costs), loss)
+        return found
+
+    def costs(self, node: TTT, site: Site) -> tuple[float, float]:
+        """Of a site's node and of its softmax, at the example's sizes."""
+        if self.unit == "flops":
+            return float(site.flops_after or 0), float(site.flops_before or 0)
+        assert site.num_tokens is not None and site.flops_before is not None
+        parameter = node.tensors()[0][0]
+        pairs = site.num_tokens**2 * node.num_heads * 2 * (node.head_dim + node.value_dim)
+        shape = Shape(
+            *(max(1, site.flops_before // pairs), node.num_heads, site.num_tokens),
+            *(node.head_dim, node.value_dim, site.prefix or 0, tuple(site.grid or ())),
+            *(str(parameter.dtype).removeprefix("torch."), False),
+        )
+        measured = measured_cost(shape, node.settings(), parameter.device)
+        return measured.ttt, measured.softmax
+
+    def point(
+        self,
+        base: LinearizeConfig,
+        candidates: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Mapping[int, _Option]],
+        choice: Mapping[str, int | None],
+    ) -> Point:
+        """A choice for all sites, built and measured."""
+        overrides: dict[str, Mapping[str, Any]] = dict(base.overrides)
+        excluded = list(base.exclude)
+        total, expected = 0.0, 0.0
+        for owner, index in choice.items():
+            if index is None:
+                excluded.append(owner)
+                total += next(iter(options[owner].values())).softmax
+            else:
+                overrides[owner] = {**overrides.get(owner, {}), **candidates[index]}
+                total += options[owner][index].cost
+                expected += options[owner][index].loss
+        config = dataclasses.replace(base, overrides=overrides, exclude=tuple(excluded))
+        rewritten = sum(index is not None for index in choice.values())
+        if not rewritten:
+            return Point(config, total, 0.0, 0.0, 0)
+        lin = linearize(self.model, *self.example, config=config).eval()
+        return Point(config, total, self.loss(lin), expected, rewritten)
+
+
+def _options(
+    candidates: Sequence[Mapping[str, Any]], tables: Sequence[Mapping[str, _Option]]
+) -> dict[str, dict[int, _Option]]:
+    """By site what can become of it, by the candidate's number."""
+    found: dict[str, dict[int, _Option]] = {}
+    for index in range(len(candidates)):
+        for key, option in tables[index].items():
+            found.setdefault(key, {})[index] = option
+    return found
+
+
+def _frontier(
+    options: Mapping[str, Mapping[int, _Option]], points: int
+) -> list[dict[str, int | None]]:
+    """Choices with the least sum of losses for what they cost, evenly over the range of costs.
+
+    Each minimises loss + price * cost at some price: at every site for itself.
+    """
+    by_cost: dict[float, dict[str, int | None]] = {}
+    whole = sum(next(iter(site.values())).softmax for site in options.values())
+    for price in [0.0, *(10 ** (e / 8) for e in range(-200, 41)), math.inf]:
+        choice: dict[str, int | None] = {}
+        total = 0.0
+        for key, site in options.items():
+            softmax = next(iter(site.values())).softmax
+            ways = [(0.0, softmax, None), *((o.loss, o.cost, i) for i, o in site.items())]
+            if price == math.inf:
+                best = min(ways, key=lambda w: (w[1], w[0]))
+            else:
+                best = min(ways, key=lambda w: (w[0] + price / whole * w[1], w[1]))
+            choice[key] = best[2]
+            total += best[1]
+        by_cost.setdefault(total, choice)
+    costs = sorted(by_cost)
+    if len(costs) > points:
+        first, last = costs[0], costs[-1]
+        wanted = [first + (last - first) * i / max(1, points - 1) for i in range(points)]
+        costs = sorted({min(costs, key=lambda c: abs(c - w)) for w in wanted})
+    return [by_cost[c] for c in costs]
+
+
+def _fitting(
+    points: Sequence[Point], softmax: float, budget: float | None, loss: float | None
+) -> Point:
+    if budget is not None:
+        fitting = [p for p in points if p.cost <= budget * softmax]
+        if fitting:
+            return min(fitting, key=lambda p: p.loss)
+        least = points[0].cost / softmax
+        raise TrainingError(
+            f"budget: expected a share that some choice keeps, got {budget:g}; the least that any "
+            f"costs is {least:.3g} of the softmax's at these sizes"
+        )
+    assert loss is not None
+    fitting = [p for p in points if p.loss <= loss]
+    if not fitting:
+        least = min(p.loss for p in points)
+        raise TrainingError(f"loss: no choice has at most {loss:g}; the least is {least:.3g}")
+    return min(fitting, key=lambda p: p.cost)

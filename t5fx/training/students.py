@@ -1,0 +1,169 @@
+"""The students of `Align`: copies of nodes that learn while the original runs in their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from t5fx.errors import TrainingError
+from t5fx.kernels import TTT
+
+
+class Student:
+    """The float32 copy of a node that is trained in its place."""
+
+    def __init__(self, key: str, node: TTT) -> None:
+        self.key = key
+        self.original = node
+        self.node = copy.deepcopy(node).float().requires_grad_(True)
+        self.projection = ""
+        self.weight: Tensor | None = None
+        self.merged: Tensor | None = None
+        self.losses: list[Tensor] = []
+        self.passes_on = False
+        self.learns = True
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What the original does here, and kept to find out who reads it."""
+        out = functional.scaled_dot_product_attention(q, k, v, scale=self.node.scale)
+        self.merged = merge_heads(out)
+        return out
+
+    def learn(self, q: Tensor, k: Tensor, v: Tensor, *layout: Any, **named: Any) -> Tensor:
+        """The softmax attention's output, or the student's own, and the loss of the one on it.
+
+        The gradients of the loss are added to the student's where it `learns`.
+        """
+        out = functional.scaled_dot_product_attention(q, k, v, scale=self.node.scale)
+        wanted = merge_heads(out).float()
+        learning = torch.set_grad_enabled(self.learns)
+        with learning, torch.autocast(q.device.type, enabled=False):
+            got = self.node(q.float(), k.float(), v.float(), *layout, **named)
+            error = merge_heads(got) - wanted
+            if self.weight is not None:
+                error, wanted = error @ self.weight.mT, wanted @ self.weight.mT
+            tiny = torch.finfo(torch.float32).tiny
+            loss = error.square().sum() / wanted.square().sum().clamp_min(tiny)
+            if self.learns:
+                loss.backward()
+        self.losses.append(loss.detach())
+        return got.detach().to(out.dtype) if self.passes_on else out
+
+    def take_loss(self) -> Tensor:
+        if not self.losses:
+            raise TrainingError(
+                f"'{self.key}' did not run: expected batches for which every rewritten attention "
+                f"runs, as in the call that the model was linearized for"
+            )
+        losses, self.losses = self.losses, []
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """The trained values to the node itself, in its dtype."""
+        trained = dict(self.node.named_parameters())
+        for name, parameter in self.original.named_parameters():
+            parameter.copy_(trained[name])
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, N, Dv] to [B, N, H*Dv]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attention(node: TTT) -> Callable[..., Tensor]:
+    """The softmax attention that a node replaced, as its forward."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, scale=node.scale)
+
+    return forward
+
+
+@contextmanager
+def instead(
+    nodes: Mapping[str, TTT], forward: Mapping[str, Callable[..., Tensor]]
+) -> Iterator[None]:
+    """The nodes compute something else meanwhile."""
+    try:
+        for key, node in nodes.items():
+            node.forward = forward[key]  # type: ignore[method-assign]
+        yield
+    finally:
+        for node in nodes.values():
+            vars(node).pop("forward", None)
+
+
+@contextmanager
+def taught(students: Mapping[str, Student], module: nn.Module) -> Iterator[None]:
+    """Each site of `module` teaches its student meanwhile; the module is the original but where
+    students pass on what they make."""
+    nodes = {key: s.original for key, s in students.items()}
+    with torch.no_grad(), instead(nodes, {key: s.learn for key, s in students.items()}):
+        yield
+
+
+@torch.no_grad()
+def find_projections(
+    module: nn.Module, students: Mapping[str, Student], args: Any, kwargs: Any
+) -> list[str]:
+    """Find the linear layer that reads each attention's output and nothing else, by running it.
+
+    It is a module inside the attention's owner with a weight [C, H*Dv] whose input is that very
+    output, heads merged. Returns the sites' keys in the order in which they run.
+    """
+    handles = []
+    order: list[str] = []
+
+    def ran(key: str, student: Student) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            order.append(key)
+            return student.softmax(*args, **kwargs)
+
+        return forward
+
+    for key, student in students.items():
+        owner = key.rpartition(".")[0]
+        width = student.node.num_heads * student.node.value_dim
+        inside = module.get_submodule(owner) if owner else module
+        for name, candidate in inside.named_modules():
+            weight = candidate._parameters.get("weight")
+            if weight is not None and weight.dim() == 2 and weight.shape[1] == width:
+                handles.append(
+                    candidate.register_forward_pre_hook(
+                        _Compare(student, f"{owner}.{name}".strip("."), weight)
+                    )
+                )
+    nodes = {key: s.original for key, s in students.items()}
+    try:
+        with instead(nodes, {key: ran(key, s) for key, s in students.items()}):
+            module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for student in students.values():
+            student.merged = None
+    return list(dict.fromkeys(order))
+
+
+class _Compare:
+    """A forward pre-hook: is what this layer reads the attention's output?"""
+
+    def __init__(self, student: Student, name: str, weight: Tensor) -> None:
+        self.student, self.name, self.weight = student, name, weight
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        merged = self.student.merged
+        read = next((a for a in args if isinstance(a, Tensor)), None)
+        if merged is None or read is None or read.numel() != merged.numel():
+            return
+        if torch.equal(read.reshape(merged.shape), merged.to(read.dtype)):
+            self.student.projection = self.name
+            self.student.weight = self.weight.detach().float()
+            self.student.merged = None
