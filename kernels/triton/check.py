@@ -114,7 +114,8 @@ def check(question: dict[str, Any]) -> dict[str, str]:
         near = isinstance(case, near_parity.NearCase)
         compare = near_parity.compare if near else parity.compare
         where = (
-            f"{'near attention, ' if near else ''}{case.dtype}, {tokens} tokens, heads of {case.head_dim} and {case.value_dim}, "
+            f"{'near attention, ' if near else ''}{case.dtype}, {tokens} tokens, heads of "
+            f"{case.head_dim} and {case.value_dim}, "
             f"{'eager' if trial.compiled is None else f'compiled with {trial.compiled} sizes'}"
         )
         try:

@@ -11,9 +11,8 @@ from torch import Tensor
 from ..choice import cells_obstacle
 from ..errors import NodeArgumentError
 from .launch import (
-    MAX_WIDTH,
-    check_device,
     check_dtype,
+    check_inputs,
     is_scaled,
     is_wide,
     launch,
@@ -165,19 +164,9 @@ def near_site(
         NodeArgumentError: a device, a dtype, a width of heads or a number of cells that the kernels
             do not know.
     """
-    check_device(q.device)
-    tensors = {"q": q, "k": k, "v": v} | ({"gate": mixing[0]} if mixing else {})
-    for name, tensor in tensors.items():
-        check_dtype(name, tensor)
-        if tensor.dim() == 4 and tensor.shape[3] > MAX_WIDTH:
-            raise NodeArgumentError(
-                f'{name}: expected at most {MAX_WIDTH} channels with impl="triton"; got '
-                f'{tensor.shape[3]}; use impl="reference"'
-            )
-    if q.shape[0] == 0:
-        raise NodeArgumentError(
-            'q: expected at least one batch item with impl="triton"; got none; use impl="reference"'
-        )
+    check_inputs(q, k, v)
+    for gate in mixing:
+        check_dtype("gate", gate)
     batch, heads, tokens, dim = q.shape
     axes = len(grid)
     obstacle = cells_obstacle(axes, coarse, padded(max(dim, v.shape[3])))

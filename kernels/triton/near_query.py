@@ -117,9 +117,7 @@ def near_queries(
         left = tokens_left(starts, cells, grid, NDIM, SIDE, COARSE)
         sizes = counts(cells, grid, NDIM, COARSE)
         known = tl.minimum(cells, CELLS - 1)
-        means = load_rows(
-            (mean_k + group.to(tl.int64) * (CELLS * D), D, 1), known, channels, D, 1
-        )
+        means = load_rows((mean_k + group.to(tl.int64) * (CELLS * D), D, 1), known, channels, D, 1)
         of_cells = cell_logits(times_means(x, means, PRECISION) * scale, left, sizes, taken)
         top, total = larger(top, total, of_cells)
     norm = top + tl.log(total)
