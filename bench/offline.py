@@ -8,7 +8,8 @@ import collections
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t5fx.kernels.triton_kernels import backward, forward
+from t5fx.kernels.triton_kernels import backward, forward, launch
+from t5fx.kernels.triton_kernels.near_launch import near_backward, near_forward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,16 +128,54 @@ def each_launch(
         weight = torch.empty(heads * dim, 1, *(3,) * len(grid), device="meta")
         conv = [weight, torch.empty(heads * dim, device="meta")] * 2
     settings = {"scale": 0.1, "grid": grid, "prefix": 1, "key_norm_eps": 1.0, "locality": locality}
-    architecture_of = "t5fx.kernels.triton_kernels.launch.architecture"
+    with _launched_by(run, architecture):
+        forward(q, k, v, weights, conv, **settings)
+        out, saved = forward(q, k, v, weights, conv, **settings, training=True)
+        backward(torch.empty_like(out), q, k, v, weights, conv, saved, **settings)
+
+
+def near_launches(
+    architecture: str,
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    grid: tuple[int, ...] = (64, 64),
+    prefix: int = 1,
+    heads: int = 6,
+    batch: int = 2,
+    neighborhood: int = 7,
+    coarse: int = 4,
+    gated: bool = True,
+) -> dict[str, Launch]:
+    """The same of near attention's forward and backward; what would run it is not asked for."""
+    found: dict[str, Launch] = {}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
+        found[kernel.__name__] = kernel, dict(zip(kernel.arg_names, args, strict=False)) | settings
+
+    tokens = torch.Size(grid).numel() + prefix
+    packed = torch.empty(batch, tokens, 3, heads, dim, dtype=dtype, device="meta")
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    base = torch.empty(batch, tokens, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+    mixing = [torch.empty(heads, device="meta")] if gated else []
+    settings = {"scale": 0.1, "grid": grid, "prefix": prefix}
+    settings |= {"neighborhood": neighborhood, "coarse": coarse}
+    with _launched_by(record, architecture):
+        out, saved = near_forward(q, k, v, base, mixing, **settings)
+        near_backward(torch.empty_like(out), q, k, v, mixing, saved, **settings)
+    return found
+
+
+@contextmanager
+def _launched_by(run: Callable[..., Any], architecture: str) -> Iterator[None]:
+    """``run`` stands for Triton's own, on an architecture."""
     with (
         # Tracing would know what to do on the device "meta": nothing.
         mock.patch("torch.library.wrap_triton", lambda kernel: kernel),
         mock.patch.object(triton.JITFunction, "run", run),
-        mock.patch(architecture_of, return_value=architecture),
+        mock.patch.object(launch, "architecture", return_value=architecture),
     ):
-        forward(q, k, v, weights, conv, **settings)
-        out, saved = forward(q, k, v, weights, conv, **settings, training=True)
-        backward(torch.empty_like(out), q, k, v, weights, conv, saved, **settings)
+        yield
 
 
 def compiled(

@@ -19,6 +19,11 @@ TRUSTED = "trusted"
 
 #: The widest head that the kernels take, in channels.
 _MAX_WIDTH = 256
+#: The most cells of near attention that they take: what a query has of each is in registers.
+_MAX_CELLS = 128
+#: And the most channels of all cells together, cells and channels of a head padded to powers of
+#: two: all mean keys are on the chip at once.
+_MAX_MEANS = 2**13
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -93,8 +98,6 @@ def _obstacle(call: Call) -> str | None:
         usual = Variant().settings()
         unusual = [f"{n}={v!r}" for n, v in call.node if n != "scale" and usual.get(n) != v]
         return f"no kernels for {', '.join(unusual) or 'a node of which not all is known'}"
-    if Variant(**{n: v for n, v in call.node if n != "scale"}).is_near:
-        return "no kernels for near attention"
     if call.dtype is None:
         return "q, k and v differ in dtype"
     if call.dtype not in _HALF:
@@ -103,17 +106,32 @@ def _obstacle(call: Call) -> str | None:
         return f"parameters of {_name(call.widest)}"
     if max(call.head_dim, call.value_dim) > _MAX_WIDTH:
         return f"heads of more than {_MAX_WIDTH} channels"
-    return None
+    return cells_obstacle(call.axes, dict(call.node)["coarse"], _width(call))
+
+
+def cells_obstacle(axes: int, coarse: int, width: int) -> str | None:
+    """Why the kernels cannot take so many cells along each axis, with heads of ``width``, padded;
+    None where they can.
+    """
+    cells = coarse**axes if coarse else 0
+    most = min(_MAX_CELLS, _MAX_MEANS // width)
+    if cells <= most:
+        return None
+    return f"more than {most} coarse cells with heads of up to {width} channels: {cells}"
+
+
+def _width(call: Call) -> int:
+    """A head's, padded."""
+    return max(16, 1 << (max(call.head_dim, call.value_dim) - 1).bit_length())
 
 
 def _question(call: Call) -> Question:
-    width = max(16, 1 << (max(call.head_dim, call.value_dim) - 1).bit_length())
     node = tuple((name, value) for name, value in call.node if name != "scale")
-    convolved = dict(call.node)["locality"] != "none"
+    needs_grid = Variant(**dict(node)).needs_grid
     return Question(
         dtype=_name(call.dtype or call.widest),
-        width=width,
-        axes=call.axes if convolved else 0,
+        width=_width(call),
+        axes=call.axes if needs_grid else 0,
         direction="backward" if call.trained else "forward",
         node=node,
     )

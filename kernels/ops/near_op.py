@@ -6,7 +6,7 @@ They can be differentiated once.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,15 +82,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, *mixing = ctx.saved_tensors
     if not any(ctx.needs_input_grad[:3]):
-        return *_of_parameters(ctx, grad, q, k, v, mixing), *[None] * len(ctx.settings)
+        found = of_parameters(torch.ops.t5fx.near_forward, ctx, grad, q, k, v, mixing)
+        return *found, *[None] * len(ctx.settings)
     dq, dk, dv, dbase, *rest = torch.ops.t5fx.near_backward(grad, q, k, v, mixing, *ctx.settings)
     return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
 
 
-def _of_parameters(
-    ctx: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mixing: Sequence[Tensor]
+def of_parameters(
+    forward: Callable[..., Tensor],
+    ctx: Any,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Sequence[Tensor],
 ) -> tuple[Any, ...]:
-    """The gradients where q, k and v need none: the attention again, without its backward."""
+    """The gradients where q, k and v need none: ``forward`` again, without its backward."""
     scale, grid, prefix, *rest = ctx.settings
     nothing = torch.zeros_like(grad)
     on_grid = nothing.index_fill(2, torch.arange(math.prod(grid), device=q.device) + prefix, 1)
@@ -98,7 +105,7 @@ def _of_parameters(
     if not mixing:
         return None, None, None, base, []
     ones = [torch.ones_like(mixing[0])]
-    near = torch.ops.t5fx.near_forward(q, k, v, nothing, ones, scale, grid, prefix, *rest)
+    near = forward(q, k, v, nothing, ones, scale, grid, prefix, *rest)
     wide = widest(grad, *mixing)
     return None, None, None, base, [(base.to(wide) * near.to(wide)).sum((0, 2, 3)).to(ones[0])]
 

@@ -63,8 +63,10 @@ def _ttt(
     base = _linear(q, k, v, weights, conv, scale, grid, prefix, variant, impl)
     if not variant.is_near:
         return base
+    near_settings = (scale, grid, prefix, neighborhood, coarse)
+    if impl == "triton":
+        return torch.ops.t5fx.near_triton_forward(q, k, v, base, mixing, *near_settings)[0]
     if closed:
-        near_settings = (scale, grid, prefix, neighborhood, coarse)
         return torch.ops.t5fx.near_forward(q, k, v, base, mixing, *near_settings)
     return near.reference(
         *(q, k, v, base, mixing),

@@ -43,7 +43,7 @@ MARK = "t5fx-verdict "
 class Question:
     """Which kernels: all that decides their machine code, but for the device and the software.
 
-    width: a head's, padded to a power of two. axes: of the grid, 0 without a convolution.
+    width: a head's, padded to a power of two. axes: of the grid, 0 where it is not read.
     direction: "forward" or "backward", which includes the forward. node: the whole variant, sorted
     pairs of a setting's name and its value.
     """

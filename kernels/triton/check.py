@@ -21,7 +21,7 @@ REPEATS = 3
 
 
 class Trial(NamedTuple):
-    """A case and how it is run; see ``parity.compare``."""
+    """A case and how it is run; see ``parity.compare`` and ``near_parity.compare``."""
 
     case: Any
     compiled: str | None = None
@@ -29,7 +29,16 @@ class Trial(NamedTuple):
 
 
 def trials(question: dict[str, Any]) -> list[Trial]:
-    """What has to be right: small and odd before large, eager before compiled."""
+    """What has to be right: the node, then near attention, if it is mixed in."""
+    settings = dict(question["node"])
+    found = node_trials(question)
+    if settings["neighborhood"] or settings["coarse"]:
+        found += near_trials(question)
+    return found
+
+
+def node_trials(question: dict[str, Any]) -> list[Trial]:
+    """Of the node without near attention: small and odd before large, eager before compiled."""
     from .launch import INTERPRETED
     from .parity import Case
 
@@ -63,17 +72,50 @@ def trials(question: dict[str, Any]) -> list[Trial]:
     return found
 
 
+def near_trials(question: dict[str, Any]) -> list[Trial]:
+    """The same of near attention."""
+    from .launch import INTERPRETED
+    from .near_parity import NearCase
+
+    width = question["width"]
+    settings = dict(question["node"])
+    tiny, odd, large = GRIDS[question["axes"]]
+    common = {
+        "dtype": question["dtype"],
+        **{name: settings[name] for name in ("neighborhood", "coarse", "mix")},
+    }
+    even = {**common, "head_dim": width, "value_dim": width}
+    padded = {**common, "head_dim": 3 * width // 4, "value_dim": width // 2 + 1}
+    found = [
+        Trial(NearCase(**even, grid=odd)),
+        Trial(NearCase(**even, grid=tiny, prefix=0, batch=1, heads=1)),
+        Trial(NearCase(**padded, grid=odd, prefix=2, suffix=3, layout="BHND")),
+        Trial(NearCase(**even, grid=large, suffix=1), repeats=REPEATS),
+    ]
+    if question["direction"] == "backward":
+        found.append(Trial(NearCase(**even, grid=odd, gradient=2**-13)))
+    if not INTERPRETED:
+        found += [
+            Trial(NearCase(**even, grid=odd, prefix=0), "static"),
+            Trial(NearCase(**padded, grid=large, prefix=2, suffix=3), "dynamic", REPEATS),
+        ]
+    return found
+
+
 def check(question: dict[str, Any]) -> dict[str, str]:
     """The verdict on what a question asks for: {"status", "reason"}."""
-    from .parity import compare
+    from . import near_parity, parity
 
     training = question["direction"] == "backward"
     told = trials(question)
     for trial in told:
         case = trial.case
         tokens = case.prefix + math.prod(case.grid) + case.suffix
+        near = isinstance(case, near_parity.NearCase)
+        compare = near_parity.compare if near else parity.compare
         where = (
-            f"{case.dtype}, {tokens} tokens, heads of {case.head_dim} and {case.value_dim}, "
+            f"{'near attention, ' if near else ''}{case.dtype}, {tokens} tokens, heads of "
+            f"{case.head_dim} and {case.value_dim}, "
             f"{'eager' if trial.compiled is None else f'compiled with {trial.compiled} sizes'}"
         )
         try:

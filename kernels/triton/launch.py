@@ -148,22 +148,11 @@ def site(
         NodeArgumentError: a device, a dtype, a width of heads or a locality that the kernels do not
             know.
     """
-    check_device(q.device)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_dtype(name, tensor)
-        if tensor.shape[3] > MAX_WIDTH:
-            raise NodeArgumentError(
-                f'{name}: expected at most {MAX_WIDTH} channels with impl="triton"; got '
-                f'{tensor.shape[3]}; use impl="reference"'
-            )
+    check_inputs(q, k, v)
     if locality not in ("dwc_qk", "none"):
         raise NodeArgumentError(
             f'locality: expected "dwc_qk" or "none" with impl="triton"; got {locality!r}; use '
             'impl="reference"'
-        )
-    if q.shape[0] == 0:
-        raise NodeArgumentError(
-            'q: expected at least one batch item with impl="triton"; got none; use impl="reference"'
         )
     convolved = locality == "dwc_qk"
     axes = tuple(grid) if convolved else ()
@@ -228,6 +217,22 @@ def is_centred(q: Tensor, k: Tensor, v: Tensor, key_norm_eps: float) -> bool:
 def code_count(conv_ndim: int) -> int:
     """Different codes that a token can have: see ``tiles``."""
     return 4**conv_ndim + 1 if conv_ndim else 1
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless the kernels read them: their device, dtypes, widths, and that there are any."""
+    check_device(q.device)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_dtype(name, tensor)
+        if tensor.shape[3] > MAX_WIDTH:
+            raise NodeArgumentError(
+                f'{name}: expected at most {MAX_WIDTH} channels with impl="triton"; got '
+                f'{tensor.shape[3]}; use impl="reference"'
+            )
+    if q.shape[0] == 0:
+        raise NodeArgumentError(
+            'q: expected at least one batch item with impl="triton"; got none; use impl="reference"'
+        )
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:

@@ -126,11 +126,11 @@ def compare(
         generator=generator,
     )
     call = _eager if compiled is None else _compiled(compiled)
-    fresh = poisoned(device, traced=compiled is not None) if poison else _as_it_is()
+    fresh = poisoned(device, traced=compiled is not None) if poison else as_it_is()
     with fresh, _tf32(case.tf32):
         results = call(tensors, keywords, grad_out, training)
         again = (call(tensors, keywords, grad_out, training) for _ in range(repeats - 1))
-        same = all(_same(results, other) for other in again)
+        same = all(same_bits(results, other) for other in again)
     wanted = _wanted(tensors, keywords, grad_out, training)
     tolerance = TF32_TOLERANCE if case.tf32 and dtype == torch.float32 else TOLERANCE[dtype]
     errors = errors_of(results, wanted, tolerance, case.gradient)
@@ -175,14 +175,14 @@ def arguments(
         for _ in "qk":
             own += [random(channels, 1, *(3,) * len(grid)), random(channels)]
     grad_out = gradient * random(batch, heads, tokens, value_dim)
-    tensors = [_lay_out(x.to(dtype), layout) for x in inputs]
+    tensors = [lay_out(x.to(dtype), layout) for x in inputs]
     tensors += [t.to(parameters) for t in own]
     keywords = {
         **{"scale": 0.7, "grid": tuple(grid), "prefix": prefix},
         **{"key_norm_eps": key_norm_eps, "locality": locality},
     }
-    tensors = [_move(t, device) for t in tensors]
-    return tensors, keywords, _move(_lay_out(grad_out.to(dtype), layout), device)
+    tensors = [move(t, device) for t in tensors]
+    return tensors, keywords, move(lay_out(grad_out.to(dtype), layout), device)
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -255,6 +255,11 @@ def _known(saved: Saved, dim: int) -> list[Tensor]:
 
 def _compiled(sizes: str) -> Callable[..., dict[str, Tensor]]:
     """`run_op`, its call compiled by Inductor with "static" or "dynamic" sizes."""
+    return functools.partial(run_op, call=by_inductor(ttt, sizes))
+
+
+def by_inductor(function: Callable[..., Any], sizes: str) -> Callable[..., Any]:
+    """A function compiled with "static" or "dynamic" sizes."""
     if INTERPRETED:
         raise NodeArgumentError(
             f"compiled: expected None in Triton's interpreter, whose kernels no compiler can "
@@ -263,11 +268,10 @@ def _compiled(sizes: str) -> Callable[..., dict[str, Tensor]]:
     if sizes not in ("static", "dynamic"):
         raise NodeArgumentError(f'compiled: expected None, "static" or "dynamic"; got {sizes!r}')
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
-    call = torch.compile(ttt, fullgraph=True, dynamic=sizes == "dynamic")
-    return functools.partial(run_op, call=call)
+    return torch.compile(function, fullgraph=True, dynamic=sizes == "dynamic")
 
 
-def _same(results: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def same_bits(results: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Equal bits, of NaN too."""
     return all(torch.equal(_bits(results[name]), _bits(other[name])) for name in results)
 
@@ -374,7 +378,7 @@ def rms(x: Tensor) -> float:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
     """On a device, with its strides."""
     if tensor.device.type == torch.device(device).type:
         return tensor
@@ -382,7 +386,7 @@ def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
     return moved.copy_(tensor)
 
 
-def _lay_out(x: Tensor, layout: str) -> Tensor:
+def lay_out(x: Tensor, layout: str) -> Tensor:
     """The same numbers in other strides."""
     if layout == "packed":  # [B, N, 3, H, D], as a joint projection gives it
         packed = torch.stack([x, x, x]).permute(1, 3, 0, 2, 4).contiguous()
@@ -397,7 +401,7 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 @contextmanager
-def _as_it_is() -> Iterator[None]:
+def as_it_is() -> Iterator[None]:
     yield
 
 

@@ -29,7 +29,11 @@ HALF = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "file",
-    [pytest.param("triton_interpreted", marks=pytest.mark.extras), "triton_races", "triton_tiles"],
+    [
+        pytest.param("triton_interpreted", marks=pytest.mark.extras),
+        pytest.param("triton_near", marks=pytest.mark.extras),
+        *("triton_races", "triton_tiles"),
+    ],
 )
 def test_in_the_interpreter(file, slow):
     """A file of tests in a process of its own; of two of them what is slow at night, and the first
