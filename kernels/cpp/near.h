@@ -254,8 +254,13 @@ struct NearPass : Pairs<T, NearCall> {
   const Index line = padded(N);                       // of a row for all tokens
   // Rows of keys and values are apart so that those of a power of two do not meet in the cache.
   const Index P = D + LANES, Q = V + LANES;
+  std::vector<Index> steps_k, steps_v;  // as places.step, in floats of rows that far apart
 
   explicit NearPass(const NearCall& given) : Pairs<T, NearCall>(given), places(given) {
+    for (const Index step : places.step) {
+      steps_k.push_back(step * P);
+      steps_v.push_back(step * Q);
+    }
     const Index tiles = (N + TILE - 1) / TILE;
     if (parts > tiles) parts = tiles;
   }
@@ -338,11 +343,10 @@ struct NearPass : Pairs<T, NearCall> {
   struct Around {
     const float* from;
     const Index* step;
-    Index apart;
-    const float* operator()(Index j) const { return from + step[j] * apart; }
+    const float* operator()(Index j) const { return from + step[j]; }
   };
   Around around(const float* rows, Index apart, Index place) const {
-    return {rows + places.start[place] * apart, places.step.data(), apart};
+    return {rows + places.start[place] * apart, apart == P ? steps_k.data() : steps_v.data()};
   }
 
   // Fetches what the window of a place has beside that of the one before.
