@@ -167,6 +167,7 @@ struct Places {
   const Index window, cells, marks;         // how many of each a query meets
   const Index counted, pitch;               // cells and marks, padded
   std::vector<int32_t> token, place, start; // of each place, of each token, of a place's window
+  std::vector<Index> line, column;          // of a place, as far as they are in rows and columns
   std::vector<int32_t> cell;                // of each token of the grid
   std::vector<Index> step;                  // from a window's start to each of its tokens
   std::vector<float> size, rows, columns;   // tokens of marks; of cells in windows, by z and y, by x
@@ -186,6 +187,8 @@ struct Places {
         token(call.tokens),
         place(call.tokens),
         start(count),
+        line(count),
+        column(count),
         cell(call.tokens),
         step(window),
         size(pitch),
@@ -198,6 +201,8 @@ struct Places {
           for (Index j = band; j < band + BAND && j < y.size; ++j, ++at) {
             token[at] = int32_t(number(i, j, k));
             start[at] = int32_t(number(z.first(i), y.first(j), x.first(k)));
+            line[at] = (i * y.size + j) * counted;
+            column[at] = k * counted;
           }
     for (Index i = 0; i < ends; ++i) token[count + i] = int32_t(end(i));
     for (Index i = 0; i < call.tokens; ++i) place[token[i]] = int32_t(i);
@@ -399,10 +404,8 @@ struct NearPass : Pairs<T, NearCall> {
     Vec operator()(Index c) const { return load(size + c) - load(rows + c) * load(columns + c); }
   };
   Left left(Index place) const {
-    const Places& p = places;
-    const Index n = p.token[place] - p.prefix;
-    return {p.size.data(), p.rows.data() + n / p.x.size * p.counted,
-            p.columns.data() + n % p.x.size * p.counted};
+    return {places.size.data(), places.rows.data() + places.line[place],
+            places.columns.data() + places.column[place]};
   }
 
   // Rows of a tile, x . K and x . k, as e_c and e_j; factors[t] = 1 / (sum_j e_j + sum_c n_c e_c).
