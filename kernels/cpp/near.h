@@ -1,7 +1,7 @@
 // What near attention's forward and backward pass share: see ops/near.py for what it is.
 //
-// For a query x (times scale * log2 e) of the grid, with k_j, v_j the tokens j of its window and K_c, V_c the sums
-// over the tokens of a cell c, of which the window leaves n_c to it:
+// For a query x (times scale * log2 e) of the grid, with k_j, v_j the tokens j of its window and
+// K_c, V_c the sums over the tokens of a cell c, of which the window leaves n_c to it:
 //
 //   l_j = x . k_j,  l_c = (x . K_c - sum over the window's j in c of l_j) / n_c
 //   e_j = 2^(l_j - top),  e_c = 2^(l_c - top)
@@ -140,7 +140,10 @@ struct Ones {
 struct Axis {
   Index size, wide, cells;
   Axis(Index size, Index side, Index count)
-      : size(size), wide(side < size ? side : size), cells(count < size ? count : size), side(side) {}
+      : size(size),
+        wide(side < size ? side : size),
+        cells(count < size ? count : size),
+        side(side) {}
   Index first(Index position) const {  // of the window around it
     const Index wanted = position - side / 2, most = size - wide;
     return wanted < 0 ? 0 : wanted > most ? most : wanted;
@@ -170,7 +173,7 @@ struct Places {
   std::vector<Index> line, column;          // of a place, as far as they are in rows and columns
   std::vector<int32_t> cell;                // of each token of the grid
   std::vector<Index> step;                  // from a window's start to each of its tokens
-  std::vector<float> size, rows, columns;   // tokens of marks; of cells in windows, by z and y, by x
+  std::vector<float> size, rows, columns;   // tokens of marks; of cells in windows: z and y, x
 
   explicit Places(const NearCall& call)
       : z(call.grid[0], call.side, call.cells),
@@ -452,7 +455,7 @@ struct NearPass : Pairs<T, NearCall> {
     return total(sum);
   }
 
-  // x . k of all tokens, for queries whose rows are `step` apart; a block of keys stays in the cache.
+  // x . k of all tokens, for queries whose rows are `step` apart; blocks of keys stay in the cache.
   void dot_all(const float* x, Index step, Index count, const float* rows, Index apart, Index width,
                float* out) const {
     for (Index at = 0; at < N; at += TILE)

@@ -90,7 +90,8 @@ struct NearBackward : NearPass<T> {
           along(memory.take(b.parts)) {}
     static Index floats(const NearBackward& b) {
       return 2 * b.N * (b.P + b.Q) + (b.marks + b.places.pitch) * (b.D + b.V) +
-             2 * b.places.count * b.own_pitch + b.parts * (b.sums + 1) + 3 * b.places.ends + 13 * 16;
+             2 * b.places.count * b.own_pitch + b.parts * (b.sums + 1) + 3 * b.places.ends +
+             13 * 16;
     }
   };
 
@@ -315,7 +316,9 @@ struct NearBackward : NearPass<T> {
 }  // namespace ttt
 
 extern "C" {
-bool ttt_float32(const ttt::NearCall* call) { return ttt::near_run<ttt::NearBackward<float>>(*call); }
+bool ttt_float32(const ttt::NearCall* call) {
+  return ttt::near_run<ttt::NearBackward<float>>(*call);
+}
 bool ttt_bfloat16(const ttt::NearCall* call) {
   return ttt::near_run<ttt::NearBackward<ttt::BFloat16>>(*call);
 }

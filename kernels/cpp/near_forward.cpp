@@ -134,7 +134,9 @@ struct NearForward : NearPass<T> {
 }  // namespace ttt
 
 extern "C" {
-bool ttt_float32(const ttt::NearCall* call) { return ttt::near_run<ttt::NearForward<float>>(*call); }
+bool ttt_float32(const ttt::NearCall* call) {
+  return ttt::near_run<ttt::NearForward<float>>(*call);
+}
 bool ttt_bfloat16(const ttt::NearCall* call) {
   return ttt::near_run<ttt::NearForward<ttt::BFloat16>>(*call);
 }
