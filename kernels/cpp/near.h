@@ -1,7 +1,7 @@
 // What near attention's forward and backward pass share: see ops/near.py for what it is.
 //
-// For a query x (times scale * log2 e) of the grid, with k_j, v_j the tokens j of its window and K_c, V_c the sums
-// over the tokens of a cell c, of which the window leaves n_c to it:
+// For a query x (times scale * log2 e) of the grid, with k_j, v_j the tokens j of its window and
+// K_c, V_c the sums over the tokens of a cell c, of which the window leaves n_c to it:
 //
 //   l_j = x . k_j,  l_c = (x . K_c - sum over the window's j in c of l_j) / n_c
 //   e_j = 2^(l_j - top),  e_c = 2^(l_c - top)
@@ -140,7 +140,10 @@ struct Ones {
 struct Axis {
   Index size, wide, cells;
   Axis(Index size, Index side, Index count)
-      : size(size), wide(side < size ? side : size), cells(count < size ? count : size), side(side) {}
+      : size(size),
+        wide(side < size ? side : size),
+        cells(count < size ? count : size),
+        side(side) {}
   Index first(Index position) const {  // of the window around it
     const Index wanted = position - side / 2, most = size - wide;
     return wanted < 0 ? 0 : wanted > most ? most : wanted;
@@ -167,9 +170,10 @@ struct Places {
   const Index window, cells, marks;         // how many of each a query meets
   const Index counted, pitch;               // cells and marks, padded
   std::vector<int32_t> token, place, start; // of each place, of each token, of a place's window
+  std::vector<Index> line, column;          // of a place, as far as they are in rows and columns
   std::vector<int32_t> cell;                // of each token of the grid
   std::vector<Index> step;                  // from a window's start to each of its tokens
-  std::vector<float> size, rows, columns;   // tokens of marks; of cells in windows, by z and y, by x
+  std::vector<float> size, rows, columns;   // tokens of marks; of cells in windows: z and y, x
 
   explicit Places(const NearCall& call)
       : z(call.grid[0], call.side, call.cells),
@@ -186,6 +190,8 @@ struct Places {
         token(call.tokens),
         place(call.tokens),
         start(count),
+        line(count),
+        column(count),
         cell(call.tokens),
         step(window),
         size(pitch),
@@ -198,6 +204,8 @@ struct Places {
           for (Index j = band; j < band + BAND && j < y.size; ++j, ++at) {
             token[at] = int32_t(number(i, j, k));
             start[at] = int32_t(number(z.first(i), y.first(j), x.first(k)));
+            line[at] = (i * y.size + j) * counted;
+            column[at] = k * counted;
           }
     for (Index i = 0; i < ends; ++i) token[count + i] = int32_t(end(i));
     for (Index i = 0; i < call.tokens; ++i) place[token[i]] = int32_t(i);
@@ -254,8 +262,13 @@ struct NearPass : Pairs<T, NearCall> {
   const Index line = padded(N);                       // of a row for all tokens
   // Rows of keys and values are apart so that those of a power of two do not meet in the cache.
   const Index P = D + LANES, Q = V + LANES;
+  std::vector<Index> steps_k, steps_v;  // as places.step, in floats of rows that far apart
 
   explicit NearPass(const NearCall& given) : Pairs<T, NearCall>(given), places(given) {
+    for (const Index step : places.step) {
+      steps_k.push_back(step * P);
+      steps_v.push_back(step * Q);
+    }
     const Index tiles = (N + TILE - 1) / TILE;
     if (parts > tiles) parts = tiles;
   }
@@ -338,11 +351,10 @@ struct NearPass : Pairs<T, NearCall> {
   struct Around {
     const float* from;
     const Index* step;
-    Index apart;
-    const float* operator()(Index j) const { return from + step[j] * apart; }
+    const float* operator()(Index j) const { return from + step[j]; }
   };
   Around around(const float* rows, Index apart, Index place) const {
-    return {rows + places.start[place] * apart, places.step.data(), apart};
+    return {rows + places.start[place] * apart, apart == P ? steps_k.data() : steps_v.data()};
   }
 
   // Fetches what the window of a place has beside that of the one before.
@@ -395,10 +407,8 @@ struct NearPass : Pairs<T, NearCall> {
     Vec operator()(Index c) const { return load(size + c) - load(rows + c) * load(columns + c); }
   };
   Left left(Index place) const {
-    const Places& p = places;
-    const Index n = p.token[place] - p.prefix;
-    return {p.size.data(), p.rows.data() + n / p.x.size * p.counted,
-            p.columns.data() + n % p.x.size * p.counted};
+    return {places.size.data(), places.rows.data() + places.line[place],
+            places.columns.data() + places.column[place]};
   }
 
   // Rows of a tile, x . K and x . k, as e_c and e_j; factors[t] = 1 / (sum_j e_j + sum_c n_c e_c).
@@ -445,7 +455,7 @@ struct NearPass : Pairs<T, NearCall> {
     return total(sum);
   }
 
-  // x . k of all tokens, for queries whose rows are `step` apart; a block of keys stays in the cache.
+  // x . k of all tokens, for queries whose rows are `step` apart; blocks of keys stay in the cache.
   void dot_all(const float* x, Index step, Index count, const float* rows, Index apart, Index width,
                float* out) const {
     for (Index at = 0; at < N; at += TILE)

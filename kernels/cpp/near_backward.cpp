@@ -21,7 +21,6 @@ struct NearBackward : NearPass<T> {
   using NearPass<T>::call, NearPass<T>::N, NearPass<T>::D, NearPass<T>::V, NearPass<T>::parts;
   using NearPass<T>::P, NearPass<T>::Q, NearPass<T>::dim, NearPass<T>::value, NearPass<T>::places;
   using NearPass<T>::pitch, NearPass<T>::window, NearPass<T>::marks, NearPass<T>::line;
-  using typename NearPass<T>::Rows;
 
   const Index own_pitch = padded(window);
   const Index sums = marks * (D + V);  // floats of dK and dV
@@ -91,7 +90,8 @@ struct NearBackward : NearPass<T> {
           along(memory.take(b.parts)) {}
     static Index floats(const NearBackward& b) {
       return 2 * b.N * (b.P + b.Q) + (b.marks + b.places.pitch) * (b.D + b.V) +
-             2 * b.places.count * b.own_pitch + b.parts * (b.sums + 1) + 3 * b.places.ends + 13 * 16;
+             2 * b.places.count * b.own_pitch + b.parts * (b.sums + 1) + 3 * b.places.ends +
+             13 * 16;
     }
   };
 
@@ -217,11 +217,11 @@ struct NearBackward : NearPass<T> {
     blend<true>(own.w, count, [&](Index i) { return kept.g + own.seer[i] * Q; }, V, dv);
   }
 
-  // dk and dv of a tile of tokens.
+  // dk and dv of a tile of tokens, in the order of places too: the queries that see them are near.
   void through_keys(Index pair, Index at, Index count, const Kept& kept, const Own& own) const {
     const float *keys = kept.sums, *values = kept.sums + marks * D;
     for (Index t = 0; t < count; ++t) {
-      const Index n = at + t, place = places.place[n];
+      const Index place = at + t, n = places.token[place];
       float *dk = own.one + t * D, *dv = own.two + t * V;
       const bool on_grid = place < places.count;
       const Index mark = on_grid ? places.cell[n] : places.cells + place - places.count;
@@ -241,8 +241,9 @@ struct NearBackward : NearPass<T> {
       for (Index i = 0; i < ends; ++i) {
         float *row = own.exact + i * TILE, *slope = own.slope + i * TILE;
         const float* end = kept.ends + 3 * (from + i);
-        dots<LANES>(q + i * P, D, Rows{kept.k + at * P, P}, 0, count, row);
-        dots<LANES>(g + i * Q, V, Rows{kept.v + at * Q, Q}, 0, count, slope);
+        const int32_t* token = places.token.data() + at;
+        dots<LANES>(q + i * P, D, [&](Index j) { return kept.k + token[j] * P; }, 0, count, row);
+        dots<LANES>(g + i * Q, V, [&](Index j) { return kept.v + token[j] * Q; }, 0, count, slope);
         for (Index n = 0; n < count; n += LANES) {
           const Vec p = power(load(row + n) - end[0]) * end[1];
           store(row + n, p);
@@ -255,9 +256,11 @@ struct NearBackward : NearPass<T> {
     // The gradients are those of natural logits.
     for (Index i = 0; i < count * D; i += LANES)
       store(own.one + i, float(1 / LOG2E) * load(own.one + i));
-    const Index heads = call.heads;
-    write_tile(own.one, D, count, this->result(call.grad_k, pair, at, dim), heads * dim, dim);
-    write_tile(own.two, V, count, this->result(call.grad_v, pair, at, value), heads * value, value);
+    for (Index t = 0; t < count; ++t) {
+      const Index n = places.token[at + t];
+      write_tile(own.one + t * D, D, 1, this->result(call.grad_k, pair, n, dim), 0, dim);
+      write_tile(own.two + t * V, V, 1, this->result(call.grad_v, pair, n, value), 0, value);
+    }
   }
 
   bool run() const {
@@ -313,7 +316,9 @@ struct NearBackward : NearPass<T> {
 }  // namespace ttt
 
 extern "C" {
-bool ttt_float32(const ttt::NearCall* call) { return ttt::near_run<ttt::NearBackward<float>>(*call); }
+bool ttt_float32(const ttt::NearCall* call) {
+  return ttt::near_run<ttt::NearBackward<float>>(*call);
+}
 bool ttt_bfloat16(const ttt::NearCall* call) {
   return ttt::near_run<ttt::NearBackward<ttt::BFloat16>>(*call);
 }

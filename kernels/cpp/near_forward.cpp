@@ -41,20 +41,20 @@ struct NearForward : NearPass<T> {
   // Scaled queries of a tile.
   void ask(Index pair, Index at, Index count, float* x) const {
     const auto q = this->tokens(call.q, 0, pair, dim);
-    for (Index t = 0; t < count; ++t) {
-      if (at + t + AHEAD < N) q.prefetch(places.token[at + t + AHEAD]);
+    for (Index t = 0; t < count; ++t)
       this->read(q, places.token[at + t], D, float(call.scale * LOG2E), x + t * D);
-    }
   }
 
   // base + gate a of a tile of the grid.
   void answer(Index pair, Index at, Index count, const Kept& kept, const Own& own) const {
+    const auto q = this->tokens(call.q, 0, pair, dim);
     const auto base = this->tokens(call.base, 4, pair, value);
     const float gate = call.gate ? call.gate[this->head(pair)] : 0.5f;
     const float rest = call.gate ? 1.0f : 0.5f;
     ask(pair, at, count, own.x);
     product<false>(own.x, D, 1, kept.keys, places.pitch, own.rows, pitch, count, dim, places.pitch);
     for (Index t = 0; t < count; ++t) {
+      if (at + t + TILE < N) q.prefetch(places.token[at + t + TILE]);
       this->fetch(kept.k, P, at + t + 2 * BAND);
       this->dot_window(own.x + t * D, kept.k, P, D, at + t, -__builtin_inff(),
                        own.rows + t * pitch);
@@ -66,7 +66,12 @@ struct NearForward : NearPass<T> {
     for (Index t = 0; t < count; ++t) {
       float *row = own.rows + t * pitch, *out = own.out + t * V;
       this->fetch(kept.v, Q, at + t + 2 * BAND);
-      if (at + t + AHEAD < N) base.prefetch(places.token[at + t + AHEAD]);
+      if (at + t + AHEAD < N) {
+        const Index next = places.token[at + t + AHEAD];
+        base.prefetch(next);
+        const T* to = this->result(call.out, pair, next, value);
+        for (Index c = 0; c < value; c += 64 / Index(sizeof(T))) __builtin_prefetch(to + c, 1);
+      }
       blend<true>(row + places.pitch, window, this->around(kept.v, Q, at + t), V, out);
       const Index n = places.token[at + t];
       over_channels(base, V, [&](auto vectors, auto inside, Index c) {
@@ -129,7 +134,9 @@ struct NearForward : NearPass<T> {
 }  // namespace ttt
 
 extern "C" {
-bool ttt_float32(const ttt::NearCall* call) { return ttt::near_run<ttt::NearForward<float>>(*call); }
+bool ttt_float32(const ttt::NearCall* call) {
+  return ttt::near_run<ttt::NearForward<float>>(*call);
+}
 bool ttt_bfloat16(const ttt::NearCall* call) {
   return ttt::near_run<ttt::NearForward<ttt::BFloat16>>(*call);
 }
