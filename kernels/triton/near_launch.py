@@ -225,7 +225,7 @@ def near_forward(
     launch(
         near_queries,
         shape.programs(shape.grid_tokens),
-        *(q, k, v, base, _gate(mixing, lse), *means, out, lse),
+        *(q, k, v, base, _gate(mixing, q), *means, out, lse),
         *(*steps, *shape.places(), scale),
         **shape.shape(unit),
         **shape.by_query(),
@@ -266,7 +266,7 @@ def near_backward(
     shape = near_site(q, k, v, mixing, **settings)
     means = _means(k, v, shape)
     largest = _largest(grad, shape)
-    gate = _gate(mixing, lse)
+    gate = _gate(mixing, q)
     delta = torch.empty_like(lse)
     table = shape.groups, shape.grid_tokens, shape.cells
     shares, slopes = (q.new_empty(table, dtype=torch.float32) for _ in range(2))

@@ -178,13 +178,13 @@ def test_opcheck():
     operators = torch.ops.t5fx
     _, lse = operators.near_triton_forward(q, k, v, base, [gate], *rest)
     leaves = [t.detach().requires_grad_() for t in (q, k, v, base)]
-    for operator, given in (
+    for operator, args in (
         (operators.near_triton_forward, (*leaves, [gate.requires_grad_()])),
         (operators.near_triton_backward, (grad, q, k, v, [gate.detach()], lse)),
     ):
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
         results = torch.library.opcheck(
-            operator.default, (*given, *rest), test_utils=utilities, raise_exception=True
+            operator.default, (*args, *rest), test_utils=utilities, raise_exception=True
         )
         assert set(results.values()) == {"SUCCESS"}
 
