@@ -162,7 +162,7 @@ def test_parameters_alone_may_be_trained():
     )
     wanted = near_parity.run_reference(tensors, keywords, grad)
     base, gate = (t.requires_grad_() for t in tensors[3:])
-    out, _ = torch.ops.t5fx.near_triton_forward(*tensors[:3], base, [gate], *keywords.values())
+    out, *_ = torch.ops.t5fx.near_triton_forward(*tensors[:3], base, [gate], *keywords.values())
     refused = mock.patch.object(near_launch, "near_query_gradient", None)
     with refused:
         found = torch.autograd.grad(out, [base, gate], grad)
@@ -176,11 +176,11 @@ def test_opcheck():
     (q, k, v, base, gate), keywords, grad = near_parity.arguments(case, "cpu")
     rest = [list(x) if isinstance(x, tuple) else x for x in keywords.values()]
     operators = torch.ops.t5fx
-    _, lse = operators.near_triton_forward(q, k, v, base, [gate], *rest)
+    _, *saved = operators.near_triton_forward(q, k, v, base, [gate], *rest)
     leaves = [t.detach().requires_grad_() for t in (q, k, v, base)]
     for operator, args in (
         (operators.near_triton_forward, (*leaves, [gate.requires_grad_()])),
-        (operators.near_triton_backward, (grad, q, k, v, [gate.detach()], lse)),
+        (operators.near_triton_backward, (grad, q, k, v, [gate.detach()], saved)),
     ):
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
         results = torch.library.opcheck(
@@ -206,8 +206,8 @@ def test_parity_and_trials():
     assert found.ok and list(found.errors) == ["out", "dq", "dk", "dv", "dbase"]
 
     def wrong(*args, **keywords):
-        out, lse = near_forward(*args, **keywords)
-        return out * 1.1, lse
+        out, saved = near_forward(*args, **keywords)
+        return out * 1.1, saved
 
     with mock.patch.object(near_parity, "near_forward", wrong):
         assert near_parity.compare(trials[1].case, "cpu", training=False).first_wrong == "out"
