@@ -1,17 +1,18 @@
 """The whole way of a really pretrained model: `python -m t5fx.bench.demo`.
 
-Explains the DINOv2-S that a saliency package ships, linearizes it, aligns it on photographs without
-labels, saves it, loads it into a fresh copy of the model, compares features before, between and
-after on other photographs, times it compiled with backend="t5" against the softmax model compiled
-with Inductor, and draws one picture.
+Explains the DINOv2-S that a saliency package ships, linearizes it, aligns and distils it on
+photographs without labels, saves it, loads it into a fresh copy of the model, compares features
+before, between and after on other photographs, times it compiled with backend="t5" against the
+softmax model compiled with Inductor, and draws one picture.
 
-A converted model keeps every weight but has fresh parameters in every attention: until it is
-aligned or fine-tuned its features are wrong, and the numbers say by how much.
+A converted model keeps every weight and near attention from them; what it does not see exactly is
+what training brings back, and the numbers say how much that is.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import t5fx
-from t5fx.training.align import AlignResult
+from t5fx.training.distill import cosine
 
 from . import dinov2, photos
 from .console import step
@@ -36,8 +37,19 @@ from .timing import Named, Timing, break_even, time_models
 SIZE = 518
 ALIGN_SIZE = 224
 BATCH = 2
-STEPS = 250
-TITLE = "A DINOv2-S, softmax attention to TTT-SwiGLU: converted, then aligned without labels"
+# Of the alignment, which is as many crops, and of the distillation that comes after it.
+ALIGN_STEPS = 30
+STEPS = 80
+TITLE = "A DINOv2-S, softmax attention to TTT-SwiGLU: converted, then trained without labels"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training took: steps of `Align`, steps of `Distill`, seconds of both."""
+
+    aligned: int
+    distilled: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,14 @@ class Outcome:
     """The two models and what they make of the held-out photographs.
 
     images: [B, 3, H, W] for each image size; features: for each size every model's tokens
-    [B, 1 + N, C], the original's first; aligned: what aligning took.
+    [B, 1 + N, C], the original's first; trained: what training took.
     """
 
     model: nn.Module
     linear: nn.Module
     images: Mapping[int, Tensor]
     features: Mapping[int, Mapping[str, Tensor]]
-    aligned: AlignResult
+    trained: Trained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, start = Console(), perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
-    found = run(SIZE, options.steps, options.save, console)
-    cosines = agreement_table(
-        found.features, len(photos.HELD_OUT), found.aligned.steps, found.aligned.seconds
-    )
+    found = run(SIZE, options.steps, options.save, console, options.minutes, options.seed)
+    took = found.trained
+    how = f"aligned in {took.aligned} steps, distilled in {took.distilled}, {took.seconds:.0f} s"
+    cosines = agreement_table(found.features, len(photos.HELD_OUT), how)
     cosines.print(console)
     timings = measure([("softmax", found.model), ("TTT", found.linear)], options.sizes, console)
     times = time_table(timings, torch.get_num_threads())
@@ -81,8 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def run(size: int, steps: int, save: Path, console: Console) -> Outcome:
-    """Converts the model at a size in pixels, aligns it, saves it and loads that again."""
+def run(
+    size: int,
+    steps: int,
+    save: Path,
+    console: Console,
+    minutes: float | None = None,
+    seed: int = 0,
+) -> Outcome:
+    """Converts the model at a size in pixels, trains it, saves it and loads that again.
+
+    steps: of the distillation, unless it is given minutes.
+    """
     with step(console, "loading the model and the photographs"):
         model = dinov2.load_dinov2_small()
         images = {s: photos.centre_crops(tuple(photos.HELD_OUT), s) for s in (ALIGN_SIZE, size)}
@@ -97,10 +119,13 @@ def run(size: int, steps: int, save: Path, console: Console) -> Outcome:
 
     look("softmax", model)
     look("TTT, converted", linear)
-    aligned = align(linear, steps, console)
+    if minutes is not None:
+        with step(console, "timing a step"):
+            steps = affordable(linear, 60 * minutes)
+    trained = train(linear, steps, seed, console)
     linear = reload(linear, model, save, console)
-    look("TTT, aligned", linear)
-    return Outcome(model, linear, images, features, aligned)
+    look("TTT, distilled", linear)
+    return Outcome(model, linear, images, features, trained)
 
 
 def convert(model: nn.Module, example: Tensor, console: Console) -> nn.Module:
@@ -119,15 +144,46 @@ def convert(model: nn.Module, example: Tensor, console: Console) -> nn.Module:
         return t5fx.linearize(model, (example,), config=config).eval()
 
 
-def align(linear: nn.Module, steps: int, console: Console) -> AlignResult:
-    """Aligns the model in place on random crops of the photographs that are not held out."""
+def train(linear: nn.Module, steps: int, seed: int, console: Console) -> Trained:
+    """Aligns the model in place on random crops of the photographs that are not held out, and
+    distils it on more of them."""
+    crops = photos.RandomCrops(photos.OTHERS, ALIGN_SIZE, BATCH, seed)
+    aligning = min(ALIGN_STEPS, steps)
+    align = t5fx.Align(crops, inputs=dinov2.preprocess, steps=aligning)
+    distill = distillation(crops, steps)
+    start = perf_counter()
+    align(linear)
+    print(align.result)
+    distill(linear)
+    print(distill.result)
+    seconds = perf_counter() - start
+    console.print(f"training: {seconds:.1f} s", style="dim", highlight=False)
+    return Trained(aligning, steps, seconds)
+
+
+def distillation(crops: photos.RandomCrops, steps: int) -> t5fx.Distill:
+    """All parameters learn, the class token as much as all patches together."""
+    every = max(1, steps // 5)
+    return t5fx.Distill(
+        crops, inputs=dinov2.preprocess, output=class_and_patches, steps=steps, log_every=every
+    )
+
+
+def class_and_patches(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine: the mean of that of class tokens and that of patches, of [B, 1 + N, C]."""
+    parts = ((x[:, :1], x[:, 1:]) for x in (student, teacher))
+    return 0.5 * sum((cosine(s, t) for s, t in zip(*parts, strict=True)), torch.zeros(()))
+
+
+def affordable(linear: nn.Module, seconds: float) -> int:
+    """How many steps of the distillation fit beside the alignment, which takes half as long each;
+    timed on a copy."""
     crops = photos.RandomCrops(photos.OTHERS, ALIGN_SIZE, BATCH)
-    hook = t5fx.Align(crops, inputs=dinov2.preprocess, steps=steps)
-    hook(linear)
-    assert hook.result is not None
-    print(hook.result)
-    console.print(f"aligning: {hook.result.seconds:.1f} s", style="dim", highlight=False)
-    return hook.result
+    twin = copy.deepcopy(linear)
+    distillation(crops, 1)(twin)
+    start = perf_counter()
+    distillation(crops, 3)(twin)
+    return max(1, int(seconds / ((perf_counter() - start) / 3)) - ALIGN_STEPS // 2)
 
 
 def reload(linear: nn.Module, model: nn.Module, folder: Path, console: Console) -> nn.Module:
@@ -169,7 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", type=_sizes, default=(224, 518, 1036), help="image sides to time, in pixels"
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the alignment")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the distillation")
+    parser.add_argument("--minutes", type=float, help="train for so long instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument(
         "--save", type=Path, default=Path("build") / "dinov2-t5", help="where the adapter goes"
     )

@@ -44,7 +44,7 @@ def _photographs(size: int, steps: int, experiment: Experiment) -> Iterator[Row]
             for what, value in zip(("class", "patches"), values, strict=True):
                 measure = f"agreement, {what}, {pixels} px"
                 yield experiment.row(name, measure, value, unit="share", better="higher")
-    yield from _training(experiment, others[-1], found.aligned.steps, found.aligned.seconds)
+    yield from _training(experiment, others[-1], found.trained.distilled, found.trained.seconds)
 
 
 def _classifier(

@@ -50,13 +50,13 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def agreement_table(
-    features: Mapping[int, Mapping[str, Tensor]], num_photos: int, steps: int, seconds: float
+    features: Mapping[int, Mapping[str, Tensor]], num_photos: int, how: str
 ) -> Table:
     """Cosine similarity with the first model, one row for each other one.
 
     Args:
         features: for each image size every model's tokens [B, 1 + N, C].
-        num_photos: B; steps, seconds: of the alignment.
+        num_photos: B; how: what training took, in words.
     """
     sizes = sorted(features)
     names = list(features[sizes[0]])
@@ -74,8 +74,8 @@ def agreement_table(
         ),
         note=f"Mean cosine similarity of class and patch tokens over {num_photos} held-out "
         "photographs; 1 is the original. Converted: every weight is kept, the new parameters are "
-        f"random. Aligned: {steps} steps ({seconds:.0f} s) without labels on random crops of "
-        f"other photographs at {sizes[0]} px, saved and loaded again.",
+        f"fresh, nothing is trained. Distilled: {how}, without labels on random crops of other "
+        f"photographs at {sizes[0]} px, saved and loaded again.",
     )
 
 

@@ -85,6 +85,11 @@ class Pattern:
 
     name: ClassVar[str]
     anchor: ClassVar[str]  # canonical operator that starts the search
+    #: Whether the anchor is all of an attention: an operator of `query`, `key` and `value` that
+    #: yields the output, alone or as the first of its results.
+    whole: ClassVar[bool] = False
+    #: Whether the anchor is seldom in anything but attention.
+    telling: ClassVar[bool] = True
     #: Spellings by name, for the tests: functions of q, k, v [B, H, N, D] that compute attention
     #: with the scale 1/sqrt(D), and functions that do not, with the reason that each has to get.
     examples: ClassVar[dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]
@@ -102,3 +107,12 @@ class Pattern:
         are not even worth a word.
         """
         raise NotImplementedError
+
+    def missed(
+        self, view: View, anchor: fx.Node, before: list[fx.Node], after: list[fx.Node]
+    ) -> Refusal | None:
+        """What to say of an anchor without the shape around it; None where it is not worth a word.
+
+        before, after: the products above and below the anchor, through everything harmless.
+        """
+        return None

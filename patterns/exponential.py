@@ -72,6 +72,7 @@ class Exponential(Pattern):
 
     name = "exponential"
     anchor = "exp"
+    telling = False
 
     examples: ClassVar = {
         "divided": lambda q, k, v: _shares(_scores(q, k)) @ v,
@@ -117,6 +118,7 @@ class PowersOfTwo(Pattern):
 
     name = "powers of two"
     anchor = "exp2"
+    telling = False
 
     examples: ClassVar = {"powers": lambda q, k, v: _powers(_scores(q, k)) @ v}
     rejects: ClassVar = {

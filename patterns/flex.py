@@ -46,6 +46,7 @@ class Flex(Pattern):
 
     name = "flex"
     anchor = "flex_attention"
+    whole = True
 
     examples: ClassVar = {
         "plain": lambda q, k, v: flex_attention(q, k, v),

@@ -26,6 +26,7 @@ class Fused(Pattern):
 
     name = "fused"
     anchor = "scaled_dot_product_attention"
+    whole = True
 
     examples: ClassVar = {
         "plain": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),

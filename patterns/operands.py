@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from t5fx.graph.axes import permutation, regroup_node
+from t5fx.graph.sizes import Size
 from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Operand, Refusal
 
@@ -95,7 +96,7 @@ def fused_binding(
     return Binding(q, k, v, factor, _output(view, node), axes, (node,), groups, dropout)
 
 
-def _groups(heads: Any, shared: Any) -> int:
+def _groups(heads: Size, shared: Size) -> int:
     if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared == 0:
         return heads // shared
     raise Refusal("head-dim", f"{heads} query heads are no multiple of {shared} key heads")

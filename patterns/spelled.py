@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from t5fx.graph.view import View
-from t5fx.patterns.base import Binding, Pattern
+from t5fx.patterns.base import Binding, Pattern, Refusal
 from t5fx.patterns.chains import axis_of, bound
 
 
@@ -135,6 +135,18 @@ class Spelled(Pattern):
     def bind(self, view: View, found: dict[str, fx.Node]) -> Binding:
         softmax = found["softmax"]
         return bound(view, found["matmul"], softmax, found["matmul_1"], axis_of(view, softmax))
+
+    def missed(
+        self, view: View, anchor: fx.Node, before: list[fx.Node], after: list[fx.Node]
+    ) -> Refusal | None:
+        if after and not before:
+            detail = f"the softmax '{anchor.name}' weighs values by something else than q k^T"
+            return Refusal("not-attention", detail)
+        factors = [n for product in before for n in view.inputs(product)]
+        if before and not after and all(map(view.depends_on_input, factors)):
+            detail = f"no product sums values by the probabilities '{anchor.name}'"
+            return Refusal("probabilities-used", detail)
+        return None
 
 
 def _without_maximum(q: Tensor, k: Tensor) -> Tensor:

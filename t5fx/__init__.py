@@ -41,11 +41,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Align",
-    "Distill",
     "AlreadyLinearizedError",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "Distill",
     "FineTune",
     "GraphSpecError",
     "HookError",
@@ -68,6 +68,7 @@ __all__ = [
     "linearize",
     "report",
     "save_pretrained",
+    "search",
     "softmax",
 ]
 

@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from t5fx.errors import ConfigError
-from t5fx.kernels.variant import NAMES, Variant
 
 VERSION = 1
 
@@ -59,8 +58,8 @@ class LinearizeConfig:
         axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
         of the call's arguments that returns one (evaluated at capture).
     min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
-        rewrites where the node needs fewer FLOPs than softmax (N > 4.5 D for "swiglu"), each
-        counted at the estimated rate of the implementation that will run.
+        rewrites where the node needs fewer FLOPs than softmax (of a "swiglu" with K keys of near
+        attention N > 4.5 D + K), each counted at the estimated rate of what will run.
     include, exclude: `fnmatch` patterns of owner names, e.g. ("blocks.[0-5].*",); exclude wins.
     overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
         where several patterns match, later ones win.
@@ -89,8 +88,8 @@ class LinearizeConfig:
     key_norm: KeyNorm = "instance"
     key_norm_eps: float = 1.0
     locality: Locality = "dwc_qk"
-    neighborhood: int = 0
-    coarse: int = 0
+    neighborhood: int = 5
+    coarse: int = 8
     mix: Mix = "gate"
     grid: Grid = None
     prefix: Layout = None
@@ -165,16 +164,6 @@ class LinearizeConfig:
             if fnmatchcase(owner, pattern):
                 changes.update(fields)
         return dataclasses.replace(self, overrides={}, **changes) if changes else self
-
-    def variant(self, grid: bool) -> Variant:
-        """Which node a site gets whose tokens lie on a grid, or do not."""
-        variant = Variant(**{name: getattr(self, name) for name in NAMES})
-        return variant if grid else variant.without_grid()
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether a site's node reads where its tokens lie."""
-        return self.variant(True).needs_grid
 
     @property
     def gives_layout(self) -> bool:

@@ -211,12 +211,6 @@ def _refuse_more(runtime: Runtime, plans: list[Plan]) -> None:
                 )
 
 
-# --- what each owner is told ----------------------------------------------------------------------
-
-
-# --- putting it into the model --------------------------------------------------------------------
-
-
 def judge_again(
     runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -289,11 +283,7 @@ def explained(
     """What would be done to a model, without doing it."""
     told = Report(type(model).__name__)
     if isinstance(model, fx.GraphModule):
-        template: nn.Module = duplicate(model, share=True)
-        told.capture = add_shapes(template, arguments, keywords)
-        view = View(template.graph, template)
-        settle(view)
-        resolved = config.called(lambda f: f(*arguments, **keywords))
+        _plan_graph(duplicate(model, share=True), arguments, keywords, config, {}, told)
     else:
         template = bare(duplicate(model, share=True))
         bound = Signature(template.forward).bind(arguments, keywords)
@@ -301,8 +291,7 @@ def explained(
         told.capture = captured.note
         view = View(captured.graph, template, captured.constants)
         resolved = config.called(lambda f: f(*bound[0], **bound[1]))
-    told.sites = [entry.site for entry in plan(view, resolved, tried=told.patterns)]
-    told.opaque = [] if told.sites else opaque_operators(view)
+        _tell(told, view, plan(view, resolved, tried=told.patterns))
     count_parameters(told, model)
     return told
 
@@ -314,20 +303,10 @@ def build_graph(
     config: LinearizeConfig,
     nodes: Mapping[str, TTT],
 ) -> fx.GraphModule:
+    """The same graph with TTT nodes in it; of nodes and errors, what `build` says."""
     told = Report(type(gm).__name__)
-    told.capture = add_shapes(gm, args, kwargs)
-    view = View(gm.graph, gm)
-    settle(view)
-    resolved = config.called(lambda f: f(*args, **kwargs))
-    plans = plan(
-        view,
-        resolved,
-        lambda m: m.key in nodes if nodes else None,
-        tried=told.patterns,
-    )
+    view, plans = _plan_graph(gm, args, kwargs, config, nodes, told)
     refuse_calls(view, plans, nodes)
-    told.sites = [entry.site for entry in plans]
-    told.opaque = [] if plans else opaque_operators(view)
     if not told.rewritten:
         raise NothingRewrittenError(why_nothing(told))
     for key, module in rewrite(view, plans, nodes).items():
@@ -337,6 +316,29 @@ def build_graph(
     gm.meta[REPORT], gm.meta[CONFIG] = told, config
     count_parameters(told, gm)
     return gm
+
+
+def _plan_graph(
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: LinearizeConfig,
+    nodes: Mapping[str, TTT],
+    told: Report,
+) -> tuple[View, list[Plan]]:
+    """Judge a given graph, which gets shapes and loses its writes in place."""
+    told.capture = add_shapes(gm, args, kwargs)
+    view = View(gm.graph, gm)
+    settle(view)
+    resolved = config.called(lambda f: f(*args, **kwargs))
+    plans = plan(view, resolved, lambda m: m.key in nodes if nodes else None, tried=told.patterns)
+    _tell(told, view, plans)
+    return view, plans
+
+
+def _tell(told: Report, view: View, plans: list[Plan]) -> None:
+    told.sites = [entry.site for entry in plans]
+    told.opaque = [] if plans else opaque_operators(view)
 
 
 def count_parameters(report: Report, model: nn.Module) -> None:

@@ -6,6 +6,13 @@ from .near_call import backward as near_backward
 from .near_call import forward as near_forward
 
 __all__ = [
-    *("DTYPES", "backward", "forget", "forward", "is_available", "near_backward", "near_forward"),
-    *("serves", "start"),
+    "DTYPES",
+    "backward",
+    "forget",
+    "forward",
+    "is_available",
+    "near_backward",
+    "near_forward",
+    "serves",
+    "start",
 ]

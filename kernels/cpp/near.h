@@ -1,10 +1,10 @@
 // What near attention's forward and backward pass share: see ops/near.py for what it is.
 //
-// For a query x (scaled) of the grid, with k_j, v_j the tokens j of its window and K_c, V_c the sums
+// For a query x (times scale * log2 e) of the grid, with k_j, v_j the tokens j of its window and K_c, V_c the sums
 // over the tokens of a cell c, of which the window leaves n_c to it:
 //
 //   l_j = x . k_j,  l_c = (x . K_c - sum over the window's j in c of l_j) / n_c
-//   e_j = exp(l_j - top),  e_c = exp(l_c - top)
+//   e_j = 2^(l_j - top),  e_c = 2^(l_c - top)
 //   a = (sum_j (e_j - e_c(j)) v_j + sum_c e_c V_c) / (sum_j e_j + sum_c n_c e_c)
 //
 // which is the softmax with log n_c in the logits. Prefix and suffix tokens, the ends, count as cells
@@ -64,10 +64,31 @@ inline Vec totals(Vec* x) {
 }
 
 inline float total(Vec x) { return totals<1>(&x)[0]; }
-inline float largest(Vec x) {
-  float top = x[0];
-  for (Index i = 1; i < LANES; ++i) top = x[i] > top ? x[i] : top;
-  return top;
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+template <Index H = LANES / 2, std::size_t... I>
+inline float largest(Vec x, std::index_sequence<I...> lanes) {
+  if constexpr (H == 0) {
+    return x[0];
+  } else {
+    const Vec across = {x[I ^ H]...};
+    return largest<H / 2>(larger(across, x), lanes);
+  }
+}
+inline float largest(Vec x) { return largest(x, std::make_index_sequence<LANES>()); }
+
+// 2^x to about 1 ulp (Cephes' polynomial) for x of at most 0; from -126 on downwards it is 2^-126.
+inline Vec power(Vec x) {
+  x = x < -126.0f ? Vec{} - 126.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec shifted = x + magic, r = x - (shifted - magic);
+  Vec p = r * 1.535336188e-4f + 1.339887440e-3f;
+  p = p * r + 9.618437357e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472028e-1f;
+  p = p * r + 1.0f;
+  return p * bits<Vec>((bits<Ints>(shifted) << 23) + (127 << 23));
 }
 
 // out[j] = x . row(j) for the rows from `first` to `last`, G at a time, and then fewer.
@@ -92,8 +113,8 @@ inline void dots(const float* x, Index width, Row row, Index first, Index last, 
 }
 
 // out (+)= sum_j weights[j] row(j), C vectors of channels at a time, and then fewer.
-template <Index C, bool ADD, typename Row>
-inline void blend(const float* weights, Index count, Row row, Index c, Index width, float* out) {
+template <Index C, bool ADD, typename Weights, typename Row>
+inline void blend(Weights weights, Index count, Row row, Index c, Index width, float* out) {
   for (; c + C * LANES <= width; c += C * LANES) {
     Vec sum[C];
     for (Index i = 0; i < C; ++i) sum[i] = ADD ? load(out + c + i * LANES) : Vec{};
@@ -105,10 +126,13 @@ inline void blend(const float* weights, Index count, Row row, Index c, Index wid
   }
   if constexpr (C > 1) blend<C / 2, ADD>(weights, count, row, c, width, out);
 }
-template <bool ADD, typename Row>
-inline void blend(const float* weights, Index count, Row row, Index width, float* out) {
+template <bool ADD, typename Weights, typename Row>
+inline void blend(Weights weights, Index count, Row row, Index width, float* out) {
   blend<8, ADD>(weights, count, row, 0, width, out);
 }
+struct Ones {
+  float operator[](Index) const { return 1.0f; }
+};
 
 // ---------------------------------------------------------------------------------- places
 
@@ -215,6 +239,8 @@ struct Places {
 // ------------------------------------------------------------------------------------ pass
 
 constexpr Index EXACT = 8;  // queries that see all tokens, at a time
+constexpr Index AHEAD = 16;  // rows that are fetched before they are read
+constexpr double LOG2E = 1.4426950408889634;
 
 template <typename T>
 struct NearPass : Pairs<T, NearCall> {
@@ -269,10 +295,17 @@ struct NearPass : Pairs<T, NearCall> {
   void copy(const Tokens<T>& in, Index width, Index apart, Index part, float* rows) const {
     const Share mine = share(N, part);
     for (Index n = mine.first; n < mine.last; ++n) {
-      in.prefetch(n + TILE);
+      in.prefetch(n + AHEAD);
       read(in, n, width, 1.0f, rows + n * apart);
     }
   }
+
+  // Row j of rows side by side.
+  struct Rows {
+    const float* from;
+    Index apart;
+    const float* operator()(Index j) const { return from + j * apart; }
+  };
 
   // A part of the marks: sums of a cell's rows, or an end's row; as [marks][width], or transposed,
   // [width][places.pitch], or both.
@@ -290,9 +323,8 @@ struct NearPass : Pairs<T, NearCall> {
         std::memset(to, 0, width * sizeof(float));
         for (Index i = p.z.begin(a); i < p.z.begin(a + 1); ++i)
           for (Index j = p.y.begin(b); j < p.y.begin(b + 1); ++j)
-            for (Index k = p.x.begin(c); k < p.x.begin(c + 1); ++k)
-              for (Index d = 0; d < width; d += LANES)
-                store(to + d, load(to + d) + load(rows + p.number(i, j, k) * apart + d));
+            blend<true>(Ones(), p.x.begin(c + 1) - p.x.begin(c),
+                        Rows{rows + p.number(i, j, p.x.begin(c)) * apart, apart}, width, to);
       }
       if (transposed)
         for (Index d = 0; d < width; ++d) transposed[d * p.pitch + m] = to[d];
@@ -312,11 +344,17 @@ struct NearPass : Pairs<T, NearCall> {
   Around around(const float* rows, Index apart, Index place) const {
     return {rows + places.start[place] * apart, places.step.data(), apart};
   }
-  struct Rows {
-    const float* from;
-    Index apart;
-    const float* operator()(Index j) const { return from + j * apart; }
-  };
+
+  // Fetches what the window of a place has beside that of the one before.
+  void fetch(const float* rows, Index apart, Index place) const {
+    if (!window || place >= places.count) return;
+    const Index wide = places.x.wide, start = places.start[place];
+    const bool below = place && start - places.start[place - 1] == places.x.size;
+    for (Index j = below ? window - 1 : wide - 1; j < window; j += wide) {
+      const float* row = rows + (start + places.step[j]) * apart;
+      for (Index c = 0; c < apart; c += 16) __builtin_prefetch(row + c);
+    }
+  }
 
   // x . row of the window, into its part of the query's row, `with` behind it.
   void dot_window(const float* x, const float* rows, Index apart, Index width, Index place,
@@ -327,12 +365,21 @@ struct NearPass : Pairs<T, NearCall> {
     dots<LANES>(x, width, around(rows, apart, place), 0, window, own);
   }
 
-  // Takes what the window has out of its cells.
+  // Takes what the window has out of its cells: lines of it that are in the same cells together.
   void exclude(Index place, float* row) const {
-    if (!places.cells) return;
+    if (!places.cells || !window) return;
     const int32_t* cell = places.cell.data() + places.start[place];
+    const Index *step = places.step.data(), wide = places.x.wide, lines = window / wide;
     const float* own = row + places.pitch;
-    for (Index j = 0; j < window; ++j) row[cell[places.step[j]]] -= own[j];
+    for (Index c = 0; c < wide; c += LANES)
+      for (Index i = 0; i < lines;) {
+        const int32_t* its = cell + step[i * wide];
+        Vec sum = load(own + i * wide + c);
+        for (++i; i < lines && cell[step[i * wide]] == *its; ++i) sum += load(own + i * wide + c);
+        float sums[LANES];
+        store(sums, sum);
+        for (Index j = 0; j < LANES && c + j < wide; ++j) row[its[c + j]] -= sums[j];
+      }
   }
   // The same the other way: own - cell.
   void withdraw(Index place, float* row) const {
@@ -354,9 +401,17 @@ struct NearPass : Pairs<T, NearCall> {
             p.columns.data() + n % p.x.size * p.counted};
   }
 
-  // A query's row, x . K and x . k, as e_c and e_j; returns sum_j e_j + sum_c n_c e_c.
-  float weigh(Index place, float* row) const {
-    exclude(place, row);
+  // Rows of a tile, x . K and x . k, as e_c and e_j; factors[t] = 1 / (sum_j e_j + sum_c n_c e_c).
+  // One step at a time for all of them: a query's own steps wait for each other.
+  void weigh(Index at, Index count, float* rows, float* factors) const {
+    for (Index t = 0; t < count; ++t) exclude(at + t, rows + t * pitch);
+    float top[TILE];
+    for (Index t = 0; t < count; ++t) top[t] = average(at + t, rows + t * pitch);
+    for (Index t = 0; t < count; ++t)
+      factors[t] = 1.0f / raise(at + t, rows + t * pitch, top[t]);
+  }
+  // Sums over cells as means; returns the largest logit.
+  float average(Index place, float* row) const {
     const Left left = this->left(place);
     const float none = -__builtin_inff();
     Vec top = Vec{} + none;
@@ -364,29 +419,29 @@ struct NearPass : Pairs<T, NearCall> {
       const Vec count = left(c), sum = load(row + c);
       const Vec mean = count > 0.0f ? sum / count : none;
       store(row + c, mean);
-      top = mean > top ? mean : top;
+      top = larger(mean, top);
     }
     for (Index c = places.counted; c < places.pitch; c += LANES) {
       const Vec one = load(places.size.data() + c) > 0.0f ? load(row + c) : none;
       store(row + c, one);
-      top = one > top ? one : top;
+      top = larger(one, top);
     }
-    for (Index c = places.pitch; c < pitch; c += LANES) {
-      const Vec one = load(row + c);
-      top = one > top ? one : top;
-    }
-    const float most = largest(top);
+    for (Index c = places.pitch; c < pitch; c += LANES) top = larger(load(row + c), top);
+    return largest(top);
+  }
+  // Logits as powers; returns their sum.
+  float raise(Index place, float* row, float top) const {
+    const Left left = this->left(place);
     Vec sum = {};
-    for (Index c = 0; c < places.pitch; c += LANES) {
-      const Vec e = exponential(load(row + c) - most);
+    auto step = [&](Index c) {
+      const Vec e = power(load(row + c) - top);
       store(row + c, e);
-      sum += (c < places.counted ? left(c) : load(places.size.data() + c)) * e;
-    }
-    for (Index c = places.pitch; c < pitch; c += LANES) {
-      const Vec e = exponential(load(row + c) - most);
-      store(row + c, e);
-      sum += e;
-    }
+      return e;
+    };
+    for (Index c = 0; c < places.counted; c += LANES) sum += left(c) * step(c);
+    for (Index c = places.counted; c < places.pitch; c += LANES)
+      sum += load(places.size.data() + c) * step(c);
+    for (Index c = places.pitch; c < pitch; c += LANES) sum += step(c);
     return total(sum);
   }
 
@@ -409,19 +464,16 @@ struct NearPass : Pairs<T, NearCall> {
   }
 
   struct Sum {
-    float top, inverse;  // of softmax: exp(l - top) * inverse
+    float top, inverse;  // of softmax: 2^(l - top) * inverse
   };
-  // exp(logit - top) of all tokens.
+  // 2^(logit - top) of all tokens.
   Sum weigh_all(float* row) const {
     for (Index n = N; n < line; ++n) row[n] = -__builtin_inff();
     Vec top = load(row), sum = {};
-    for (Index n = LANES; n < line; n += LANES) {
-      const Vec one = load(row + n);
-      top = one > top ? one : top;
-    }
+    for (Index n = LANES; n < line; n += LANES) top = larger(load(row + n), top);
     const float most = largest(top);
     for (Index n = 0; n < line; n += LANES) {
-      const Vec e = exponential(load(row + n) - most);
+      const Vec e = power(load(row + n) - most);
       store(row + n, e);
       sum += e;
     }

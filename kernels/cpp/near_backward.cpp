@@ -106,7 +106,7 @@ struct NearBackward : NearPass<T> {
         q.prefetch(places.token[i + BAND]);
         g.prefetch(places.token[i + BAND]);
       }
-      this->read(q, n, D, float(call.scale), kept.q + i * P);
+      this->read(q, n, D, float(call.scale * LOG2E), kept.q + i * P);
       this->read(g, n, V, 1.0f, kept.g + i * Q);
       T* to = this->result(call.grad_base, pair, n, value);
       for (Index c = 0; c < value; ++c)
@@ -128,12 +128,16 @@ struct NearBackward : NearPass<T> {
     product<false>(g, Q, 1, kept.values_t, places.pitch, own.slopes, pitch, count, value,
                    places.pitch);
     for (Index t = 0; t < count; ++t) {
+      this->dot_window(x + t * P, kept.k, P, D, at + t, -__builtin_inff(), own.rows + t * pitch);
+      this->dot_window(g + t * Q, kept.v, Q, V, at + t, 0.0f, own.slopes + t * pitch);
+    }
+    float inverses[TILE];
+    this->weigh(at, count, own.rows, inverses);
+    for (Index t = 0; t < count; ++t) this->exclude(at + t, own.slopes + t * pitch);
+    for (Index t = 0; t < count; ++t) {
       const Index place = at + t;
       float *row = own.rows + t * pitch, *slope = own.slopes + t * pitch;
-      this->dot_window(x + t * P, kept.k, P, D, place, -__builtin_inff(), row);
-      this->dot_window(g + t * Q, kept.v, Q, V, place, 0.0f, slope);
-      const float inverse = 1.0f / this->weigh(place, row), factor = gate * inverse;
-      this->exclude(place, slope);
+      const float inverse = inverses[t], factor = gate * inverse;
       Vec sum = {};
       for (Index c = 0; c < pitch; c += LANES) sum += load(row + c) * load(slope + c);
       const float mean = total(sum) * inverse;
@@ -240,7 +244,7 @@ struct NearBackward : NearPass<T> {
         dots<LANES>(q + i * P, D, Rows{kept.k + at * P, P}, 0, count, row);
         dots<LANES>(g + i * Q, V, Rows{kept.v + at * Q, Q}, 0, count, slope);
         for (Index n = 0; n < count; n += LANES) {
-          const Vec p = exponential(load(row + n) - end[0]) * end[1];
+          const Vec p = power(load(row + n) - end[0]) * end[1];
           store(row + n, p);
           store(slope + n, p * (load(slope + n) - end[2]));
         }
@@ -248,6 +252,9 @@ struct NearBackward : NearPass<T> {
       product<true>(own.slope, 1, TILE, q, P, own.one, D, count, ends, D);
       product<true>(own.exact, 1, TILE, g, Q, own.two, V, count, ends, V);
     }
+    // The gradients are those of natural logits.
+    for (Index i = 0; i < count * D; i += LANES)
+      store(own.one + i, float(1 / LOG2E) * load(own.one + i));
     const Index heads = call.heads;
     write_tile(own.one, D, count, this->result(call.grad_k, pair, at, dim), heads * dim, dim);
     write_tile(own.two, V, count, this->result(call.grad_v, pair, at, value), heads * value, value);

@@ -1,6 +1,7 @@
 """Calls of ``near_forward.cpp`` and ``near_backward.cpp``: what `near_explicit` does."""
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -67,13 +68,13 @@ def backward(
 ) -> list[Tensor]:
     """`near_explicit.backward` in C++, for the same dtypes as `forward`."""
     grad, q, k, v = alike(grad, q, k, v)
-    results = {f"grad_{n}": token_major_empty(x, x.shape[3]) for n, x in zip("qkv", (q, k, v))}
-    results["grad_base"] = token_major_empty(q, v.shape[3])
+    grads = [token_major_empty(x, x.shape[3]) for x in (q, k, v, v)]
     # That of the gate has a batch axis until it is summed.
-    gates = {"grad_gate": gate.new_empty(len(q), *gate.shape) for gate in mixing}
+    grad_mixing = [gate.new_empty(len(q), *gate.shape) for gate in mixing]
+    results = dict(zip(_RESULTS[1:], [*grads, *grad_mixing], strict=False))
     settings = (scale, grid, prefix, neighborhood, coarse)
-    _run("near_backward", (q, k, v), {"grad": grad}, mixing, results | gates, *settings)
-    return [*results.values(), *(g.sum(0) for g in gates.values())]
+    _run("near_backward", (q, k, v), {"grad": grad}, mixing, results, *settings)
+    return [*grads, *(g.sum(0) for g in grad_mixing)]
 
 
 def _run(
@@ -92,14 +93,12 @@ def _run(
     q, k, v = qkv
     _check(q, k, v, other, mixing, grid, prefix, neighborhood, coarse)
     tensors = {"q": q, "k": k, "v": v, **other}
-    gate = {"gate": gate.contiguous() for gate in mixing}
-    strides = _Strides()
-    for i, kind in enumerate(_TENSORS[:5]):
-        if kind in tensors:
-            strides[4 * i : 4 * i + 4] = tensors[kind].stride()
+    strides = (tensors[kind].stride() if kind in tensors else (0,) * 4 for kind in _TENSORS[:5])
+    gates = [gate.contiguous() for gate in mixing]
+    tensors |= dict(zip(_TENSORS[5:], gates, strict=False)) | results
     call = _Call(
-        **{kind: x.data_ptr() for kind, x in (tensors | gate | results).items()},
-        strides=strides,
+        **{kind: x.data_ptr() for kind, x in tensors.items()},
+        strides=_Strides(*itertools.chain.from_iterable(strides)),
         **dict(zip(_SIZES, (*q.shape, v.shape[3]), strict=True)),
         grid=_Grid(*(1,) * (3 - len(grid)), *grid),
         prefix=prefix,

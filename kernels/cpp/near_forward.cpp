@@ -42,8 +42,8 @@ struct NearForward : NearPass<T> {
   void ask(Index pair, Index at, Index count, float* x) const {
     const auto q = this->tokens(call.q, 0, pair, dim);
     for (Index t = 0; t < count; ++t) {
-      if (at + t + BAND < N) q.prefetch(places.token[at + t + BAND]);
-      this->read(q, places.token[at + t], D, float(call.scale), x + t * D);
+      if (at + t + AHEAD < N) q.prefetch(places.token[at + t + AHEAD]);
+      this->read(q, places.token[at + t], D, float(call.scale * LOG2E), x + t * D);
     }
   }
 
@@ -54,23 +54,26 @@ struct NearForward : NearPass<T> {
     const float rest = call.gate ? 1.0f : 0.5f;
     ask(pair, at, count, own.x);
     product<false>(own.x, D, 1, kept.keys, places.pitch, own.rows, pitch, count, dim, places.pitch);
-    float factor[TILE];
     for (Index t = 0; t < count; ++t) {
-      float* row = own.rows + t * pitch;
-      this->dot_window(own.x + t * D, kept.k, P, D, at + t, -__builtin_inff(), row);
-      factor[t] = gate / this->weigh(at + t, row);
-      this->withdraw(at + t, row);
+      this->fetch(kept.k, P, at + t + 2 * BAND);
+      this->dot_window(own.x + t * D, kept.k, P, D, at + t, -__builtin_inff(),
+                       own.rows + t * pitch);
     }
+    float factor[TILE];
+    this->weigh(at, count, own.rows, factor);
+    for (Index t = 0; t < count; ++t) this->withdraw(at + t, own.rows + t * pitch);
     product<false>(own.rows, pitch, 1, kept.values, V, own.out, V, count, marks, V);
     for (Index t = 0; t < count; ++t) {
       float *row = own.rows + t * pitch, *out = own.out + t * V;
+      this->fetch(kept.v, Q, at + t + 2 * BAND);
+      if (at + t + AHEAD < N) base.prefetch(places.token[at + t + AHEAD]);
       blend<true>(row + places.pitch, window, this->around(kept.v, Q, at + t), V, out);
       const Index n = places.token[at + t];
       over_channels(base, V, [&](auto vectors, auto inside, Index c) {
         for (Index j = 0; j < vectors.value; ++j) {
           const Vec first = base.template read<inside.value>(n, c + j * LANES);
           float* to = out + c + j * LANES;
-          store(to, rest * first + factor[t] * load(to));
+          store(to, rest * first + gate * factor[t] * load(to));
         }
       });
       write_tile(out, V, 1, this->result(call.out, pair, n, value), 0, value);

@@ -404,8 +404,12 @@ void correlate(const Tokens<T>& in, const float* mean, const float* grad, const 
 // Rows of a tile, without their padding, in the dtype of the results, `stride` apart.
 template <typename T>
 void write_tile(const float* tile, Index pitch, Index count, T* out, Index stride, Index width) {
-  for (Index t = 0; t < count; ++t)
-    for (Index c = 0; c < width; ++c) narrow(tile[t * pitch + c], out[t * stride + c]);
+  for (Index t = 0; t < count; ++t) {
+    if (std::is_same_v<T, float>)
+      std::memcpy(out + t * stride, tile + t * pitch, width * sizeof(T));
+    else
+      for (Index c = 0; c < width; ++c) narrow(tile[t * pitch + c], out[t * stride + c]);
+  }
 }
 
 }  // namespace ttt

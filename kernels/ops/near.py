@@ -89,7 +89,7 @@ class Near(NamedTuple):
         return torch.cat([before, after, pooled(on_grid, self.cells.inside, self.grid)], dim=-2)
 
     def per_cell(self, own: Tensor) -> Tensor:
-        """Sums over the tokens of the window in each cell: [..., n, K] to [..., n, cells ** axes]."""
+        """Sums over the window's tokens in each cell: [..., n, K] to [..., n, cells ** axes]."""
         assert self.window is not None and self.cells is not None
         index = self.cells.of[self.window.tokens].expand(own.shape)
         own = own.masked_fill(self.window.beyond, 0)

@@ -79,9 +79,7 @@ class Variant:
         """The fields by name: keywords of ``torch.ops.t5fx.ttt``."""
         return {name: getattr(self, name) for name in NAMES}
 
-    def flops(
-        self, tokens: int, head_dim: int, value_dim: int, grid: Sequence[int] = ()
-    ) -> int:
+    def flops(self, tokens: int, head_dim: int, value_dim: int, grid: Sequence[int] = ()) -> int:
         """FLOP of one head's matrix products, forward; a multiply-add is two.
 
         "swiglu" with "dot" and Dv = D, without near attention: 18 N D^2. Near attention has

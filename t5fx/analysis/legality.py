@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from t5fx.analysis.axis import Axis, Cat, Chosen, Merge, Repeat, Unit, made_by, runs_of
 from t5fx.analysis.layout import Axes
-from t5fx.analysis.tokens import Axis, layout_of
+from t5fx.analysis.tokens import layout_of
+from t5fx.analysis.variant import variant_of
 from t5fx.config import LinearizeConfig
 from t5fx.graph.sizes import same
 from t5fx.graph.view import View
@@ -44,8 +46,7 @@ def find_heads(view: View, axes: Axes, binding: Binding) -> None:
         return
     axis = outer[heads[0]]
     binding.heads, binding.merged = heads[0], 1
-    mixed = axis.kind == "merge" and not all(part.features for part in axis.parts)
-    if mixed:
+    if isinstance(axis, Merge) and not all(part.features for part in axis.parts):
         inner = axis.parts[-1]
         if not inner.features or any(part.features for part in axis.parts[:-1]):
             raise Refusal("head-dim", f"the heads in {in_words(axis)} are not innermost")
@@ -82,17 +83,17 @@ def check_same_tokens(view: View, axes: Axes, binding: Binding) -> None:
             ours = ", ".join(map(in_words, outer["queries"]))
             detail = f"batch and heads of the {name} are ({theirs}), of the queries ({ours})"
             raise Refusal("cross-attention", detail)
-    for run in query.parts if query.kind == "cat" else (query,):
-        if run.kind == "chosen" and run.source[0] == "chosen by":
-            detail = f"of the tokens only those take part that '{run.source[1]}' chooses"
+    for run in runs_of(query):
+        if isinstance(run, Chosen) and run.how[0] == "chosen by":
+            detail = f"of the tokens only those take part that '{run.how[1]}' chooses"
             raise Refusal("masked", f"{detail}, which depends on the input")
 
 
 def _one_head(view: View, axis: Axis) -> bool:
     """Whether an outer axis is one position that was sliced off."""
-    if axis.kind != "unit" or not isinstance(axis.source, tuple):
+    if not isinstance(axis, Unit) or not axis.made:
         return False
-    node = next((n for n in view.order if n.name == axis.source[0]), None)
+    node = next((n for n in view.order if n.name == axis.made[0]), None)
     return node is not None and view.op(node) in ("slice", "getitem")
 
 
@@ -104,26 +105,27 @@ def _together(query: Axis, other: Axis) -> bool:
     """
     if query == other:
         return True
-    if query.kind == other.kind == "merge" and len(query.parts) == len(other.parts):
-        return all(map(_together, query.parts, other.parts))
-    if query.features or other.kind == "repeat":
-        return query.features and (other.features or other.kind in ("repeat", "unit"))
+    if isinstance(query, Merge) and isinstance(other, Merge):
+        if len(query.parts) == len(other.parts):
+            return all(map(_together, query.parts, other.parts))
+    if query.features or isinstance(other, Repeat):
+        return query.features and (other.features or isinstance(other, Repeat | Unit))
     return False
 
 
 def in_words(axis: Axis) -> str:
-    if axis.kind == "cat":
+    if isinstance(axis, Cat):
         return " then ".join(in_words(run) for run in axis.parts)
-    if axis.kind == "chosen":
-        return f"{axis.count} of {in_words(axis.parts[0])}, {' '.join(map(str, axis.source))}"
-    dims = axis.grid()
+    if isinstance(axis, Chosen):
+        return f"{axis.count} of {in_words(axis.whole)}, {' '.join(map(str, axis.how))}"
+    dims = axis.grid
     if dims:
         source = dims[0]
-        while source.parts:
-            source = source.parts[0]
-        return f"{' x '.join(str(d.count) for d in dims)} positions of '{source.source[0]}'"
-    source_name = axis.source[0] if isinstance(axis.source, tuple) else axis.kind
-    return f"{axis.count} tokens of '{source_name}'"
+        while source.inside:
+            source = source.inside[0]
+        return f"{' x '.join(str(d.count) for d in dims)} positions of '{made_by(source)[0]}'"
+    made = made_by(axis) or (type(axis).__name__.lower(),)
+    return f"{axis.count} tokens of '{made[0]}'"
 
 
 def find_layout(
@@ -132,7 +134,7 @@ def find_layout(
     found = layout_of(tokens)
     if config.grid is None and config.prefix is None and config.suffix is None:
         if isinstance(found, str):
-            if not config.needs_grid:
+            if not variant_of(config, grid=True).needs_grid:
                 return (), (), ()
             raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
         site.prefix = sum(a.count for a in found.prefix)

@@ -37,7 +37,7 @@ class Match:
     """
 
     anchor: fx.Node
-    pattern: str
+    pattern: Pattern
     binding: Binding | None
     refusal: Refusal | None
     owner: str
@@ -58,7 +58,7 @@ def find(
     under the graph's root.
     """
     modules = modules or _under(view.root)
-    found: list[tuple[fx.Node, str, Binding | Refusal, tuple[fx.Node, ...]]] = []
+    found: list[tuple[fx.Node, Pattern, Binding | Refusal, tuple[fx.Node, ...]]] = []
     for pattern in patterns():
         start, count = time.perf_counter(), Tried()
         for anchor in [n for n in view.graph.nodes if view.op(n) == pattern.anchor]:
@@ -66,7 +66,7 @@ def find(
                 count.anchors += 1
                 candidate = _candidate(view, pattern, anchor)
                 if candidate is not None:
-                    found.append((anchor, pattern.name, *candidate))
+                    found.append((anchor, pattern, *candidate))
                     count.bound += not isinstance(candidate[0], Refusal)
                     count.refused += isinstance(candidate[0], Refusal)
         count.seconds = time.perf_counter() - start
@@ -75,7 +75,7 @@ def find(
     found.sort(key=lambda entry: view.order[entry[0]])
     matches = []
     ordinals: Counter[tuple[str, ...]] = Counter()
-    for anchor, name, result, nodes in found:
+    for anchor, pattern, result, nodes in found:
         region = nodes if isinstance(result, Refusal) else _region(result, nodes)
         owner, call, inline = owner_of(region, modules)
         ordinal = ordinals[call]
@@ -83,7 +83,7 @@ def find(
         key = f"{owner}." if owner else ""
         key += f"t5_{ordinal}" if ordinal else "t5"
         binding, refusal = (None, result) if isinstance(result, Refusal) else (result, None)
-        matches.append(Match(anchor, name, binding, refusal, owner, key, inline))
+        matches.append(Match(anchor, pattern, binding, refusal, owner, key, inline))
     return matches
 
 
@@ -102,22 +102,11 @@ def _candidate(
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             unread = Refusal("not-attention", f"'{anchor.name}' could not be read: {error!r}")
             refused = refused or (unread, tuple(nodes.values()))
-    if refused is not None or pattern.anchor != "softmax":
+    if refused is not None:
         return refused
-    reads = list(surroundings.predecessors(anchor))
-    used = list(surroundings.successors(anchor))
-    if used and not reads:
-        detail = f"the softmax '{anchor.name}' weighs values by something else than q k^T"
-        return Refusal("not-attention", detail), (anchor,)
-    weights = [n for product in reads for n in view.inputs(product) if _is_weight(view, n)]
-    if reads and not weights and not used:
-        detail = f"no product sums values by the probabilities '{anchor.name}'"
-        return Refusal("probabilities-used", detail), (anchor,)
-    return None
-
-
-def _is_weight(view: View, node: fx.Node) -> bool:
-    return not view.depends_on_input(node)
+    around = surroundings.predecessors(anchor), surroundings.successors(anchor)
+    missed = pattern.missed(view, anchor, *map(list, around))
+    return None if missed is None else (missed, (anchor,))
 
 
 def _surroundings(view: View, pattern: Pattern, anchor: fx.Node) -> nx.DiGraph:

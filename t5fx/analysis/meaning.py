@@ -8,21 +8,27 @@ token axis whose runs hold exactly one grid has a layout; anything else is unkno
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import fx
 
-from t5fx.analysis.tokens import Axis, Kind, Layout, layout_of
-from t5fx.graph.sizes import hint, same
+from t5fx.analysis.axis import Axis, Batch, Feature, Leaf, Plain, Repeat, Side, Unit, made_by
+from t5fx.analysis.tokens import Layout, layout_of
+from t5fx.graph.sizes import Size, hint, same
 from t5fx.graph.view import View
 
 log = logging.getLogger(__name__)
 
 Rule = Callable[["Axes", fx.Node], "tuple[Axis, ...] | None"]
 RULES: dict[str, Rule] = {}
+
+Kind = TypeVar("Kind", bound=Leaf)
+
+#: Of the batch items of all inputs.
+_BATCH = ("batch",)
 
 
 #: Operators that read nothing of a tensor but its sizes, dtype and device.
@@ -78,8 +84,8 @@ class Axes:
         # An axis of size one says nothing unless it is a side of a grid; a size that a rule got
         # wrong is not believed.
         return tuple(
-            replace(a, kind="unit", size=1, parts=(), sizes=(), at=(node, i), example=1)
-            if size == 1 and not a.grid() and not a.sliced
+            Unit(made=made_by(a), data=a.data, at=(node, i), example=1)
+            if size == 1 and not a.grid and not a.sliced
             else replace(a, at=(node, i), example=hint(value.shape[i]))
             if same(a.size, size)
             else self.plain(node, i)
@@ -90,13 +96,13 @@ class Axes:
         """Whether the values of a node depend on the inputs of the model, not only its sizes."""
         return self._data[node]
 
-    def plain(self, node: fx.Node, i: int, kind: Kind = "plain") -> Axis:
-        """A fresh axis that `node` makes."""
-        size = self.view.shape(node)[i]
-        return Axis(kind, size, source=(node.name, i), data=self.data(node))
+    def fresh(self, node: fx.Node, i: int, kind: type[Kind]) -> Kind:
+        """A new axis that `node` makes."""
+        return kind(self.view.shape(node)[i], (node.name, i), data=self.data(node))
 
-    def fresh(self, node: fx.Node, kinds: Iterable[Kind]) -> tuple[Axis, ...]:
-        return tuple(self.plain(node, i, kind) for i, kind in enumerate(kinds))
+    def plain(self, node: fx.Node, i: int) -> Plain:
+        """A new axis of which no more is known."""
+        return self.fresh(node, i, Plain)
 
 
 @rule("placeholder")
@@ -109,11 +115,11 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     rank = len(axes.view.shape(node))
     value = axes.view.val(node)
     floating = value is not None and value.is_floating_point()
-    kinds: list[Kind] = ["side" if floating and rank > 3 else "plain"] * rank
+    kinds: list[type[Leaf]] = [Side if floating and rank > 3 else Plain] * rank
     if floating and rank == 3:
-        kinds[-1] = "feature"
-    first = replace(axes.plain(node, 0, "batch"), source="batch")
-    return (first, *axes.fresh(node, kinds)[1:])
+        kinds[-1] = Feature
+    first = replace(axes.fresh(node, 0, Batch), made=_BATCH)
+    return (first, *(axes.fresh(node, i, kinds[i]) for i in range(1, rank)))
 
 
 @rule("get_attr")
@@ -131,21 +137,23 @@ def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
             j = i - len(shape) + len(axes[source])
             if j >= 0 and same(axes[source][j].size, size):
                 meeting.append(axes[source][j])
-        known = [a for a in meeting if a.kind != "unit"] or [a for a in meeting if a.source]
+        known = [a for a in meeting if not isinstance(a, Unit) or a.made]
+        known = [a for a in known if not isinstance(a, Unit)] or known
         result.append(meet(known) if known else (meeting or [axes.plain(node, i)])[0])
     return tuple(result)
 
 
-def meet(meeting: list[Axis]) -> Axis:
-    weight = {"repeat": 0, "plain": 1, "side": 1}
+def meet(meeting: Sequence[Axis]) -> Axis:
+    """Of several axes, the one that says most; a plain one where grids contradict each other."""
 
-    def says(axis: Axis) -> tuple[Any, ...]:
-        return axis.data, _grids(axis), weight.get(axis.kind, 2), not axis.repeats
+    def says(axis: Axis) -> tuple[bool, bool, int, bool]:
+        weight = 0 if isinstance(axis, Repeat) else 1 if isinstance(axis, Plain | Side) else 2
+        return axis.data, _grids(axis), weight, not axis.repeats
 
     best = max(meeting, key=says)  # the first of equals
     rivals = [a for a in meeting if a.data == best.data and _grids(a) and a != best]
     if _grids(best) and any(_shape_of(a) != _shape_of(best) for a in rivals):
-        return Axis("plain", best.size, source=("conflict", *(repr(a.source) for a in meeting)))
+        return Plain(best.size, ("conflict", *(repr(made_by(a)) for a in meeting)))
     return best
 
 
@@ -153,7 +161,7 @@ def _grids(axis: Axis) -> bool:
     return isinstance(layout_of(axis), Layout)
 
 
-def _shape_of(axis: Axis) -> tuple[Any, ...]:
+def _shape_of(axis: Axis) -> tuple[Size, ...]:
     found = layout_of(axis)
     return tuple(a.size for a in found.grid) if isinstance(found, Layout) else ()
 

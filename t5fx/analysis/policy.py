@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from t5fx.analysis.axis import Axis
 from t5fx.analysis.layout import Axes
 from t5fx.analysis.legality import (
     check_independent,
@@ -24,7 +25,7 @@ from t5fx.analysis.legality import (
 )
 from t5fx.analysis.match import Match, find
 from t5fx.analysis.measure import Cost, Shape, cost
-from t5fx.analysis.tokens import Axis
+from t5fx.analysis.variant import variant_of
 from t5fx.config import LinearizeConfig
 from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
 from t5fx.graph.sizes import expr, hint
@@ -71,11 +72,9 @@ def plan(
 ) -> list[Plan]:
     """Judge every attention of a graph.
 
-    tried: is told what each pattern did, by its name.
-
-    owner: the module that has a name in the graph; without it the one under the graph's root.
-
-    public: the name that a module of the graph has for the user.
+    tried: is told what each pattern did, by its name. owner: the module that has a name in the
+    graph; without it the one under the graph's root. public: the name that a module of the graph
+    has for the user.
 
     decided: what an earlier graph of the same model decided about a site: True, it is rewritten
     (and judged again for legality and layout, but not for selection and cost); False, it is left;
@@ -87,7 +86,7 @@ def plan(
     for match in matches:
         name = public(match.owner)
         chosen = config.at(name)
-        site = Site(fqn=name, status="skipped", pattern=match.pattern)
+        site = Site(fqn=name, status="skipped", pattern=match.pattern.name)
         entry = Plan(match, site, chosen)
         plans.append(entry)
         assert axes is not None
@@ -153,7 +152,7 @@ def _judge(
     if match.binding is None:
         value = view.val(match.anchor)
         if value is not None and value.dim() >= 2:
-            site.num_tokens = hint(value.shape[-1 if match.pattern != "fused" else -2])
+            site.num_tokens = hint(value.shape[-2 if match.pattern.whole else -1])
         assert match.refusal is not None
         raise match.refusal
     binding = match.binding
@@ -175,7 +174,7 @@ def _judge(
                 )
     if entry.grid:
         q, v = (_sizes(view, operand, binding) for operand in (binding.q, binding.v))
-        _count(site, config.variant(True), q.batch * q.heads, v.channels)
+        _count(site, variant_of(config, grid=True), q.batch * q.heads, v.channels)
     asked = decided is None and config.min_tokens is None  # the cost model
     if decided is None:
         _enough(site, config)
@@ -210,7 +209,7 @@ def _measure(view: View, site: Site, binding: Binding, config: LinearizeConfig) 
         if not isinstance(expr(value.shape[operand.channel]), int):
             raise Refusal("head-dim", f"the size of {name}'s heads is not static")
     site.flops_before = 2 * q.batch * q.heads * q.tokens * k.tokens * (q.channels + v.channels)
-    _count(site, config.variant(False), q.batch * q.heads, v.channels)
+    _count(site, variant_of(config, grid=False), q.batch * q.heads, v.channels)
 
 
 def _count(site: Site, variant: Variant, heads: int, value_dim: int) -> None:
@@ -264,7 +263,7 @@ def _call(view: View, entry: Plan, trained: bool) -> Call:
 def _node(entry: Plan) -> dict[str, Any]:
     """The settings of a site's node."""
     config = entry.config
-    return config.variant(bool(entry.grid)).settings() | {"impl": config.impl}
+    return variant_of(config, grid=bool(entry.grid)).settings() | {"impl": config.impl}
 
 
 #: What a FLOP of the node takes over one of softmax attention on the same GPU in 16 bits, by the

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from torch import fx
 
+from t5fx.analysis.axis import Axis, Batch, Feature, Merge, Piece, Side, Spatial, Unit
 from t5fx.analysis.meaning import Axes, pointwise, rank_of, rule
-from t5fx.analysis.tokens import Axis, Kind, merge
+from t5fx.analysis.tokens import merge
 from t5fx.graph.sizes import expr, hint, same
 from t5fx.graph.view import View
+from t5fx.patterns import patterns
 
 
 @rule("mean", "sum", "amax", "amin")
@@ -24,7 +26,7 @@ def reduced(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     value = View.meta(node)
     value = value[0] if isinstance(value, tuple) else value
     if value.dim() == len(source):
-        return tuple(Axis("unit", 1) if i in dims else a for i, a in enumerate(source))
+        return tuple(Unit() if i in dims else a for i, a in enumerate(source))
     return tuple(a for i, a in enumerate(source) if i not in dims)
 
 
@@ -36,13 +38,13 @@ def _complex(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 @rule("view_as_real")
 def _real(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes[axes.view.inputs(node)[0]]
-    return (*source, axes.plain(node, len(source), "feature"))
+    return (*source, axes.fresh(node, len(source), Feature))
 
 
 @rule("linear")
 def _linear(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes[axes.view.inputs(node)[0]]
-    return (*source[:-1], axes.plain(node, len(source) - 1, "feature"))
+    return (*source[:-1], axes.fresh(node, len(source) - 1, Feature))
 
 
 @rule("matmul", "baddbmm", "addmm")
@@ -54,14 +56,15 @@ def _matmul(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     left, right = operands
     batch = pointwise(axes, node)[: rank - 2]
     if len(left) == len(right) == rank:
-        batch = tuple(a if a.kind != "unit" else b for a, b in zip(left, right, strict=True))[:-2]
+        pairs = zip(left[:-2], right[:-2], strict=True)
+        batch = tuple(b if isinstance(a, Unit) else a for a, b in pairs)
     elif len(left) == rank:
         batch = left[:-2]
     weights = not axes.data(axes.view.inputs(node)[-1])
-    return (*batch, left[-2], axes.plain(node, rank - 1, "feature") if weights else right[-1])
+    return (*batch, left[-2], axes.fresh(node, rank - 1, Feature) if weights else right[-1])
 
 
-@rule("scaled_dot_product_attention")
+@rule(*(pattern.anchor for pattern in patterns() if pattern.whole))
 def attention(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     query, value = (axes[axes.view.arg(node, name)] for name in ("query", "value"))
     return (*query[:-1], value[-1])
@@ -86,13 +89,13 @@ def _convolution(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     kept = [
         source[i]
         if len(source) == len(shape) and same(source[i].size, size) and source[i].spatial
-        else axes.plain(node, i, "spatial")
+        else axes.fresh(node, i, Spatial)
         for i, size in enumerate(shape)
     ]
-    batch = source[0] if len(source) == len(shape) else axes.plain(node, 0, "batch")
+    batch = source[0] if len(source) == len(shape) else axes.fresh(node, 0, Batch)
     if len(shape) > 3:
         batch = _frames(batch)
-    return (batch, axes.plain(node, 1, "feature"), *kept[2:])
+    return (batch, axes.fresh(node, 1, Feature), *kept[2:])
 
 
 def _frames(batch: Axis) -> Axis:
@@ -100,13 +103,16 @@ def _frames(batch: Axis) -> Axis:
 
     That is, one side of an input merged with its batch; it is an axis of the video's grid.
     """
-    if batch.kind == "side":  # the batch itself has one item
-        return replace(batch, kind="spatial")
-    sides = [part for part in batch.parts if part.kind == "side"]
-    if batch.kind != "merge" or len(sides) != 1:
+    if isinstance(batch, Side):  # the batch itself has one item
+        return _frame(batch)
+    if not isinstance(batch, Merge) or sum(isinstance(p, Side) for p in batch.parts) != 1:
         return batch
-    parts = (replace(p, kind="spatial") if p is sides[0] else p for p in batch.parts)
+    parts = (_frame(part) if isinstance(part, Side) else part for part in batch.parts)
     return replace(batch, parts=tuple(parts))
+
+
+def _frame(side: Side) -> Spatial:
+    return Spatial(side.size, side.made, data=side.data, at=side.at, example=side.example)
 
 
 @rule(
@@ -116,11 +122,11 @@ def _frames(batch: Axis) -> Axis:
     *("avg_pool1d", "max_pool1d"),
 )
 def _resampled(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
-    spatial: list[Kind] = ["spatial"] * (rank_of(axes, node) - 2)
-    made = axes.fresh(node, ["batch", "feature", *spatial])
-    batch = axes[axes.view.inputs(node)[0]][0]
-    windows = any(part.kind == "piece" for part in (batch, *batch.parts))
-    return (batch, *made[1:]) if same(batch.size, made[0].size) and not windows else made
+    batch, made = axes[axes.view.inputs(node)[0]][0], axes.fresh(node, 0, Batch)
+    windows = any(isinstance(part, Piece) for part in (batch, *batch.inside))
+    kept = same(batch.size, made.size) and not windows
+    spatial = (axes.fresh(node, i, Spatial) for i in range(2, rank_of(axes, node)))
+    return (batch if kept else made, axes.fresh(node, 1, Feature), *spatial)
 
 
 @rule("im2col")
@@ -136,12 +142,12 @@ def _unfolded(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         )
         assert value is not None
         count = (value.shape[i + 2] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        sides.append(Axis("spatial", expr(count), (node.name, name), example=hint(count)))
+        sides.append(Spatial(expr(count), (node.name, name), example=hint(count)))
     blocks = merge(sides, axes.view.shape(node)[2])
-    return (axes[source][0], axes.plain(node, 1, "feature"), blocks)
+    return (axes[source][0], axes.fresh(node, 1, Feature), blocks)
 
 
 @rule("embedding")
 def _embedding(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     indices = axes[axes.view.inputs(node)[1]]
-    return (*indices, axes.plain(node, len(indices), "feature"))
+    return (*indices, axes.fresh(node, len(indices), Feature))

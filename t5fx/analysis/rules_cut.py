@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from t5fx.analysis.axis import Axis, Cat, Chosen, Feature, Leaf, Picked, Plain, Unit, runs_of
 from t5fx.analysis.meaning import RULES, Axes, rank_of, rule
 from t5fx.analysis.rules_compute import attention, normalised, reduced
-from t5fx.analysis.tokens import Axis
-from t5fx.graph.sizes import expr, same
+from t5fx.graph.sizes import Size, expr, same
 from t5fx.graph.view import View
 
 
@@ -33,31 +33,27 @@ def _cut(axes: Axes, node: fx.Node, dim: int, axis: Axis, start: Any, end: Any) 
     size = axes.view.shape(node)[dim]
     if same(axis.size, size):
         return axis
-    runs = _runs(axis)
-    found = _between(runs, _position(axes.view, start, axis.size, 0), size)
+    runs = runs_of(axis)
+    found = _between(runs, _position(axes.view, start, axis.size), size)
     if found is None and axis.features and not axis.of_items:
-        return axes.plain(node, dim, "feature")
+        return axes.fresh(node, dim, Feature)
     if found is None:
-        return _piece_from(axis, _position(axes.view, start, axis.size, 0), size)
+        return _neighbours(axis, _position(axes.view, start, axis.size), size)
     kept = runs[found]
-    return kept[0] if len(kept) == 1 else Axis("cat", size, parts=kept)
+    return kept[0] if len(kept) == 1 else Cat(size, kept)
 
 
-def _piece_from(axis: Axis, begin: Any, size: Any) -> Axis:
+def _neighbours(axis: Axis, begin: Size, size: Size) -> Axis:
     """Some neighbouring positions of an axis that are no whole run."""
-    return Axis("chosen", size, ("from", begin), (axis,), data=axis.data)
+    return Chosen(size, axis, ("from", begin), data=axis.data)
 
 
-def _runs(axis: Axis) -> tuple[Axis, ...]:
-    return axis.parts if axis.kind == "cat" else (axis,)
-
-
-def _between(runs: tuple[Axis, ...], begin: Any, size: Any) -> slice | None:
+def _between(runs: tuple[Axis, ...], begin: Size, size: Size) -> slice | None:
     """The runs that make up `size` positions from `begin` on, or None."""
-    total: Any = 0
+    total: Size = 0
     for i in range(len(runs)):
         if same(total, begin):
-            rest: Any = 0
+            rest: Size = 0
             for j in range(i, len(runs)):
                 rest = rest + runs[j].size
                 if same(rest, size):
@@ -80,30 +76,36 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     axis, new = whole[dim], written[dim]
     result[dim] = None
     if not axis.features:
-        runs = _runs(axis)
-        start = _position(axes.view, axes.view.arg(node, "start"), axis.size, 0)
+        runs = runs_of(axis)
+        start = _position(axes.view, axes.view.arg(node, "start"), axis.size)
         found = _between(runs, start, new.size)
-        if new == _piece_from(axis, start, new.size):  # what was there, changed
+        if new == _neighbours(axis, start, new.size):  # what was there, changed
             result[dim] = axis
         elif found is None and len(runs) == 1 and not axis.data:  # made to be filled
-            rest = replace(axis, size=axis.size - start - new.size, source=(node.name, dim, "rest"))
-            runs = (replace(axis, size=start, source=(node.name, dim)), new, rest)
-            result[dim] = Axis("cat", axis.size, parts=tuple(r for r in runs if r.size != 0))
+            empty = axis if isinstance(axis, Leaf) else _unknown(axis)
+            before = replace(empty, size=start, made=(node.name, dim))
+            left = axis.size - start - new.size
+            rest = replace(empty, size=left, made=(node.name, dim, "rest"))
+            result[dim] = Cat(axis.size, tuple(r for r in (before, new, rest) if r.size != 0))
         elif found is not None:
             runs = (*runs[: found.start], new, *runs[found.stop :])
-            result[dim] = runs[0] if len(runs) == 1 else replace(axis, kind="cat", parts=runs)
+            result[dim] = runs[0] if len(runs) == 1 else Cat(axis.size, runs, data=axis.data)
     return tuple(
-        axes.plain(node, i, "feature" if before.features else "plain") if a is None else a
+        axes.fresh(node, i, Feature if before.features else Plain) if a is None else a
         for i, (a, before) in enumerate(zip(result, whole, strict=True))
     )
 
 
-def _position(view: View, value: Any, size: Any, default: Any) -> Any:
+def _unknown(axis: Axis) -> Plain:
+    return Plain(axis.size, (), data=axis.data, at=axis.at, example=axis.example)
+
+
+def _position(view: View, value: Any, size: Size) -> Size:
     if isinstance(value, fx.Node):
         symbolic = View.meta(value)
         value = symbolic.node.expr if isinstance(symbolic, torch.SymInt) else symbolic
     if value is None:
-        return default
+        return 0
     return value + size if isinstance(value, int) and value < 0 else value
 
 
@@ -115,7 +117,7 @@ def _getitem(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if axes.view.val(producer) is not None:
         return _index(axes, node, producer, key)
     name = axes.view.op(producer)
-    if name in ("scaled_dot_product_attention", "flex_attention") and key == 0:
+    if RULES.get(name) is attention and key == 0:
         return attention(axes, producer)
     if name in ("native_group_norm", "layer_norm", "native_batch_norm", "max_pool2d") and key == 0:
         return RULES.get(name, normalised)(axes, producer)
@@ -150,7 +152,7 @@ def _index(axes: Axes, node: fx.Node, source: fx.Node, key: Any) -> tuple[Axis, 
     picks: list[tuple[Axis, int]] = []
     for k in keys:
         if k is None:
-            result.append(Axis("unit", 1))
+            result.append(Unit())
             continue
         axis = axes[source][position]
         if isinstance(k, slice) and k.step in (None, 1):
@@ -172,12 +174,12 @@ def _pick(source: tuple[Axis, ...], dim: int, index: int) -> tuple[Axis, ...]:
 
 def _picked(rest: tuple[Axis, ...], axis: Axis, index: int) -> tuple[Axis, ...]:
     """Remember which position was taken, but for q, k and v out of one projection's features."""
-    if axis.features or axis.kind == "unit":
+    if axis.features or isinstance(axis, Unit):
         return rest
     return tuple(
         a
-        if a.features or a.kind == "unit"
-        else Axis("picked", a.size, (axis,), (a,), index, data=a.data, example=a.example)
+        if a.features or isinstance(a, Unit)
+        else Picked(a.size, a, axis, index, data=a.data, example=a.example)
         for a in rest
     )
 
@@ -198,10 +200,10 @@ def _chosen(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         return None
     dim, positions = used[0]
     size, data = axes.view.shape(node)[dim], axes.data(positions)
-    made = ("chosen by" if data else "moved by", positions.name)
+    how = ("chosen by" if data else "moved by", positions.name)
     result = list(source)
     if not source[dim].features:
-        result[dim] = Axis("chosen", size, made, (source[dim],), data=source[dim].data)
+        result[dim] = Chosen(size, source[dim], how, data=source[dim].data)
     else:
-        result[dim] = axes.plain(node, dim, "feature")
+        result[dim] = axes.fresh(node, dim, Feature)
     return tuple(result)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
+from t5fx.analysis.axis import Axis, Batch, Cat, Plain, Repeat, Spatial, Unit, runs_of
 from t5fx.analysis.meaning import Axes, meet, rank_of, rule
-from t5fx.analysis.tokens import Axis, merge, split
-from t5fx.graph.axes import permutation, regroup_node
+from t5fx.analysis.tokens import merge, split
+from t5fx.graph.axes import Groups, permutation, regroup_node
 from t5fx.graph.sizes import hint, same
 
 
@@ -30,10 +30,10 @@ def _reshape(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     value = axes.view.val(node)
     result: list[Axis | None] = [None] * len(shape)
     for ins, outs in _with_sides(groups, source):
-        parts = [source[i] for i in ins if source[i].kind != "unit"]
+        parts = [source[i] for i in ins if not isinstance(source[i], Unit)]
         real = [j for j in outs if shape[j] != 1] or outs[:1]
         for j in outs:
-            result[j] = Axis("unit", 1)
+            result[j] = Unit()
         if len(ins) == len(outs) == 1:
             result[outs[0]] = source[ins[0]]
         elif len(parts) == 1 and len(real) == 1:
@@ -48,16 +48,16 @@ def _reshape(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     return tuple(r if r is not None else axes.plain(node, i) for i, r in enumerate(result))
 
 
-def _with_sides(groups: Any, source: tuple[Axis, ...]) -> Any:
+def _with_sides(groups: Groups, source: tuple[Axis, ...]) -> Groups:
     """Sides of a grid that have size one, which vanish in a reshape, join their neighbours."""
     joined = [(list(ins), outs) for ins, outs in groups]
     for k, (ins, outs) in enumerate(joined):
-        if outs or not ins or not all(source[i].grid() for i in ins):
+        if outs or not ins or not all(source[i].grid for i in ins):
             continue
         for other in (k + 1, k - 1):
             beside = joined[other][0] if 0 <= other < len(joined) else []
             if joined[other : other + 1] and joined[other][1] and beside:
-                if all(source[i].grid() for i in beside):
+                if all(source[i].grid for i in beside):
                     joined[other] = (sorted(beside + ins), joined[other][1])
                     joined[k] = ([], [])
                     break
@@ -76,17 +76,17 @@ def _cat(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
             result.append(meet(meeting))
             continue
         runs = tuple(
-            replace(axes.plain(n, i), kind="unit", size=1)
-            if run.kind == "unit" and run.source is None
+            Unit(made=(n.name, i), data=axes.data(n))
+            if isinstance(run, Unit) and not run.made
             else run
             for n, run in zip(tensors, meeting, strict=True)
             if run.size != 0
         )
-        runs = tuple(part for run in runs for part in (run.parts if run.kind == "cat" else [run]))
+        runs = tuple(part for run in runs for part in runs_of(run))
         whole = runs[0] if len(runs) == 1 else None
         size = axes.view.shape(node)[i]
         data = any(run.data for run in runs)
-        result.append(whole or Axis("cat", size, parts=runs, data=data))
+        result.append(whole or Cat(size, runs, data=data))
     return tuple(result)
 
 
@@ -106,15 +106,15 @@ def _sequences(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if not axes.view.arg(node, "batch_first", False):
         return None
     inner = [meet([axes[n][i] for n in tensors]) for i in range(rank_of(axes, node) - 1)]
-    return (axes.plain(node, 0, "batch"), *inner)
+    return (axes.fresh(node, 0, Batch), *inner)
 
 
 @rule("expand")
 def _expand(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     source = axes[axes.view.inputs(node)[0]]
     rank = rank_of(axes, node)
-    padded = (Axis("unit", 1),) * (rank - len(source)) + source
-    fresh = [axes.plain(node, i, "repeat") for i in range(rank)]
+    padded = (Unit(),) * (rank - len(source)) + source
+    fresh = [axes.fresh(node, i, Repeat) for i in range(rank)]
     return tuple(a if same(a.size, f.size) else f for a, f in zip(padded, fresh, strict=True))
 
 
@@ -129,22 +129,20 @@ def _repeated(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
         return tuple(result)
     dim %= len(result)
     copies = _copies(axes, node, dim, repeats)
-    unit = result[dim].kind == "unit"
+    unit = isinstance(result[dim], Unit)
     result[dim] = copies if unit else merge([result[dim], copies], axes.view.shape(node)[dim])
     return tuple(result)
 
 
 def _copies(axes: Axes, node: fx.Node, i: int, times: int) -> Axis:
-    return replace(axes.plain(node, i, "repeat"), size=times, example=times)
+    return replace(axes.fresh(node, i, Repeat), size=times, example=times)
 
 
 @rule("pad", "constant_pad_nd")
 def _padded(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     """A side of a grid that grew is a side of a larger grid."""
     return tuple(
-        axis
-        if same(axis.size, size)
-        else axes.plain(node, i, "spatial" if axis.grid() else "plain")
+        axis if same(axis.size, size) else axes.fresh(node, i, Spatial if axis.grid else Plain)
         for i, (axis, size) in enumerate(
             zip(axes[axes.view.inputs(node)[0]], axes.view.shape(node), strict=True)
         )
@@ -161,8 +159,8 @@ def _tiled(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     for i, (axis, size) in enumerate(zip(source, shape, strict=True)):
         if same(axis.size, size):
             result.append(axis)
-        elif axis.kind == "unit":
-            result.append(axes.plain(node, i, "repeat"))
+        elif isinstance(axis, Unit):
+            result.append(axes.fresh(node, i, Repeat))
         elif isinstance(size, int) and isinstance(axis.size, int):
             result.append(merge([_copies(axes, node, i, size // axis.size), axis], size))
         else:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from t5fx.analysis.variant import variant_of
 from t5fx.checkpoint.files import Checkpoint
 from t5fx.config import LinearizeConfig
 from t5fx.errors import AdapterError
@@ -336,4 +337,4 @@ def matches(node: TTT, config: LinearizeConfig) -> bool:
     if config.impl != "auto":  # of which a measurement may have made something else
         names.append("impl")
     same = all(getattr(node, name) == getattr(config, name) for name in names)
-    return same and node.variant in (config.variant(True), config.variant(False))
+    return same and node.variant in (variant_of(config, grid=True), variant_of(config, grid=False))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from t5fx.graph.sizes import expr
+from t5fx.graph.sizes import Size, expr
 
 
 class Signature:
@@ -128,7 +128,7 @@ def formula(symbols: tuple[str, ...], source: str) -> Callable[..., Any]:
     return function
 
 
-def printed(expression: Any) -> str:
+def printed(expression: Size) -> str:
     """Python for a sympy expression of sizes."""
     from torch.utils._sympy.printers import PythonPrinter
 
@@ -138,13 +138,13 @@ def printed(expression: Any) -> str:
 def guards_of(placeholders: list[fx.Node]) -> Guards:
     """Read dtypes, sizes and the relations between sizes off the placeholders' fake values."""
     wanted: list[Wanted] = []
-    symbols: dict[str, Any] = {}
+    symbols: dict[str, Size] = {}
     environment = None
     for node in placeholders:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            shown: list[Any] = []
-            sizes: list[Any] = list(value.shape)
+            shown: list[int | str] = []
+            sizes: list[int | torch.SymInt] = list(value.shape)
             for size in sizes:
                 symbol = expr(size)
                 shown.append(symbol if isinstance(symbol, int) else printed(symbol))

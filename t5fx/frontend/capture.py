@@ -26,6 +26,7 @@ from t5fx.graph.blocks import inline_blocks
 from t5fx.graph.modules import module_name
 from t5fx.graph.view import View
 from t5fx.graph.writes import scatter_writes
+from t5fx.patterns import patterns
 
 #: Module (child of the root) that holds the constants and subgraphs of captures.
 CONSTANTS = "captured"
@@ -199,7 +200,7 @@ def _from_program(
     dynamic: bool,
 ) -> Capture:
     """Turn lifted parameters, buffers and constants of a program into `get_attr` nodes."""
-    inline_blocks(program.graph_module)
+    inline_blocks(program.graph_module, {p.anchor for p in patterns() if p.telling})
     graph = program.graph_module.graph
     graph.owning_module = None  # attributes are those of the model from here on
     targets = {s.arg.name: s for s in program.graph_signature.input_specs if s.target}

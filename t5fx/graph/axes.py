@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from torch import fx
 
-from t5fx.graph.sizes import exactly, hint, same
+from t5fx.graph.sizes import Size, exactly, hint, same
 from t5fx.graph.view import View
+
+#: Corresponding axes of two shapes: (input axes, output axes) of each group.
+Groups: TypeAlias = list[tuple[list[int], list[int]]]
 
 
 def permutation(view: View, node: fx.Node) -> list[int] | None:
@@ -38,7 +42,11 @@ def permutation(view: View, node: fx.Node) -> list[int] | None:
     return None
 
 
-def regroup(before: tuple[Any, ...], after: tuple[Any, ...], hints: Any = None) -> Any:
+def regroup(
+    before: Sequence[Size],
+    after: Sequence[Size],
+    hints: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> Groups | None:
     """Split two shapes of one row-major reshape into corresponding groups of axes.
 
     Returns [(input axes, output axes), ...], or None where the correspondence cannot be proved.
@@ -47,7 +55,7 @@ def regroup(before: tuple[Any, ...], after: tuple[Any, ...], hints: Any = None) 
     is split into n // d and d proves that d divides n: with a remainder anywhere the two shapes
     would not have as many elements.
     """
-    groups: list[tuple[list[int], list[int]]] = []
+    groups: Groups = []
     i = j = 0
     n, m = len(before), len(after)
     hints = hints or (before, after)
@@ -83,15 +91,15 @@ def regroup(before: tuple[Any, ...], after: tuple[Any, ...], hints: Any = None) 
     return groups
 
 
-def regroup_node(view: View, node: fx.Node) -> Any:
+def regroup_node(view: View, node: fx.Node) -> Groups | None:
     """`regroup` of a reshape-like node with one tensor input."""
     source = view.inputs(node)[0]
     before, after = view.val(source), view.val(node)
     if before is None or after is None:
         return None
-    hints = tuple(tuple(hint(s) for s in t.shape) for t in (before, after))
+    hints = [hint(s) for s in before.shape], [hint(s) for s in after.shape]
     return regroup(view.shape(source), view.shape(node), hints)
 
 
-def _many(value: Any) -> tuple[int, ...]:
+def _many(value: int | Iterable[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)

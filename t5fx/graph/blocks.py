@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from t5fx.graph.view import View
 
 #: Key of a node's metadata: the checkpoint whose body it is part of.
 INSIDE = "t5fx_checkpoint"
@@ -21,31 +23,34 @@ _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
-def inline_blocks(owner: fx.GraphModule) -> None:
+def inline_blocks(owner: fx.GraphModule, telling: Collection[str]) -> None:
     """Put the bodies of `no_grad`, `enable_grad` and `autocast` blocks in the place of their calls.
 
     Attention inside such a block is then seen like any other. Whoever runs the graph restores the
     modes should an error leave it halfway.
+
+    telling: the canonical operators that attention is known by.
     """
     for node in list(owner.graph.nodes):
         if node.op != "get_attr" or not node.users:
             continue
         if all(user.target in (_NO_GRAD, _AUTOCAST) for user in node.users):
             body = getattr(owner, str(node.target))
-            inline_blocks(body)
-            if any(user.target is _AUTOCAST for user in node.users) and not _can_inline(body):
-                continue
+            inline_blocks(body, telling)
+            if any(user.target is _AUTOCAST for user in node.users):
+                if not _can_inline(body, telling):
+                    continue
             for user in list(node.users):
                 _inline(owner, user, body)
             owner.graph.erase_node(node)
 
 
-def _can_inline(body: fx.GraphModule) -> bool:
+def _can_inline(body: fx.GraphModule, telling: Collection[str]) -> bool:
     """Whether to inline an autocast block: where Dynamo cannot follow, only for its attention."""
     if hasattr(torch.amp.autocast_mode, "_UnmanagedAutocast"):  # not in torch 2.11
         return True
-    names = (str(node.target) for node in body.graph.nodes)
-    return any("softmax" in name or "scaled_dot_product" in name for name in names)
+    view = View(body.graph, body)
+    return any(view.op(node) in telling for node in body.graph.nodes)
 
 
 def _inline(owner: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:

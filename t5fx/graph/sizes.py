@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+if TYPE_CHECKING:
+    import sympy
 
-def expr(size: Any) -> Any:
+#: A size of a tensor: a number, or the expression of one that is symbolic.
+Size: TypeAlias = "int | sympy.Expr"
+
+
+def expr(size: Size | torch.SymInt) -> Size:
     """An integer, or the sympy expression of a symbolic size."""
     if isinstance(size, int):
         return size
@@ -18,14 +24,14 @@ def expr(size: Any) -> Any:
     return size
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: sympy.Expr) -> sympy.Expr:
     """n where an expression has ceil(float(n) - 0.5): as many numbers as arange(0.5, n) has."""
     from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
 
     if not value.has(ToFloat):
         return value
 
-    def rounded(ratio: Any) -> Any:
+    def rounded(ratio: sympy.Expr) -> sympy.Expr:
         exact = ratio.replace(
             FloatTrueDiv, lambda a, b: a if b.is_number and float(b) == 1 else FloatTrueDiv(a, b)
         )
@@ -39,7 +45,7 @@ def _rounded(value: Any) -> Any:
 _UNKNOWN = 4099
 
 
-def hint(size: Any) -> int:
+def hint(size: int | torch.SymInt) -> int:
     """The size in the captured example, some number where it depends on data. Adds no guard."""
     if isinstance(size, int):
         return size
@@ -52,7 +58,7 @@ def hint(size: Any) -> int:
         return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, _UNKNOWN)))
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: Size | None, b: Size | None) -> bool:
     """Whether two sizes are provably equal."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
@@ -65,7 +71,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(sympy.expand(a - b) == 0)
 
 
-def exactly(whole: Any, parts: Any) -> bool:
+def exactly(whole: Size, parts: Size) -> bool:
     """Whether a size equals a product of others provided that the divisions in that are exact.
 
     Either those that round up or those that round down are taken to be, never both at once, so that
@@ -80,7 +86,7 @@ def exactly(whole: Any, parts: Any) -> bool:
     if rounded is None:
         return False
 
-    def divided(size: Any) -> Any:
+    def divided(size: Size) -> sympy.Expr:
         if isinstance(size, int):
             return sympy.Integer(size)
         if rounded is FloorDiv:
@@ -91,8 +97,8 @@ def exactly(whole: Any, parts: Any) -> bool:
     return bool(sympy.expand(divided(whole) - divided(parts)) == 0)
 
 
-def quotient(total: Any, others: list[Any]) -> Any:
-    """A size of which, times others, a total is the product: a number or an expression, or None."""
+def quotient(total: Size, others: list[Size]) -> Size | None:
+    """A size of which, times others, a total is the product, or None."""
     import sympy
 
     left = sympy.cancel(sympy.sympify(total) / sympy.prod(map(sympy.sympify, others)))
@@ -101,5 +107,6 @@ def quotient(total: Any, others: list[Any]) -> Any:
     return left if sympy.fraction(left)[1] == 1 else None
 
 
-def plus(a: Any, b: Any) -> Any:
+def plus(a: Any, b: Any) -> int | None:
+    """The sum of two arguments that are numbers; None where one is a node."""
     return a + b if isinstance(a, int) and isinstance(b, int) else None

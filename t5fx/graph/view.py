@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from t5fx.graph.names import canonical, class_name, is_pointwise
-from t5fx.graph.sizes import expr, plus
+from t5fx.graph.sizes import Size, expr, plus
 
 #: Argument names by position, for operators whose torch-level functions carry no schema.
 _NAMES = {
@@ -164,15 +164,15 @@ class View:
                 return value
         return None
 
-    def shape(self, node: fx.Node) -> tuple[Any, ...]:
-        """Sizes of a tensor node: integers, or sympy expressions where symbolic."""
+    def shape(self, node: fx.Node) -> tuple[Size, ...]:
+        """Sizes of a tensor node."""
         value = self.val(node)
         return () if value is None else tuple(expr(n) for n in value.shape)
 
     @cached_property
-    def sizes(self) -> dict[Any, fx.Node]:
+    def sizes(self) -> dict[Size, fx.Node]:
         """The first node that computes a symbolic size, by its expression."""
-        found: dict[Any, fx.Node] = {}
+        found: dict[Size, fx.Node] = {}
         for node in self.graph.nodes:
             value = self.meta(node)
             if isinstance(value, torch.SymInt):

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from t5fx.analysis.tokens import Axis
+from t5fx.analysis.axis import Axis
 from t5fx.graph.blocks import INSIDE
+from t5fx.graph.sizes import Size
 from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Operand
 
@@ -99,7 +100,7 @@ class Builder:
             node = self.call("unsqueeze", node, 0)
         return node if binding.heads is not None else self.call("unsqueeze", node, 1)
 
-    def broadcast(self, node: fx.Node, heads: Any) -> fx.Node:
+    def broadcast(self, node: fx.Node, heads: Size) -> fx.Node:
         """Keys or values [B, 1, N, D] of one head for all heads of the queries."""
         one = self.view.shape(node)[1] == 1 != heads
         return self.call("expand", node, [-1, heads, -1, -1]) if one else node
@@ -148,7 +149,7 @@ class Builder:
         first = self.call("narrow", v, -1, 0, 1)
         return self.call("new_ones", first, self._stamp(self.graph.call_method("size", (first,))))
 
-    def size_of(self, node: fx.Node, axis: int) -> Any:
+    def size_of(self, node: fx.Node, axis: int) -> int | fx.Node:
         """A size of an existing node: a number, or a node that reads it."""
         node = self.replaced.get(node, node)
         size = self.view.shape(node)[axis]
@@ -158,15 +159,15 @@ class Builder:
             return self._stamp(self.graph.call_method("size", (node, axis)))
         return self._stamp(self.graph.call_function(torch.ops.aten.sym_size.int, (node, axis)))
 
-    def size(self, axis: Axis | fx.Node | int) -> Any:
+    def size(self, axis: Axis | fx.Node | int) -> int | fx.Node:
         if isinstance(axis, int | fx.Node):
             return axis
-        if axis.kind == "unit" or isinstance(axis.size, int):
-            return int(axis.size)
+        if isinstance(axis.size, int):
+            return axis.size
         return self.size_of(*axis.at) if axis.at else self.view.sizes[axis.size]
 
-    def total(self, axes: tuple[Axis | fx.Node | int, ...]) -> Any:
-        result: Any = 0
+    def total(self, axes: tuple[Axis | fx.Node | int, ...]) -> int | fx.Node:
+        result: int | fx.Node = 0
         for size in map(self.size, axes):
             if isinstance(result, int) and (isinstance(size, int) or result == 0):
                 result = result + size if isinstance(size, int) else size

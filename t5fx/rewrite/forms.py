@@ -257,7 +257,7 @@ def _planned(
             f"scale {judged.scale}"
         )
     binding.heads, binding.merged = judged.heads, judged.merged
-    entry = Plan(match, Site(fqn=name, status="rewritten", pattern=match.pattern), config)
+    entry = Plan(match, Site(fqn=name, status="rewritten", pattern=match.pattern.name), config)
     match.key = judged.child
     if judged.axes:
         graph = view.graph

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from t5fx.analysis.policy import Plan
+from t5fx.analysis.variant import variant_of
 from t5fx.errors import GraphSpecError
 from t5fx.graph.view import View
 from t5fx.kernels import TTT
@@ -108,7 +109,7 @@ def settings(view: View, entry: Plan) -> dict[str, Any]:
         "value_dim": int(view.shape(binding.v.like)[binding.v.channel]),
         "grid_ndim": len(entry.grid) or 1,
         "scale": binding.scale,
-        **config.variant(bool(entry.grid)).settings(),
+        **variant_of(config, grid=bool(entry.grid)).settings(),
         "impl": config.impl,
         "seed": config.seed,
     }

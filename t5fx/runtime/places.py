@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch import fx
 
+from t5fx.analysis.axis import Axis
 from t5fx.analysis.policy import Plan
-from t5fx.analysis.tokens import Axis
 from t5fx.errors import CaptureError
 from t5fx.frontend.calls import formula, printed
 from t5fx.frontend.capture import Capture
 from t5fx.frontend.record import Recorded
 from t5fx.graph.modules import module_stack
-from t5fx.graph.sizes import expr, same
+from t5fx.graph.sizes import Size, expr, same
 from t5fx.graph.view import View
 from t5fx.reports import Tried
 from t5fx.rewrite.forms import Judged, Verdict
@@ -77,18 +78,18 @@ class Places:
         prefix: Term | None = self._total(entry.prefix)
         suffix = self._total(entry.suffix)
         if prefix is None and suffix is None:
-            size: Any = 0
+            size: Size = 0
             for axis in entry.prefix:
                 size = size + (axis.size if isinstance(axis, Axis) else axis)
             prefix = self._argument(size)
         return Layout(prefix, grid, suffix)
 
-    def _total(self, axes: tuple[Any, ...]) -> int | None:
+    def _total(self, axes: tuple[Axis | fx.Node | int, ...]) -> int | None:
         """The number of tokens of some runs, where it is always the same."""
         sizes = [axis.size if isinstance(axis, Axis) else axis for axis in axes]
         return sum(sizes) if all(isinstance(n, int) for n in sizes) else None
 
-    def _term(self, axis: Any) -> Term:
+    def _term(self, axis: Axis | fx.Node | int) -> Term:
         if isinstance(axis, int):
             return axis
         assert isinstance(axis, Axis)
@@ -102,7 +103,7 @@ class Places:
                     return found
         return self._argument(axis.size)
 
-    def _shown(self, name: str, size: Any) -> Source | None:
+    def _shown(self, name: str, size: Size) -> Source | None:
         outputs = self.looked.recorded.outputs.get(name, [])
         if len(outputs) != 1:
             return None
@@ -119,7 +120,8 @@ class Places:
                     return Source(name, axes.index((i, j)))
         return None
 
-    def _argument(self, size: Any) -> Source:
+    def _argument(self, size: Size) -> Source:
+        assert not isinstance(size, int)
         text = printed(size)
         if text not in self._formulas:
             symbols = self.looked.captured.guards.symbols

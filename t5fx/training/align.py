@@ -101,8 +101,9 @@ class Align:
             batches have labels too.
         steps: how many batches.
         lr: peak learning rate of Muon for the inner model's matrices; AdamW has twice that for the
-            convolutions and gates. Linear warm-up over a fraction `warmup` of the steps, then a
-            cosine.
+            convolutions and gates. None is 1e-2, or 2e-3 where the nodes have near attention, which
+            leaves them little to learn. Linear warm-up over a fraction `warmup` of the steps, then
+            a cosine.
         own: the fraction of the steps, the last ones, in which the nodes' own outputs go on to the
             layers behind instead of the original's: so that later nodes learn on what they will
             get. Their targets are the softmax attention's on that.
@@ -122,7 +123,7 @@ class Align:
     _: KW_ONLY
     inputs: Callable[[Any], Any] | None = None
     steps: int = 200
-    lr: float = 1e-2
+    lr: float | None = None
     warmup: float = 0.1
     own: float = 0.0
     held_out: Iterable[Any] | None = None
@@ -131,7 +132,7 @@ class Align:
     result: AlignResult | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_positive(steps=self.steps, lr=self.lr)
+        check_positive(steps=self.steps, **{} if self.lr is None else {"lr": self.lr})
         if not 0 <= self.own <= 1:
             raise TrainingError(f"own: expected a fraction of the steps, 0 to 1, got {self.own!r}")
         if self.until is not None:
@@ -215,7 +216,7 @@ class Align:
                     break
 
     def _is_still(self, means: list[float]) -> bool:
-        """Whether the loss does not fall any more; of means over all processes: all stop at once."""
+        """Whether the loss falls no more; it is the mean over all processes: all stop at once."""
         if self.until is None or len(means) < 100:
             return False
         earlier, later = sum(means[-100:-50]), sum(means[-50:])
@@ -241,10 +242,12 @@ class Align:
         named = [pair for s in students.values() for pair in s.node.named_parameters()]
         matrices = [p for _, p in named if p.dim() == 3]
         convolutions = [p for _, p in named if p.dim() != 3]
-        optimizers: list[torch.optim.Optimizer] = [Muon(matrices, self.lr, momentum=0.9)]
+        lr = self.lr
+        if lr is None:
+            lr = 2e-3 if any(s.node.variant.is_near for s in students.values()) else 1e-2
+        optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, momentum=0.9)]
         if convolutions:
-            rate = 2 * self.lr
-            adam = torch.optim.AdamW(convolutions, rate, betas=(0.9, 0.95), weight_decay=0.0)
+            adam = torch.optim.AdamW(convolutions, 2 * lr, betas=(0.9, 0.95), weight_decay=0.0)
             optimizers.append(adam)
         return optimizers
 

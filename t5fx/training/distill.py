@@ -169,7 +169,7 @@ class Distill:
         if self.hidden is None:
             owners = [key.rpartition(".")[0] for key in nodes]
             blocks = {owner.rpartition(".")[0] for owner in owners}
-            # Where the owner is an attention its block is its parent, unless that holds all of them.
+            # The block of an attention is its parent, unless that is the list of all of them.
             lists = {b for b in blocks if isinstance(_get(module, b), nn.ModuleList)}
             return sorted((blocks - lists - {""}) | {o for o in owners if _parent(o) in lists})
         found = []

@@ -134,7 +134,8 @@ def search(
         inputs: what of a batch the model is called with.
         candidates: what a site may become: fields of `LinearizeConfig` that can be set per site.
         compare: the loss of an output and the original's; 1 - cosine of the last axis by default.
-        align: steps of `Align` on `data` that each candidate's nodes get before they are compared.
+        align: steps of `Align` on `data` that nodes get before they are compared, those of each
+            candidate and of each choice of the frontier.
         cost: "flops", counted, or "measure", timed on the device (see policy="measure").
         points: how many choices of the frontier to build and measure.
         config: all other options. Its cost model is not asked: what pays is the search's to find.
@@ -164,8 +165,9 @@ def search(
     was_training = model.training
     model.eval()
     try:
-        trial = _Trial(model, (arguments, keywords), calls, compare, cost)
-        tables = [trial.table(base, candidate, data, inputs, align) for candidate in candidates]
+        hook = Align(data, inputs=inputs, steps=align) if align else None
+        trial = _Trial(model, (arguments, keywords), calls, compare, cost, hook)
+        tables = [trial.table(base, candidate) for candidate in candidates]
         options = _options(candidates, tables)
         if not options:
             raise NothingRewrittenError("search: no site can be rewritten by any candidate")
@@ -203,8 +205,9 @@ class _Trial:
         calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
         compare: Callable[[Any, Any], Tensor],
         cost: str,
+        hook: Align | None,
     ) -> None:
-        self.model, self.example, self.calls = model, example, calls
+        self.model, self.example, self.calls, self.hook = model, example, calls, hook
         self.compare, self.unit = compare, cost
         with torch.no_grad():
             self.wanted = [model(*args, **kwargs) for args, kwargs in calls]
@@ -215,19 +218,11 @@ class _Trial:
         losses = [self.compare(module(*a, **k), wanted) for (a, k), wanted in pairs]
         return float(torch.stack(losses).mean())
 
-    def table(
-        self,
-        base: LinearizeConfig,
-        candidate: Mapping[str, Any],
-        data: Iterable[Any],
-        inputs: Callable[[Any], Any] | None,
-        align: int,
-    ) -> dict[str, _Option]:
+    def table(self, base: LinearizeConfig, candidate: Mapping[str, Any]) -> dict[str, _Option]:
         """What a candidate is at each site, by the name of the module that owns it."""
         chosen = dataclasses.replace(base, **candidate)
-        hook = Align(data, inputs=inputs, steps=align) if align else None
         try:
-            lin = linearize(self.model, *self.example, config=chosen, finetune=hook)
+            lin = linearize(self.model, *self.example, config=chosen, finetune=self.hook)
         except NothingRewrittenError:
             return {}
         nodes = nodes_of(lin.eval())
@@ -281,7 +276,7 @@ class _Trial:
         rewritten = sum(index is not None for index in choice.values())
         if not rewritten:
             return Point(config, total, 0.0, 0.0, 0)
-        lin = linearize(self.model, *self.example, config=config).eval()
+        lin = linearize(self.model, *self.example, config=config, finetune=self.hook).eval()
         return Point(config, total, self.loss(lin), expected, rewritten)
 
 

@@ -282,12 +282,12 @@ class TestTables:
         x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])
         original = torch.stack([x, x, x])[None]
         seen = {224: {"softmax": original, "TTT": torch.stack([y, x, y])[None]}}
-        table = tables.agreement_table(seen, 4, 120, 30.0)
+        table = tables.agreement_table(seen, 4, "distilled in 120 steps")
         console = Console(width=80, record=True, file=io.StringIO())
         table.print(console)
         text = console.export_text()
         assert re.search(r"TTT\s*│\s*0\.600 │\s*0\.800", text)
-        assert "4 held-out photographs" in text
+        assert "4 held-out photographs" in text and "distilled in 120 steps" in text
 
 
 @pytest.mark.parametrize("names", [("softmax", "TTT"), ("softmax", "TTT", "aligned")])
@@ -325,10 +325,11 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "below-break-even (1)" in text  # explain's default, which the demo's linearize overrides
     assert "aligned in 3 steps, 6 samples" in text
+    assert "fine-tuned in 3 steps, 6 samples" in text
     assert (tmp_path / "saved" / "t5fx_config.json").exists()
     assert picture.read_bytes().startswith(b"\x89PNG")
     markdown = table.read_text()
-    assert "| TTT, converted |" in markdown and "| TTT, aligned |" in markdown
+    assert "| TTT, converted |" in markdown and "| TTT, distilled |" in markdown
     assert "| 28 | 5 |" in markdown
     assert "1 cores used" in markdown
 
@@ -340,12 +341,12 @@ def test_its_quality_as_rows(monkeypatch, capsys):
     experiment = next(one for one in quality.experiments(small=True) if "DINOv2" in one.case)
     rows = list(experiment.run(experiment))
     found = {(row.contender, row.measure): row for row in rows}
-    for name in ("TTT, converted", "TTT, aligned"):
+    for name in ("TTT, converted", "TTT, distilled"):
         for what in ("class", "patches"):
             row = found.pop((name, f"agreement, {what}, 28 px"))
             assert -1 <= row.value <= 1
             assert (row.suite, row.unit, row.better) == ("quality", "share", "higher")
-    assert found.pop(("TTT, aligned", "steps")).value == 3
-    assert found.pop(("TTT, aligned", "seconds of training")).value > 0
+    assert found.pop(("TTT, distilled", "steps")).value == 3
+    assert found.pop(("TTT, distilled", "seconds of training")).value > 0
     assert not found
     assert capsys.readouterr().out == ""

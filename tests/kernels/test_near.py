@@ -54,10 +54,10 @@ def naive(q, k, v, *, scale, grid, prefix, neighborhood, coarse):
 @st.composite
 def cases(draw):
     axes = draw(st.integers(1, 3))
-    grid = tuple(draw(st.integers(1, 9 if axes == 1 else 5 if axes == 2 else 3)) for _ in range(axes))
-    side, coarse = draw(
-        st.sampled_from([(3, 0), (5, 0), (0, 2), (3, 2), (3, 3), (5, 4), (7, 2)])
+    grid = tuple(
+        draw(st.integers(1, 9 if axes == 1 else 5 if axes == 2 else 3)) for _ in range(axes)
     )
+    side, coarse = draw(st.sampled_from([(3, 0), (5, 0), (0, 2), (3, 2), (3, 3), (5, 4), (7, 2)]))
     return {
         "grid": grid,
         "prefix": draw(st.integers(0, 2)),
@@ -143,7 +143,9 @@ def test_16_bits_are_summed_in_float32(dtype):
     for impl in ("reference", "auto"):
         out = ttt(*args, gate, **settings, impl=impl)
         assert out.dtype == dtype
-        close(out.double(), wanted, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+        close(
+            out.double(), wanted, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps
+        )
 
 
 # What torch's own checks warn of, about themselves.

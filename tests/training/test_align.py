@@ -284,3 +284,49 @@ def test_stops_when_nothing_moves():
     for bad in ({"own": 1.5}, {"own": -0.1}, {"until": 0}):
         with pytest.raises(TrainingError, match="expected a"):
             t5fx.Align([], **bad)
+
+
+def test_two_processes_are_one_with_both_batches(tmp_path):
+    """Gradients and losses are averaged, and the nodes are those of the first process."""
+    torch.multiprocessing.spawn(_align_in_two, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in one["nodes"].items():
+        assert torch.equal(value, two["nodes"][name])
+    assert one["losses"] == two["losses"] and one["samples"] == 2 * 2 * Shape().batch
+    shape = Shape(depth=1)
+    torch.manual_seed(0)
+    alone = linearized(shape)
+    batches = _batches_of(0) + _batches_of(1)
+    losses = []
+    for batch in (batches[0], batches[2]):
+        align = t5fx.Align([batch], steps=1, lr=1e-9)
+        align(alone)
+        losses.append(align.result.losses["blocks.0.attn.t5"][0])
+    assert one["losses"][0] == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def _batches_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(Shape().images().shape, generator=generator) for _ in range(2)]
+
+
+def _align_in_two(rank, folder):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        lin = linearized(Shape(depth=1))
+        if rank:
+            with torch.no_grad():
+                for node in nodes(lin).values():
+                    node.w1.mul_(2)  # the first process's values count
+        align = t5fx.Align(_batches_of(rank), steps=2)
+        align(lin)
+        state = {n: p for n, p in lin.state_dict().items() if ".t5." in n}
+        losses = align.result.losses["blocks.0.attn.t5"]
+        saved = {"nodes": state, "losses": losses, "samples": align.result.samples}
+        torch.save(saved, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()

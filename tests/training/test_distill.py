@@ -38,7 +38,7 @@ def changed(before, module):
     return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
 
 
-@pytest.mark.parametrize("train", ["new", "full", "lora"])
+@pytest.mark.parametrize("train", ["new", "full", pytest.param("lora", marks=pytest.mark.extras)])
 def test_the_student_comes_closer_and_only_what_is_trained_changes(model, lin, train):
     original, before, names = values(model), values(lin), list(lin.state_dict())
     flags = [p.requires_grad for p in lin.parameters()]
@@ -82,7 +82,7 @@ def test_hidden_states_are_those_of_the_blocks_or_those_named(lin):
     assert hook._hidden(lin, nodes) == blocks
     named = t5fx.Distill(batches(), hidden=["*.mlp"])._hidden(lin, nodes)
     assert named and all(name.endswith(".mlp") for name in named)
-    with pytest.raises(TrainingError, match="hidden: expected names of modules.* got 'nothing'"):
+    with pytest.raises(TrainingError, match=r"hidden: expected names of modules.* got 'nothing'"):
         t5fx.Distill(batches(), hidden=["nothing"], steps=1)(lin)
 
 

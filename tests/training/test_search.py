@@ -70,7 +70,9 @@ def test_frontier_of_random_tables_is_that_of_all_choices():
 
         def value(choice, options=options):
             chosen = [options[k][i] if i is not None else None for k, i in choice.items()]
-            return sum(o.cost if o else 2.0 for o in chosen), sum(o.loss if o else 0 for o in chosen)
+            return sum(o.cost if o else 2.0 for o in chosen), sum(
+                o.loss if o else 0 for o in chosen
+            )
 
         every = [
             value(dict(zip(options, choice, strict=True)))
@@ -100,6 +102,7 @@ def test_measured_costs(model, monkeypatch):
     assert result.points[0].cost == 1.5
 
 
+@pytest.mark.extras
 def test_aligned_candidates_and_a_picture(model, tmp_path):
     result = look(model, budget=1.0, align=20)
     assert result.points[0].loss < look(model, budget=1.0).points[0].loss
@@ -119,6 +122,6 @@ def test_wrong_settings(model):
             look(model, **wrong)
     with pytest.raises(TrainingError, match="data: expected batches"):
         t5fx.search(model, (SHAPE.images(),), data=[], budget=1)
+    none = dataclasses.replace(t5fx.LinearizeConfig(), exclude=("*",))
     with pytest.raises(NothingRewrittenError):
-        none = dataclasses.replace(t5fx.LinearizeConfig(), exclude=("*",))
         look(model, budget=1, config=none)
