@@ -138,7 +138,10 @@ def test_dtypes_may_differ():
         assert error <= allowed, name
 
 
-@pytest.mark.parametrize(("impl", "mix"), [("triton", "gate"), (TRUSTED, "half")])
+@pytest.mark.parametrize(
+    ("impl", "mix"),
+    [("triton", "gate"), pytest.param(TRUSTED, "half", marks=pytest.mark.slow)],
+)
 def test_the_node_with_near_attention(mix, impl):
     """Through the node's operator and autograd."""
     node = TTT(1, 16, 16, 1, scale=0.25, neighborhood=3, coarse=2, mix=mix)
@@ -172,7 +175,7 @@ def test_parameters_alone_may_be_trained():
 
 def test_opcheck():
     """But for what traces the launches, which the interpreter's cannot be: that wants a GPU."""
-    case = NearCase(**SMALL, dtype="float32", grid=(2, 2), suffix=1)
+    case = NearCase(**SMALL, dtype="float32", grid=(2,), coarse=1, prefix=0, suffix=1)
     (q, k, v, base, gate), keywords, grad = near_parity.arguments(case, "cpu")
     rest = [list(x) if isinstance(x, tuple) else x for x in keywords.values()]
     operators = torch.ops.t5fx
