@@ -93,7 +93,9 @@ def test_grids(grid, neighborhood, coarse, dtype):
     )
 
 
-@pytest.mark.parametrize("sees", [(3, 2), (0, 2), (3, 0)])
+@pytest.mark.parametrize(
+    "sees", [(3, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((0, 2), (3, 0)))]
+)
 def test_many_tokens_off_the_grid(sees):
     """Several blocks of them, of those before the grid and behind it."""
     neighborhood, coarse = sees
@@ -105,7 +107,7 @@ def test_many_tokens_off_the_grid(sees):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_small_gradients(dtype):
     """Which would lose digits in float16."""
     assert_right(NearCase(**SMALL, dtype=dtype, grid=(3, 4), suffix=1, gradient=2**-13))
