@@ -143,8 +143,8 @@ def near_launches(
     prefix: int = 1,
     heads: int = 6,
     batch: int = 2,
-    neighborhood: int = 7,
-    coarse: int = 4,
+    neighborhood: int = 5,
+    coarse: int = 8,
     gated: bool = True,
 ) -> dict[str, Launch]:
     """The same of near attention's forward and backward; what would run it is not asked for."""

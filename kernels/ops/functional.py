@@ -79,10 +79,11 @@ def ttt(
         mix: what becomes of near attention a: "gate" o + gate a, "half" (o + a) / 2.
         impl: "reference", which autograd and compilers see as the ordinary operators it is made
             of; "triton", kernels for a GPU, float32 or narrower, for the settings "swiglu", "dot",
-            "instance" and "dwc_qk" or "none"; or "auto": with the same settings, on a GPU in 16
-            bits, these kernels, once a check of them on that GPU has passed (the first call makes
-            it, in a process of its own; T5FX_TRITON=0 switches both off); else one
-            opaque operator with a written-out backward where a gradient is recorded, and on a CPU,
+            "instance" and "dwc_qk" or "none", and up to 128 coarse cells (fewer in heads of more
+            than 64 channels); or "auto": with the same settings, on a GPU in 16 bits, these
+            kernels, once a check of them on that GPU has passed (the first call makes it, in a
+            process of its own; T5FX_TRITON=0 switches both off); else one opaque operator with a
+            written-out backward where a gradient is recorded, and on a CPU,
             where it is C++ that is compiled once for a machine; the reference for all else, in
             graphs that are exported, and inside torch.func's transforms.
 

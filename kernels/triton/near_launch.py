@@ -192,6 +192,25 @@ def near_site(
     )
 
 
+class NearSaved(NamedTuple):
+    """What the backward wants to have saved, float32."""
+
+    lse: Tensor  # the logarithms of the sums of exponentials, [B, H, N]
+    mean_k: Tensor  # of the keys in each cell, [B, H, cells, D]
+    mean_v: Tensor  # of the values, [B, H, cells, Dv]
+
+
+def empty_saved(q: Tensor, v: Tensor, axes: int, coarse: int) -> NearSaved:
+    """Room for it."""
+    batch, heads, tokens, dim = q.shape
+    cells = cell_count(axes, coarse)
+    return NearSaved(
+        q.new_empty(batch, heads, tokens, dtype=torch.float32),
+        q.new_empty(batch, heads, cells, dim, dtype=torch.float32),
+        q.new_empty(batch, heads, cells, v.shape[3], dtype=torch.float32),
+    )
+
+
 @on_its_device
 def near_forward(
     q: Tensor,
@@ -202,7 +221,7 @@ def near_forward(
     *,
     scale: float,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, NearSaved]:
     """``t5fx.kernels.near.reference`` and what the backward needs.
 
     Args: as that one takes them; float32, float16 or bfloat16, any strides, D and Dv up to 256.
@@ -210,22 +229,24 @@ def near_forward(
     any case; sums are float32.
 
     Returns:
-        The output ``[B, H, N, Dv]`` in q's dtype, a view of contiguous ``[B, N, H, Dv]``, and the
-        logarithms of the sums of exponentials, ``[B, H, N]`` float32.
+        The output ``[B, H, N, Dv]`` in q's dtype, a view of contiguous ``[B, N, H, Dv]``, and what
+        the backward wants to have saved.
 
     Raises:
         NodeArgumentError: what the kernels cannot take.
     """
     shape = near_site(q, k, v, mixing, **settings)
     check_dtype("base", base)
-    means = _means(k, v, shape)
+    saved = empty_saved(q, v, shape.axes, shape.coarse)
+    lse, *means = saved
+    if shape.cells:
+        _fill_means(k, v, saved, shape)
     out = q.new_empty(shape.batch, shape.tokens, shape.heads, shape.value_dim)
-    lse = empty_lse(q)
     unit, steps = strides(q, k, v, base)
     launch(
         near_queries,
         shape.programs(shape.grid_tokens),
-        *(q, k, v, base, _gate(mixing, lse), *means, out, lse),
+        *(q, k, v, base, _gate(mixing, q), *means, out, lse),
         *(*steps, *shape.places(), scale),
         **shape.shape(unit),
         **shape.by_query(),
@@ -239,7 +260,7 @@ def near_forward(
             *(shape.heads, shape.tokens, shape.prefix, shape.grid_tokens, scale),
             **shape.shape(unit),
         )
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2), saved
 
 
 @on_its_device
@@ -249,14 +270,14 @@ def near_backward(
     k: Tensor,
     v: Tensor,
     mixing: Sequence[Tensor],
-    lse: Tensor,
+    saved: Sequence[Tensor],
     *,
     scale: float,
     **settings: Any,
 ) -> list[Tensor]:
     """Gradients of q, k, v, base and mixing, each in its tensor's dtype, that of base in q's.
 
-    Args: ``grad`` ``[B, H, N, Dv]``, any strides; ``lse``: what ``near_forward`` returned beside
+    Args: ``grad`` ``[B, H, N, Dv]``, any strides; ``saved``: what ``near_forward`` returned beside
     its output; the rest as that takes it. The first four of the results are ``[B, H, N, ...]``
     views of contiguous ``[B, N, H, ...]``.
 
@@ -264,9 +285,9 @@ def near_backward(
         NodeArgumentError: what the kernels cannot take.
     """
     shape = near_site(q, k, v, mixing, **settings)
-    means = _means(k, v, shape)
+    lse, *means = saved
     largest = _largest(grad, shape)
-    gate = _gate(mixing, lse)
+    gate = _gate(mixing, q)
     delta = torch.empty_like(lse)
     table = shape.groups, shape.grid_tokens, shape.cells
     shares, slopes = (q.new_empty(table, dtype=torch.float32) for _ in range(2))
@@ -307,11 +328,6 @@ def near_backward(
     return [*found, *(of_grid.sum((0, 2)).to(gate.dtype) for gate in mixing)]
 
 
-def empty_lse(q: Tensor) -> Tensor:
-    """Room for what the forward saves."""
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
 def _shared(
     grad: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor],
@@ -346,24 +362,19 @@ def _shared(
     return partial.sum(0)
 
 
-def _means(k: Tensor, v: Tensor, shape: NearSite) -> tuple[Tensor, Tensor]:
-    """Of the keys and values in each cell, ``[B*H, cells, ...]`` float32."""
-    cells = shape.groups, shape.cells
-    mean_k = k.new_empty(*cells, shape.dim, dtype=torch.float32)
-    mean_v = k.new_empty(*cells, shape.value_dim, dtype=torch.float32)
-    if shape.cells:
-        unit, steps = strides(k, v)
-        launch(
-            near_means,
-            shape.groups * shape.cells,
-            *(k, v, mean_k, mean_v, *steps),
-            *(shape.heads, shape.prefix, *shape.grid),
-            NDIM=shape.axes,
-            COARSE=shape.coarse,
-            BLOCK_N=shape.block.rows,
-            **shape.widths(unit),
-        )
-    return mean_k, mean_v
+def _fill_means(k: Tensor, v: Tensor, saved: NearSaved, shape: NearSite) -> None:
+    """Writes the means of the cells."""
+    unit, steps = strides(k, v)
+    launch(
+        near_means,
+        shape.groups * shape.cells,
+        *(k, v, saved.mean_k, saved.mean_v, *steps),
+        *(shape.heads, shape.prefix, *shape.grid),
+        NDIM=shape.axes,
+        COARSE=shape.coarse,
+        BLOCK_N=shape.block.rows,
+        **shape.widths(unit),
+    )
 
 
 def _largest(grad: Tensor, shape: NearSite) -> Tensor:

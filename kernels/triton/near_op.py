@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import near_op, pair
 from ..explicit import token_major_empty
-from .near_launch import empty_lse, near_backward, near_forward
+from .near_launch import empty_saved, near_backward, near_forward
 
 
 @torch.library.triton_op("t5fx::near_triton_forward", mutates_args=())
@@ -28,16 +28,19 @@ def near_triton_forward(
     prefix: int,
     neighborhood: int,
     coarse: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output ``[B, H, N, Dv]`` and what the backward needs: see `near_forward`."""
     places = {"grid": grid, "prefix": prefix, "neighborhood": neighborhood, "coarse": coarse}
-    return near_forward(q, k, v, base, mixing, scale=scale, **places)
+    out, saved = near_forward(q, k, v, base, mixing, scale=scale, **places)
+    return out, *saved
 
 
 # Shapes alone: torch would run the body itself, launches and all.
 @near_triton_forward.register_fake
-def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
-    return token_major_empty(q, v.shape[3]), empty_lse(q)
+def _forward_fake(  # type: ignore[no-untyped-def]
+    q, k, v, base, mixing, scale, grid, prefix, neighborhood, coarse
+):
+    return token_major_empty(q, v.shape[3]), *empty_saved(q, v, len(grid), int(coarse))
 
 
 @torch.library.triton_op("t5fx::near_triton_backward", mutates_args=())
@@ -47,7 +50,7 @@ def near_triton_backward(
     k: Tensor,
     v: Tensor,
     mixing: Sequence[Tensor],
-    lse: Tensor,
+    saved: Sequence[Tensor],
     scale: float,
     grid: Sequence[int],
     prefix: int,
@@ -56,7 +59,7 @@ def near_triton_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v, base and mixing: see `near_backward`."""
     places = {"grid": grid, "prefix": prefix, "neighborhood": neighborhood, "coarse": coarse}
-    return near_backward(grad, q, k, v, mixing, lse, scale=scale, **places)
+    return near_backward(grad, q, k, v, mixing, saved, scale=scale, **places)
 
 
 @near_triton_backward.register_fake
@@ -71,19 +74,21 @@ def _attention(*args: Any) -> Tensor:
     return out
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, _, mixing, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, output[1], *mixing)
+    ctx.gates = len(mixing)
+    ctx.save_for_backward(q, k, v, *mixing, *output[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, lse, *mixing = ctx.saved_tensors
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, *rest = ctx.saved_tensors
+    mixing, saved = rest[: ctx.gates], rest[ctx.gates :]
     if not any(ctx.needs_input_grad[:3]):
         found = near_op.of_parameters(_attention, ctx, grad, q, k, v, mixing)
         return *found, *[None] * len(ctx.settings)
     backward = torch.ops.t5fx.near_triton_backward
-    dq, dk, dv, dbase, *rest = backward(grad, q, k, v, mixing, lse, *ctx.settings)
-    return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
+    dq, dk, dv, dbase, *gates = backward(grad, q, k, v, mixing, saved, *ctx.settings)
+    return dq, dk, dv, dbase, gates, *[None] * len(ctx.settings)
 
 
 near_triton_forward.register_autograd(_differentiate, setup_context=_save)
@@ -96,5 +101,5 @@ def _forward_flops(*args, **kwargs):  # type: ignore[no-untyped-def]
 
 
 @register_flop_formula(torch.ops.t5fx.near_triton_backward)
-def _backward_flops(grad, q, k, v, mixing, lse, *args, **kwargs):  # type: ignore[no-untyped-def]
+def _backward_flops(grad, q, k, v, mixing, saved, *args, **kwargs):  # type: ignore[no-untyped-def]
     return near_op._backward_flops(grad, q, k, v, mixing, *args, **kwargs)

@@ -106,8 +106,8 @@ def run(
 ) -> dict[str, Tensor]:
     """Output and gradient of each tensor of the kernels, by name."""
     q, k, v, base, *mixing = tensors
-    out, lse = near_forward(q, k, v, base, mixing, **keywords)
-    grads = near_backward(grad, q, k, v, mixing, lse, **keywords) if training else []
+    out, saved = near_forward(q, k, v, base, mixing, **keywords)
+    grads = near_backward(grad, q, k, v, mixing, saved, **keywords) if training else []
     return dict(zip(NAMES, [out, *grads], strict=False))
 
 

@@ -244,7 +244,8 @@ class TestVerdicts:
             {"direction": "backward"},
             *({"node": {**NODE, **new}} for new in (
                 {"locality": "none"}, {"key_norm_eps": 1e-5}, {"inner": "mlp2"},
-                {"inner_loss": "l2"}, {"key_norm": "rms"}, {"window": 5},
+                {"inner_loss": "l2"}, {"key_norm": "rms"}, {"window": 5}, {"neighborhood": 7},
+                {"coarse": 4}, {"mix": "half"},
             )),
         ],
         ids=lambda change: next(iter(change)),
@@ -291,6 +292,11 @@ class TestVerdicts:
         assert path.endswith(("ptxas", "ptxas-blackwell")) and version.startswith("1")
 
 
+def near(coarse):
+    """The settings of a node with near attention, with so many cells along each axis."""
+    return choice.settings_of({**NODE, "scale": 1.0, "neighborhood": 7, "coarse": coarse})
+
+
 class TestTheChoice:
     """As an argument in the graph."""
 
@@ -310,6 +316,8 @@ class TestTheChoice:
             ({"dtype": None}, "differ in dtype"),
             ({"widest": torch.float64}, "parameters of float64"),
             ({"head_dim": 512}, "more than 256 channels"),
+            ({"node": near(12), "axes": 2}, "more than 128 coarse cells .* 64 channels: 144"),
+            ({"node": near(6), "head_dim": 200}, "more than 32 coarse cells .* 256 channels: 36"),
         ],
     )
     def test_what_is_unknown_is_untrusted(self, gpu, changes, reason):
@@ -317,6 +325,15 @@ class TestTheChoice:
         assert found.impl == "reference" and not gpu.asked
         assert re.search(reason, found.reason)
         assert choice.choose("auto", self.call()).impl == "triton"
+
+    def test_near_attention_is_asked_for(self, gpu):
+        """With all that decides its machine code; the grid is read without a convolution too."""
+        assert choice.choose("auto", self.call(node=near(8))).impl == "triton"
+        plain = choice.settings_of({**NODE, "locality": "none", "neighborhood": 7, "scale": 1.0})
+        assert choice.choose("auto", self.call(node=plain)).impl == "triton"
+        both = [(question.axes, dict(question.node)) for question, _ in gpu.asked]
+        assert [axes for axes, _ in both] == [2, 2]
+        assert [(node["neighborhood"], node["coarse"]) for _, node in both] == [(7, 8), (7, 0)]
 
     def test_trained_without_the_kernels(self, gpu):
         call = self.call(trained=True, dtype=torch.float32)
@@ -626,6 +643,26 @@ def test_trials_cover_what_was_asked():
             assert any(c.batch == c.heads == 1 for c in cases)
             assert {choice._question(call_of(c)).width for c in cases} == {128}
             assert (min(c.gradient for c in cases) < 1e-3) == (direction == "backward")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_trials_of_near_attention(direction):
+    """Beside those of the node without it, on as many axes, in the same widths."""
+    from t5fx.kernels.triton_kernels import check, near_parity
+
+    node = NODE | {"locality": "none", "neighborhood": 5, "coarse": 3, "mix": "half"}
+    question = Question("bfloat16", 64, 2, direction, choice.settings_of(node))
+    found = check.trials(json.loads(json.dumps(question.__dict__)))
+    trials = [trial for trial in found if isinstance(trial.case, near_parity.NearCase)]
+    cases = [trial.case for trial in trials]
+    assert {(c.neighborhood, c.coarse, c.mix) for c in cases} == {(5, 3, "half")}
+    assert {(len(c.grid), c.dtype) for c in cases} == {(2, "bfloat16")}
+    assert {trial.compiled for trial in trials} == {None, "static", "dynamic"}
+    assert {choice._question(call_of(c)).width for c in cases} == {64}
+    assert (min(c.gradient for c in cases) < 1e-3) == (direction == "backward")
+    plain = Question("bfloat16", 64, 0, direction, choice.settings_of(NODE | {"locality": "none"}))
+    rest = len(found) - len(trials)
+    assert rest == len(check.trials(json.loads(json.dumps(plain.__dict__))))
 
 
 def call_of(case):

@@ -93,7 +93,9 @@ def test_grids(grid, neighborhood, coarse, dtype):
     )
 
 
-@pytest.mark.parametrize("sees", [(3, 2), (0, 2), (3, 0)])
+@pytest.mark.parametrize(
+    "sees", [(3, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((0, 2), (3, 0)))]
+)
 def test_many_tokens_off_the_grid(sees):
     """Several blocks of them, of those before the grid and behind it."""
     neighborhood, coarse = sees
@@ -105,7 +107,7 @@ def test_many_tokens_off_the_grid(sees):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_small_gradients(dtype):
     """Which would lose digits in float16."""
     assert_right(NearCase(**SMALL, dtype=dtype, grid=(3, 4), suffix=1, gradient=2**-13))
@@ -138,7 +140,10 @@ def test_dtypes_may_differ():
         assert error <= allowed, name
 
 
-@pytest.mark.parametrize(("impl", "mix"), [("triton", "gate"), (TRUSTED, "half")])
+@pytest.mark.parametrize(
+    ("impl", "mix"),
+    [("triton", "gate"), pytest.param(TRUSTED, "half", marks=pytest.mark.slow)],
+)
 def test_the_node_with_near_attention(mix, impl):
     """Through the node's operator and autograd."""
     node = TTT(1, 16, 16, 1, scale=0.25, neighborhood=3, coarse=2, mix=mix)
@@ -162,7 +167,7 @@ def test_parameters_alone_may_be_trained():
     )
     wanted = near_parity.run_reference(tensors, keywords, grad)
     base, gate = (t.requires_grad_() for t in tensors[3:])
-    out, _ = torch.ops.t5fx.near_triton_forward(*tensors[:3], base, [gate], *keywords.values())
+    out, *_ = torch.ops.t5fx.near_triton_forward(*tensors[:3], base, [gate], *keywords.values())
     refused = mock.patch.object(near_launch, "near_query_gradient", None)
     with refused:
         found = torch.autograd.grad(out, [base, gate], grad)
@@ -172,19 +177,19 @@ def test_parameters_alone_may_be_trained():
 
 def test_opcheck():
     """But for what traces the launches, which the interpreter's cannot be: that wants a GPU."""
-    case = NearCase(**SMALL, dtype="float32", grid=(2, 2), suffix=1)
+    case = NearCase(**SMALL, dtype="float32", grid=(2,), coarse=1, prefix=0, suffix=1)
     (q, k, v, base, gate), keywords, grad = near_parity.arguments(case, "cpu")
     rest = [list(x) if isinstance(x, tuple) else x for x in keywords.values()]
     operators = torch.ops.t5fx
-    _, lse = operators.near_triton_forward(q, k, v, base, [gate], *rest)
+    _, *saved = operators.near_triton_forward(q, k, v, base, [gate], *rest)
     leaves = [t.detach().requires_grad_() for t in (q, k, v, base)]
-    for operator, given in (
+    for operator, args in (
         (operators.near_triton_forward, (*leaves, [gate.requires_grad_()])),
-        (operators.near_triton_backward, (grad, q, k, v, [gate.detach()], lse)),
+        (operators.near_triton_backward, (grad, q, k, v, [gate.detach()], saved)),
     ):
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
         results = torch.library.opcheck(
-            operator.default, (*given, *rest), test_utils=utilities, raise_exception=True
+            operator.default, (*args, *rest), test_utils=utilities, raise_exception=True
         )
         assert set(results.values()) == {"SUCCESS"}
 
@@ -206,8 +211,8 @@ def test_parity_and_trials():
     assert found.ok and list(found.errors) == ["out", "dq", "dk", "dv", "dbase"]
 
     def wrong(*args, **keywords):
-        out, lse = near_forward(*args, **keywords)
-        return out * 1.1, lse
+        out, saved = near_forward(*args, **keywords)
+        return out * 1.1, saved
 
     with mock.patch.object(near_parity, "near_forward", wrong):
         assert near_parity.compare(trials[1].case, "cpu", training=False).first_wrong == "out"
