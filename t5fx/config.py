@@ -47,11 +47,12 @@ class LinearizeConfig:
     inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1".
     inner_loss: "dot", -(s/N) sum v.f(k), or "l2", (s/2N) sum |f(k) - v|^2.
     key_norm, key_norm_eps: normalisation of the keys before the inner step.
-    locality: where the depthwise convolutions sit: on q and k, on v, or nowhere.
+    locality: where the depthwise convolutions sit: on q and k, on v, or nowhere. With "none" a site
+        whose tokens lie nobody knows how is rewritten too, without near attention.
     neighborhood: side of the window of near tokens to which softmax attention is kept, odd (3, 5,
         7, ...), or 0 for none; moved inwards at the borders, as in the natten package.
-    coarse: cells along each axis of the grid whose mean keys and values are seen beside the window,
-        or 0 for none.
+    coarse: cells along each axis of a grid of two (on one axis or three there are as many in all)
+        whose mean keys and values are seen beside the window, or 0 for none.
     mix: how this near attention a is joined with the node's output o: "gate", o + gate * a with a
         learned gate a head, or "half", (o + a) / 2. Prefix and suffix tokens see every key.
     grid, prefix, suffix: the token layout: prefix tokens, then a row-major grid of one to three

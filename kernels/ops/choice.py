@@ -27,6 +27,10 @@ _MAX_MEANS = 2**13
 _HALF = (torch.float16, torch.bfloat16)
 
 
+#: Settings whose values say nothing of whether there are kernels for the rest.
+_ANY = ("scale", "key_norm_eps", "neighborhood", "coarse", "mix")
+
+
 class Call(NamedTuple):
     """What a choice depends on.
 
@@ -96,7 +100,7 @@ def _obstacle(call: Call) -> str | None:
         return f"switched off by {trust.SWITCH}"
     if not call.written_out:
         usual = Variant().settings()
-        unusual = [f"{n}={v!r}" for n, v in call.node if n != "scale" and usual.get(n) != v]
+        unusual = [f"{n}={v!r}" for n, v in call.node if n not in _ANY and usual.get(n) != v]
         return f"no kernels for {', '.join(unusual) or 'a node of which not all is known'}"
     if call.dtype is None:
         return "q, k and v differ in dtype"

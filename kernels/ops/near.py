@@ -39,11 +39,11 @@ class Window(NamedTuple):
 
 class Cells(NamedTuple):
     """inside: for each axis [cells, size], 1 where a position is in a cell; of: [n], the cell of
-    each token of the grid; count: [cells ** axes], the tokens in each."""
+    each token of the grid; sizes: [cells ** axes], the tokens in each."""
 
     inside: list[Tensor]
     of: Tensor
-    count: Tensor
+    sizes: Tensor
 
 
 class Near(NamedTuple):
@@ -65,7 +65,7 @@ class Near(NamedTuple):
         if not cells:
             return cls(grid, prefix, window, None, None)
         cut = _cells(grid, cells, like)
-        left = cut.count.expand(math.prod(grid), -1)
+        left = cut.sizes.expand(math.prod(grid), -1)
         if window is not None:
             own = cut.of[window.tokens]
             left = left.scatter_add(1, own, (window.beyond.to(like.dtype) - 1).expand(own.shape))
@@ -93,13 +93,14 @@ class Near(NamedTuple):
         assert self.window is not None and self.cells is not None
         index = self.cells.of[self.window.tokens].expand(own.shape)
         own = own.masked_fill(self.window.beyond, 0)
-        return own.new_zeros(*own.shape[:-1], self.cells.count.shape[0]).scatter_add(-1, index, own)
+        sums = own.new_zeros(*own.shape[:-1], self.cells.sizes.shape[0])
+        return sums.scatter_add(own.dim() - 1, index, own)
 
     def at_window(self, cells: Tensor) -> Tensor:
         """Of each token of the window the value of its cell: [..., n, cells ** axes] to [.., K]."""
         assert self.window is not None and self.cells is not None
         index = self.cells.of[self.window.tokens]
-        return cells.gather(-1, index.expand(*cells.shape[:-1], -1))
+        return cells.gather(cells.dim() - 1, index.expand(*cells.shape[:-1], -1))
 
 
 def _window(grid: Sequence[int], side: int, like: Tensor) -> Window:
@@ -114,8 +115,8 @@ def _window(grid: Sequence[int], side: int, like: Tensor) -> Window:
         shape[axis], shape[axes + axis] = size, side
         beyond = beyond | (places >= size).view(shape)
         tokens = tokens * size + places.clamp(max=size - 1).view(shape)
-    shape = (math.prod(grid), side**axes)
-    return Window(tokens.reshape(shape), beyond.reshape(shape))
+    count = math.prod(grid)
+    return Window(tokens.reshape(count, -1), beyond.reshape(count, -1))
 
 
 def _cells(grid: Sequence[int], count: int, like: Tensor) -> Cells:

@@ -23,9 +23,9 @@ def forward(
     """`near.reference`, the output ``[B, N, H, Dv]`` in memory."""
     out = token_major_empty(q, v.shape[3])
     for items, heads in _blocks(q, settings["grid"], settings["neighborhood"]):
-        block = (x[items, heads] for x in (q, k, v, base))
+        queries, keys, values, own = (x[items, heads] for x in (q, k, v, base))
         gates = [gate[heads] for gate in mixing]
-        out[items, heads] = reference(*block, gates, **settings)
+        out[items, heads] = reference(queries, keys, values, own, gates, **settings)
     return out
 
 
@@ -50,12 +50,11 @@ def backward(
     near = Near.of(q.new_zeros((), dtype=wide), grid, prefix, neighborhood, coarse)
     for items, heads in _blocks(q, grid, neighborhood):
         gate = mixing[0][heads].to(wide)[:, None, None] if mixing else 0.5
-        block = [x[items, heads].to(wide) for x in (q, k, v, grad)]
-        block[0] = block[0] * scale
-        dq, dk, dv, along = _backward(*block, gate, near)
+        queries, keys, values, outer = (x[items, heads].to(wide) for x in (q, k, v, grad))
+        dq, dk, dv, along = _backward(queries * scale, keys, values, outer, gate, near)
         for whole, part in zip(grads, (dq * scale, dk, dv), strict=False):
             whole[items, heads] = part.to(whole.dtype)
-        base = near.split(block[3])[1] * (1.0 if mixing else 0.5)
+        base = near.split(outer)[1] * (1.0 if mixing else 0.5)
         whole = grads[3][items, heads].zero_()
         near.split(whole)[1].copy_(base)
         for total in grad_mixing:

@@ -55,8 +55,8 @@ def _ttt(
     )
     check_impl(variant, impl)
     check_counts(variant, weights, conv, mixing, grid)
-    tensors = {"k": k, "v": v, "weights": weights, "conv": conv, "mixing": mixing}
-    check_device(q, tensors)
+    lists = {"weights": weights, "conv": conv, "mixing": mixing}
+    check_device(q, {"k": k, "v": v, **lists})
     # Before the node runs, which waits for its own files to be compiled.
     near_tensors = (q, k, v, *weights, *conv, *mixing)
     closed = variant.is_near and impl != "reference" and _is_closed("near_", *near_tensors)

@@ -174,7 +174,7 @@ def _judge(
                 )
     if entry.grid:
         q, v = (_sizes(view, operand, binding) for operand in (binding.q, binding.v))
-        _count(site, variant_of(config, grid=True), q.batch * q.heads, v.channels)
+        _count(site, variant_of(config, axes=len(entry.grid)), q.batch * q.heads, v.channels)
     asked = decided is None and config.min_tokens is None  # the cost model
     if decided is None:
         _enough(site, config)
@@ -209,7 +209,7 @@ def _measure(view: View, site: Site, binding: Binding, config: LinearizeConfig) 
         if not isinstance(expr(value.shape[operand.channel]), int):
             raise Refusal("head-dim", f"the size of {name}'s heads is not static")
     site.flops_before = 2 * q.batch * q.heads * q.tokens * k.tokens * (q.channels + v.channels)
-    _count(site, variant_of(config, grid=False), q.batch * q.heads, v.channels)
+    _count(site, variant_of(config, axes=0), q.batch * q.heads, v.channels)
 
 
 def _count(site: Site, variant: Variant, heads: int, value_dim: int) -> None:
@@ -263,7 +263,7 @@ def _call(view: View, entry: Plan, trained: bool) -> Call:
 def _node(entry: Plan) -> dict[str, Any]:
     """The settings of a site's node."""
     config = entry.config
-    return variant_of(config, grid=bool(entry.grid)).settings() | {"impl": config.impl}
+    return variant_of(config, axes=len(entry.grid)).settings() | {"impl": config.impl}
 
 
 #: What a FLOP of the node takes over one of softmax attention on the same GPU in 16 bits, by the

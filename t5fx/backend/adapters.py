@@ -337,4 +337,4 @@ def matches(node: TTT, config: LinearizeConfig) -> bool:
     if config.impl != "auto":  # of which a measurement may have made something else
         names.append("impl")
     same = all(getattr(node, name) == getattr(config, name) for name in names)
-    return same and node.variant in (variant_of(config, grid=True), variant_of(config, grid=False))
+    return same and node.variant in [variant_of(config, axes=axes) for axes in range(4)]

@@ -109,7 +109,7 @@ def settings(view: View, entry: Plan) -> dict[str, Any]:
         "value_dim": int(view.shape(binding.v.like)[binding.v.channel]),
         "grid_ndim": len(entry.grid) or 1,
         "scale": binding.scale,
-        **variant_of(config, grid=bool(entry.grid)).settings(),
+        **variant_of(config, axes=len(entry.grid)).settings(),
         "impl": config.impl,
         "seed": config.seed,
     }

@@ -246,9 +246,15 @@ class _Trial:
         parameter = node.tensors()[0][0]
         pairs = site.num_tokens**2 * node.num_heads * 2 * (node.head_dim + node.value_dim)
         shape = Shape(
-            *(max(1, site.flops_before // pairs), node.num_heads, site.num_tokens),
-            *(node.head_dim, node.value_dim, site.prefix or 0, tuple(site.grid or ())),
-            *(str(parameter.dtype).removeprefix("torch."), False),
+            batch=max(1, site.flops_before // pairs),
+            heads=node.num_heads,
+            tokens=site.num_tokens,
+            head_dim=node.head_dim,
+            value_dim=node.value_dim,
+            prefix=site.prefix or 0,
+            grid=tuple(site.grid or ()),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            trained=False,
         )
         measured = measured_cost(shape, node.settings(), parameter.device)
         return measured.ttt, measured.softmax

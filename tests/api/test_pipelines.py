@@ -115,7 +115,8 @@ def test_a_pipeline_goes_on_with_its_converted_transformer(make, tmp_path):
     expected = run()
     model = pipe.transformer
     call = t5fx.example_inputs(model, run)
-    config = t5fx.LinearizeConfig(min_tokens=0, **config)
+    # Without near attention, which is all but exact on a few tokens.
+    config = t5fx.LinearizeConfig(min_tokens=0, neighborhood=0, coarse=0, **config)
     pipe.transformer = t5fx.linearize(model, *call, config=config)
     assert type(pipe.transformer) is type(model) or isinstance(pipe.transformer, type(model))
     assert t5fx.report(pipe.transformer).rewritten

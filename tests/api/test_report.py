@@ -25,21 +25,33 @@ def test_report_table_and_data():
 
 def test_flops_and_break_even():
     """Softmax has 4 N^2 D, the node 18 N D^2: they meet at N = 4.5 D."""
+    plain = t5fx.LinearizeConfig(neighborhood=0, coarse=0)
     for grid, status in (((5, 7), "skipped"), ((6, 6), "skipped"), ((5, 8), "rewritten")):
         shape = Shape(depth=1, class_token=False, grid=grid)  # D = 8: even at 36
-        (site,) = t5fx.explain(shape.model(), (shape.images(),)).sites
+        (site,) = t5fx.explain(shape.model(), (shape.images(),), config=plain).sites
         n, heads, batch = shape.tokens, shape.heads, shape.batch
         assert site.flops_before == 4 * n * n * 8 * heads * batch
         assert site.flops_after == 18 * n * 8 * 8 * heads * batch
         assert site.status == status
-    assert (
-        "from 36 on"
-        in t5fx.explain(Shape(depth=1).model(), (Shape(depth=1).images(),)).sites[0].detail
-    )
+    shape = Shape(depth=1)
+    (site,) = t5fx.explain(shape.model(), (shape.images(),), config=plain).sites
+    assert "from 36 on" in site.detail
     fewer = t5fx.LinearizeConfig(min_tokens=13)
     assert t5fx.explain(Shape().model(), (Shape().images(),), config=fewer).rewritten
     more = t5fx.LinearizeConfig(min_tokens=14)
     assert not t5fx.explain(Shape().model(), (Shape().images(),), config=more).rewritten
+
+
+def test_near_attention_counts():
+    """With window and cells they meet at N = 4.5 D + 25 + 64, where there is no prefix."""
+    for grid in ((5, 13), (6, 21)):
+        shape = Shape(depth=1, class_token=False, grid=grid)
+        (site,) = t5fx.explain(shape.model(), (shape.images(),)).sites
+        n, heads, batch = shape.tokens, shape.heads, shape.batch
+        keys = 25 + min(8, grid[0]) * 8
+        assert site.flops_after == (18 * n * 8 * 8 + 4 * n * keys * 8) * heads * batch
+        even = 36 + keys
+        assert site.status == ("rewritten" if n > even else "skipped")
 
 
 def test_the_measured_flops_of_the_node_are_the_reported_ones():
@@ -51,7 +63,7 @@ def test_the_measured_flops_of_the_node_are_the_reported_ones():
     lin = t5fx.linearize(shape.model(), (images,), config=config)
     q = torch.randn(shape.batch, shape.heads, shape.tokens, shape.head_dim)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        lin.blocks[0].attn.t5(q, q, q)
+        lin.blocks[0].attn.t5(q, q, q, grid=shape.grid, prefix=1)
     assert counter.get_total_flops() == t5fx.report(lin).sites[0].flops_after
 
 

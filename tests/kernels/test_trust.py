@@ -85,7 +85,11 @@ def on_cuda(dtype=torch.bfloat16, shape=SHAPE):
         return model, moved(images)
 
 
-def explained(config=None, dtype=torch.bfloat16, shape=SHAPE):
+#: A node whose cost the comments know: without near attention.
+PLAIN = t5fx.LinearizeConfig(neighborhood=0, coarse=0)
+
+
+def explained(config=PLAIN, dtype=torch.bfloat16, shape=SHAPE):
     model, images = on_cuda(dtype, shape)
     return t5fx.explain(model, (images,), config=config)
 
@@ -124,7 +128,7 @@ class TestExplain:
 
     def test_a_model_in_training_asks_for_the_backward(self, gpu):
         model, images = on_cuda()
-        t5fx.explain(model.train(), (images,))
+        t5fx.explain(model.train(), (images,), config=PLAIN)
         assert [question.direction for question, _ in gpu.asked] == ["backward"]
 
     def test_break_even_knows_the_implementation(self, gpu):

@@ -38,10 +38,12 @@ def by_hand(model: nn.Module, lin: nn.Module, shape: Shape, images: torch.Tensor
         def attend(q, k, v, node=node):
             conv = [node.dwc_q.weight, node.dwc_q.bias, node.dwc_k.weight, node.dwc_k.bias]
             return ttt(
-                *(q, k, v, [node.w1, node.w2, node.w3], conv),
+                *(q, k, v, [node.w1, node.w2, node.w3], conv, node.gate),
                 scale=shape.head_dim**-0.5,
                 grid=sizes,
                 prefix=shape.class_token + shape.registers,
+                neighborhood=5,
+                coarse=8,
             )
 
         block.attn.attend = attend
