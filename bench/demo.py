@@ -190,7 +190,7 @@ def reload(linear: nn.Module, model: nn.Module, folder: Path, console: Console) 
     """Saves the model and loads it into a copy of the original; its outputs are the same bits."""
     image = dinov2.preprocess(photos.centre_crops(("astronaut", "chelsea"), ALIGN_SIZE))
     with step(console, f"saving to {folder}, loading again"):
-        t5fx.save_pretrained(linear, folder, adapter_only=True)
+        t5fx.save_pretrained(linear, folder)
         again = t5fx.from_pretrained(folder, model).eval()
         with torch.no_grad():
             if not torch.equal(again(image), linear(image)):
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="train for so long instead")
     parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument(
-        "--save", type=Path, default=Path("build") / "dinov2-t5", help="where the adapter goes"
+        "--save", type=Path, default=Path("build") / "dinov2-t5", help="where the model goes"
     )
     parser.add_argument("--threads", type=int, help="cores to use, torch's choice if not given")
     return parser
