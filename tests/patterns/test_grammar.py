@@ -13,7 +13,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 
 import t5fx
 from t5fx.kernels import TTT
-from t5fx.training.align import _Student, _taught
+from t5fx.training.students import Student, taught
 
 STATIC = t5fx.LinearizeConfig(min_tokens=0, dynamic=False)
 # 50 spellings in CI and 750 at night; near misses likewise.
@@ -49,7 +49,7 @@ def test_every_spelling_is_found_and_is_the_fused_one(spelling):
     assert (site.status, site.prefix, site.grid, site.suffix) == ("rewritten", 0, (3, 4), 0)
     ((key, node),) = [(n, m) for n, m in lin.named_modules() if isinstance(m, TTT)]
     assert node.scale == pytest.approx(model.own_scale(), rel=1e-6)
-    with _taught({key: _Student(key, node)}, lin):  # softmax(scale q k^T) v in the node's place
+    with taught({key: Student(key, node)}, lin):  # softmax(scale q k^T) v in the node's place
         torch.testing.assert_close(lin(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lin(x), wanted(x), **tolerance)
 
