@@ -262,8 +262,8 @@ def _call(view: View, entry: Plan, trained: bool) -> Call:
 
 def _node(entry: Plan) -> dict[str, Any]:
     """The settings of a site's node."""
-    config = entry.config
-    return variant_of(config, axes=len(entry.grid)).settings() | {"impl": config.impl}
+    variant = variant_of(entry.config, axes=len(entry.grid))
+    return variant.settings() | {"impl": entry.config.impl}
 
 
 #: What a FLOP of the node takes over one of softmax attention on the same GPU in 16 bits, by the
@@ -313,14 +313,13 @@ def _is_faster(view: View, entry: Plan, trained: bool) -> None:
     """
     site, binding = entry.site, entry.match.binding
     assert binding is not None
-    value = view.val(binding.q.like)
+    value, node = view.val(binding.q.like), _node(entry)
     sizes, values = _sizes(view, binding.q, binding), _sizes(view, binding.v, binding)
     assert value is not None
     shape = Shape(
         *(sizes.batch, sizes.heads, sizes.tokens, sizes.channels, values.channels),
         *(site.prefix or 0, site.grid or (), str(value.dtype).removeprefix("torch."), trained),
     )
-    node = _node(entry)
     if entry.config.impl == "auto" and site.impl == "triton":
         costs = {i: cost(shape, node | {"impl": i}, value.device) for i in ("triton", "reference")}
         _choose(entry, costs["triton"], costs["reference"])
