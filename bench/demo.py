@@ -39,7 +39,9 @@ ALIGN_SIZE = 224
 BATCH = 2
 # Of the alignment, which is as many crops, and of the distillation that comes after it.
 ALIGN_STEPS = 30
-STEPS = 80
+STEPS = 40
+# Of both: a converted model is near the original, and batches of two crops are noisy.
+ALIGN_RATE, RATE = 5e-4, 5e-5
 TITLE = "A DINOv2-S, softmax attention to TTT-SwiGLU: converted, then trained without labels"
 
 
@@ -149,7 +151,7 @@ def train(linear: nn.Module, steps: int, seed: int, console: Console) -> Trained
     distils it on more of them."""
     crops = photos.RandomCrops(photos.OTHERS, ALIGN_SIZE, BATCH, seed)
     aligning = min(ALIGN_STEPS, steps)
-    align = t5fx.Align(crops, inputs=dinov2.preprocess, steps=aligning)
+    align = t5fx.Align(crops, inputs=dinov2.preprocess, steps=aligning, lr=ALIGN_RATE)
     distill = distillation(crops, steps)
     start = perf_counter()
     align(linear)
@@ -165,7 +167,12 @@ def distillation(crops: photos.RandomCrops, steps: int) -> t5fx.Distill:
     """All parameters learn, the class token as much as all patches together."""
     every = max(1, steps // 5)
     return t5fx.Distill(
-        crops, inputs=dinov2.preprocess, output=class_and_patches, steps=steps, log_every=every
+        crops,
+        inputs=dinov2.preprocess,
+        output=class_and_patches,
+        steps=steps,
+        lr=RATE,
+        log_every=every,
     )
 
 
