@@ -30,6 +30,7 @@ from t5fx.errors import NothingRewrittenWarning, T5Error, UntrainedWarning
 from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
 from t5fx.reports import Report
+from t5fx.runtime.lookup import nodes_in
 from t5fx.training.students import instead
 
 from .results import Experiment, Row
@@ -198,7 +199,7 @@ class Bench:
         owners = {site.fqn for site in self.report.rewritten}
         modules = [self.model.get_submodule(name) for name in sorted(owners)]
         matrices = {p for module in modules for p in module.parameters() if p.dim() == 2}
-        nodes = {n: m for n, m in linear.named_modules() if isinstance(m, TTT)}
+        nodes = nodes_in(linear)
         for _ in range(6):
             with instead(nodes, dict.fromkeys(nodes, _Removed().forward)):
                 without = linear(**self.inputs)

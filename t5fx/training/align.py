@@ -22,6 +22,7 @@ from t5fx.training.muon import Muon
 from t5fx.training.nodes import (
     as_call,
     check_positive,
+    device_of,
     endless,
     kept,
     nodes_of,
@@ -144,7 +145,7 @@ class Align:
         module, first = self._original(module, batches)
         batches = itertools.chain([first], batches)
         nodes = nodes_of(module)
-        device = next(iter(nodes.values())).tensors()[0][0].device
+        device = device_of(nodes)
         students = {key: Student(key, node) for key, node in nodes.items()}
         _share_values(students)
         self.result = result = AlignResult(losses={key: [] for key in nodes})
@@ -158,8 +159,6 @@ class Align:
             rounds = [[key] for key in order] if self.sequential else [list(students)]
             try:
                 for keys in rounds:
-                    for student in students.values():
-                        student.learns = False
                     chosen = {key: students[key] for key in keys}
                     self._train(module, students, chosen, batches, device)
                     for student in chosen.values():
@@ -214,6 +213,8 @@ class Align:
                 advance(f"mean loss {means[-1]:.3f}")
                 if self._is_still(means):
                     break
+        for student in chosen.values():
+            student.learns = False
 
     def _is_still(self, means: list[float]) -> bool:
         """Whether the loss falls no more; it is the mean over all processes: all stop at once."""
@@ -230,8 +231,6 @@ class Align:
         found: dict[str, list[Tensor]] = {key: [] for key in students}
         for batch in self.held_out or ():
             args, kwargs = self._call(batch, device)
-            for student in students.values():
-                student.learns = False
             with taught(students, module):
                 module(*args, **kwargs)
             for key, student in students.items():
@@ -269,7 +268,7 @@ class Align:
         return build(template, args, kwargs, config, new.nodes(), inplace=True), first
 
     def _call(self, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return as_call(batch if self.inputs is None else self.inputs(batch), device)
+        return as_call(batch, device, self.inputs)
 
     def _record(self, losses: Mapping[str, Tensor], step: int) -> float:
         """Keep the losses of a step; their mean. Raises where one is not finite."""
@@ -277,9 +276,10 @@ class Align:
         values = _averaged(torch.stack(list(losses.values()))).tolist()
         for key, loss in zip(losses, values, strict=True):
             if not loss < float("inf"):
+                rate = "" if self.lr is None else f" ({self.lr})"
                 raise TrainingError(
-                    f"'{key}': expected a finite loss, got {loss} at step {step}: lower lr "
-                    f"({self.lr}), or look for inputs that are not finite; the values are those "
+                    f"'{key}': expected a finite loss, got {loss} at step {step}: lower lr"
+                    f"{rate}, or look for inputs that are not finite; the values are those "
                     f"of the step before"
                 )
         for key, loss in zip(losses, values, strict=True):

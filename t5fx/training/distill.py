@@ -21,7 +21,7 @@ from t5fx.kernels import TTT
 from t5fx.reports import Report
 from t5fx.runtime.lookup import is_linearized
 from t5fx.training.finetune import FineTune, FineTuneResult
-from t5fx.training.nodes import as_call, check_positive, nodes_of
+from t5fx.training.nodes import as_call, check_positive, device_of, nodes_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,6 +118,7 @@ class Distill:
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
         inner = getattr(module, "_orig_mod", module)
         nodes = nodes_of(module)
+        device = device_of(nodes)
         names = self._hidden(inner, nodes)
         teacher = duplicate(inner, share=self.train != "full").eval()
         flags = {id(p): p.requires_grad for p in inner.parameters()}
@@ -135,9 +136,7 @@ class Distill:
             }
 
             def loss(model: nn.Module, batch: Any) -> Tensor:
-                device = next(iter(nodes.values())).tensors()[0][0].device
-                given = batch if self.inputs is None else self.inputs(batch)
-                args, kwargs = as_call(given, device)
+                args, kwargs = as_call(batch, device, self.inputs)
                 with torch.no_grad():
                     wanted = teacher(*args, **kwargs)
                 return self._compare(model(*args, **kwargs), wanted, seen)

@@ -19,6 +19,7 @@ from t5fx.kernels import TTT
 from t5fx.reports import Report
 from t5fx.training.nodes import (
     check_positive,
+    device_of,
     endless,
     kept,
     nodes_of,
@@ -129,7 +130,7 @@ class FineTune:
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
         nodes = nodes_of(module)
-        device = next(iter(nodes.values())).tensors()[0][0].device
+        device = device_of(nodes)
         accelerator = self.accelerator or _accelerator(device)
         self.result = FineTuneResult()
         with kept(module):

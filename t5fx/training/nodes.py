@@ -57,12 +57,20 @@ def samples(batch: Any) -> int:
     return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
 
 
-def as_call(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def device_of(nodes: Mapping[str, TTT]) -> torch.device:
+    """Where the nodes of a model are, of which there is at least one."""
+    return next(iter(nodes.values())).tensors()[0][0].device
+
+
+def as_call(
+    batch: Any, device: torch.device, inputs: Callable[[Any], Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call of a model that a batch stands for, its tensors on `device`.
 
-    A mapping is keyword arguments, a tuple or list positional ones, anything else the only one.
+    inputs: what of the batch that is. A mapping is keyword arguments, a tuple or list positional
+    ones, anything else the only one.
     """
-    batch = placed(batch, device)
+    batch = placed(batch if inputs is None else inputs(batch), device)
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})

@@ -159,7 +159,7 @@ def search(
     arguments, keywords = check_call(model, args, kwargs)
     base = dataclasses.replace(config or LinearizeConfig(), min_tokens=0, policy="flops")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    calls = [as_call(b if inputs is None else inputs(b), device) for b in data]
+    calls = [as_call(batch, device, inputs) for batch in data]
     if not calls:
         raise TrainingError("data: expected batches to compare the outputs on, got none")
     was_training = model.training

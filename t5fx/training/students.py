@@ -22,16 +22,17 @@ class Student:
         self.key = key
         self.original = node
         self.node = copy.deepcopy(node).float().requires_grad_(True)
+        self.attend = attention(node)
         self.projection = ""
         self.weight: Tensor | None = None
         self.merged: Tensor | None = None
         self.losses: list[Tensor] = []
         self.passes_on = False
-        self.learns = True
+        self.learns = False
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         """What the original does here, and kept to find out who reads it."""
-        out = functional.scaled_dot_product_attention(q, k, v, scale=self.node.scale)
+        out = self.attend(q, k, v)
         self.merged = merge_heads(out)
         return out
 
@@ -40,7 +41,7 @@ class Student:
 
         The gradients of the loss are added to the student's where it `learns`.
         """
-        out = functional.scaled_dot_product_attention(q, k, v, scale=self.node.scale)
+        out = self.attend(q, k, v)
         wanted = merge_heads(out).float()
         learning = torch.set_grad_enabled(self.learns)
         with learning, torch.autocast(q.device.type, enabled=False):
