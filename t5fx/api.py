@@ -17,6 +17,7 @@ from t5fx.errors import (
     T5Error,
 )
 from t5fx.frontend.copies import duplicate
+from t5fx.frontend.unfit import check_has_code
 from t5fx.hooks import Hook, hooks_of, run
 from t5fx.pipeline import (
     build,
@@ -198,6 +199,7 @@ def check_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
     """The example call as a tuple and a dict; raises `CaptureError` where it is neither."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected an nn.Module or a GraphModule, got {type(model).__name__}")
+    check_has_code(model)
     if isinstance(args, torch.Tensor):
         raise CaptureError(
             f"args: expected a tuple of the call's arguments, got a tensor of shape "

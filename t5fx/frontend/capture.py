@@ -22,6 +22,7 @@ from torch.fx.experimental import _config as symbolic_config
 
 from t5fx.errors import CaptureError
 from t5fx.frontend.calls import Guards, guards_of
+from t5fx.frontend.unfit import causes
 from t5fx.graph.blocks import inline_blocks
 from t5fx.graph.modules import module_name
 from t5fx.graph.view import View
@@ -70,20 +71,23 @@ def capture(
             return _from_program(model, program, args, kwargs, "dynamic sizes", dynamic=True)
         except Exception as error:
             if dynamic:
-                raise _failed(model, error) from error
+                raise _failed(model, args, kwargs, error) from error
             reason = f"dynamic sizes failed: {first_line(error)}"
     try:
         restart()
         program = _export(model, args, kwargs, dynamic=False)
     except Exception as error:
-        raise _failed(model, error) from error
+        raise _failed(model, args, kwargs, error) from error
     return _from_program(model, program, args, kwargs, f"static sizes ({reason})", dynamic=False)
 
 
-def _failed(model: nn.Module, error: Exception) -> CaptureError:
+def _failed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> CaptureError:
+    why = "".join(f". Note that {cause}" for cause in causes(model, args, kwargs))
     return CaptureError(
         f"expected a model that torch.export can trace; {type(model).__name__} failed with "
-        f"{type(error).__name__}: {first_line(error)}"
+        f"{type(error).__name__}: {first_line(error)}{why}"
     )
 
 

@@ -233,3 +233,30 @@ def test_errors_say_what_to_do():
 
     with pytest.raises(CaptureError, match="Untraceable failed with"):
         t5fx.linearize(Untraceable(), (images,))
+
+
+def scripted_block(model):
+    model.blocks[1] = torch.jit.script(nn.Sequential(nn.Linear(64, 64)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "convert", "said"),
+    [
+        (lambda m: torch.jit.script(nn.Linear(2, 2)), lambda x: x, "it is a TorchScript program"),
+        (scripted_block, lambda x: x, r"'blocks\.1' is a TorchScript program"),
+        (
+            lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}),
+            lambda x: x,
+            r"'blocks\.0\.attn\.qkv' was quantized by torch\.ao\.quantization",
+        ),
+        (lambda m: m.half(), lambda x: x, "parameters are of float16 and the arguments of float32"),
+        (lambda m: m, lambda x: x.double(), "are of float32 and the arguments of float64"),
+        (lambda m: m.to("meta"), lambda x: x, "parameters are on meta and the arguments on cpu"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # torch calls both ways deprecated
+def test_what_was_done_to_a_model_is_named(change, convert, said):
+    model = change(Shape().model())
+    with pytest.raises(CaptureError, match=said):
+        t5fx.linearize(model, (convert(Shape().images()),))
