@@ -55,6 +55,9 @@ class LinearizeConfig:
         whose mean keys and values are seen beside the window, or 0 for none.
     mix: how this near attention a is joined with the node's output o: "gate", o + gate * a with a
         learned gate a head, or "half", (o + a) / 2. Prefix and suffix tokens see every key.
+    qk_affine: a learned scale and offset for each channel of q and k, before key norm and
+        convolutions. DiT5 as published is inner "mlp2", inner_loss "l2", neighborhood 5, coarse 0,
+        mix "half" and this.
     grid, prefix, suffix: the token layout: prefix tokens, then a row-major grid of one to three
         axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
         of the call's arguments that returns one (evaluated at capture).
@@ -92,6 +95,7 @@ class LinearizeConfig:
     neighborhood: int = 5
     coarse: int = 8
     mix: Mix = "gate"
+    qk_affine: bool = False
     grid: Grid = None
     prefix: Layout = None
     suffix: Layout = None
@@ -136,6 +140,8 @@ class LinearizeConfig:
             raise ConfigError(
                 f"coarse: expected a number of cells along an axis, or 0, got {self.coarse!r}"
             )
+        if not isinstance(self.qk_affine, bool):
+            raise ConfigError(f"qk_affine: expected True or False, got {self.qk_affine!r}")
         if self.dynamic not in (None, True, False):
             raise ConfigError(f"dynamic: expected True, False or None, got {self.dynamic!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -124,8 +124,8 @@ def _check(
 ) -> None:
     """What is behind a pointer nobody checks: raises where the call would read past an end."""
     node = Variant(locality="dwc_qk" if conv else "none")
-    check_counts(node, weights, conv, [], grid)
-    check_shapes(node, q, k, v, weights, conv, [], grid=grid, prefix=prefix)
+    check_counts(node, weights, conv, [], [], grid)
+    check_shapes(node, q, k, v, weights, conv, [], [], grid=grid, prefix=prefix)
     wanted = [(len(q), *w.shape) for w in weights]
     got = [tuple(u.shape) for u in updated]
     if got != wanted:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .errors import NodeArgumentError, require_name
 from .inner import inner_model
 from .locality import CONVOLVED
-from .variant import Variant
+from .variant import AFFINE, Variant
 
 #: Implementations that can be asked for; see ``t5fx.kernels.ttt``.
 IMPLS = ("auto", "reference", "triton")
@@ -30,6 +30,7 @@ def check_counts(
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
     mixing: Sequence[Tensor],
+    affine: Sequence[Tensor],
     grid: Sequence[int],
 ) -> None:
     """Raise unless there are as many tensors of each kind and grid axes as needed."""
@@ -40,6 +41,9 @@ def check_counts(
     _expect("conv", wanted, len(conv), 2 * len(convolved))
     gates = int(variant.is_gated)
     _expect("mixing", "a gate, [H]" if gates else "nothing", len(mixing), gates)
+    names = AFFINE if variant.qk_affine else ()
+    wanted = ", ".join(names) if names else "nothing"
+    _expect("affine", wanted, len(affine), len(names))
     if variant.needs_grid:
         check_grid_ndim(len(grid))
 
@@ -58,6 +62,7 @@ def check_shapes(
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
     mixing: Sequence[Tensor],
+    affine: Sequence[Tensor],
     *,
     grid: Sequence[int],
     prefix: int,
@@ -78,6 +83,8 @@ def check_shapes(
         _expect_tensor(f"conv weight of {name}", conv[2 * i], (channels, 1) + (3,) * len(grid))
         _expect_tensor(f"conv bias of {name}", conv[2 * i + 1], (channels,))
     check_gates(mixing, heads)
+    for name, tensor in zip(AFFINE, affine, strict=False):
+        _expect_tensor(name, tensor, (heads * head_dim,))
     if variant.needs_grid:
         check_grid(grid, prefix, tokens)
 

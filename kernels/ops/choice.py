@@ -28,7 +28,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 #: Settings whose values say nothing of whether there are kernels for the rest.
-_ANY = ("scale", "key_norm_eps", "neighborhood", "coarse", "mix")
+_ANY = ("scale", "key_norm_eps", "neighborhood", "coarse", "mix", "qk_affine")
 
 
 class Call(NamedTuple):

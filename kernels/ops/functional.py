@@ -19,6 +19,7 @@ def ttt(
     weights: Sequence[Tensor],
     conv: Sequence[Tensor] = (),
     gate: Tensor | None = None,
+    affine: Sequence[Tensor] = (),
     *,
     scale: float,
     grid: Sequence[int] = (),
@@ -31,12 +32,14 @@ def ttt(
     neighborhood: int = 0,
     coarse: int = 0,
     mix: str = "gate",
+    qk_affine: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Attention's linear-time stand-in: train a small model on (k, v) for one step, apply it to q.
 
     For each batch item and head, with the static weights W of the inner model f_W::
 
+        q <- q_scale q + q_offset;  k <- k_scale k + k_offset       (qk_affine)
         k <- norm(k);  q <- q + conv_q(q);  k <- k + conv_k(k)      (grid tokens only)
         L(W) = -(s/N) sum_t v_t . f_W(k_t)             inner_loss "dot"
         L(W) = (s/2N) sum_t |f_W(k_t) - v_t|^2         inner_loss "l2"
@@ -61,6 +64,8 @@ def ttt(
             ``[H*D, 1, 3, ...], [H*D]`` for q, then the same for k, with locality "dwc_qk";
             ``[H*Dv, 1, 3, ...], [H*Dv]`` with "dwc_v"; nothing with "none". Channel h*D + d.
         gate: ``[H]``, where near attention is mixed in by "gate"; else None.
+        affine: with ``qk_affine`` q_scale, q_offset, k_scale, k_offset, ``[H*D]`` each, channel
+            h*D + d; else nothing.
         scale: s, the factor that the softmax gave the logits. Scales the loss, not q.
         grid: sizes of the one, two or three spatial axes. Not read with locality "none" and
             without near attention.
@@ -77,6 +82,9 @@ def ttt(
             borders, as in the natten package.
         coarse: coarse cells along each axis of the grid; 0 for none.
         mix: what becomes of near attention a: "gate" o + gate a, "half" (o + a) / 2.
+        qk_affine: whether q and k have a scale and an offset for each channel, before all else but
+            near attention. The node of the paper's DiT5 is "mlp2" with "l2", "dwc_qk", this, and a
+            neighborhood of 5 mixed by "half".
         impl: "reference", which autograd and compilers see as the ordinary operators it is made
             of; "triton", kernels for a GPU, float32 or narrower, for the settings "swiglu", "dot",
             "instance" and "dwc_qk" or "none", and up to 128 coarse cells (fewer in heads of more
@@ -102,16 +110,16 @@ def ttt(
     torch.Size([2, 6, 17, 8])
     """
     variant = Variant(
-        *(inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix)
+        *(inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix, qk_affine)
     )
     mixing = [] if gate is None else [gate]
     check_impl(variant, impl)
-    check_counts(variant, weights, conv, mixing, grid)
-    check_shapes(variant, q, k, v, weights, conv, mixing, grid=grid, prefix=prefix)
-    parameters = [*weights, *conv, *mixing]
+    check_counts(variant, weights, conv, mixing, affine, grid)
+    check_shapes(variant, q, k, v, weights, conv, mixing, affine, grid=grid, prefix=prefix)
+    parameters = [*weights, *conv, *mixing, *affine]
     settings = variant.settings() | {"scale": scale}
     settings["impl"] = resolved(impl, q, k, v, parameters, len(grid), settings)
-    tensors = (list(weights), list(conv), mixing)
+    tensors = (list(weights), list(conv), mixing, list(affine))
     return torch.ops.t5fx.ttt(q, k, v, *tensors, grid=list(grid), prefix=prefix, **settings)
 
 

@@ -13,7 +13,7 @@ from .choice import resolved
 from .errors import NodeArgumentError
 from .inner import inner_model
 from .locality import CONVOLVED
-from .variant import NAMES, Variant
+from .variant import AFFINE, NAMES, Variant
 
 #: The attributes of a node that are arguments of the operator.
 SETTINGS = ("scale", *NAMES, "impl")
@@ -48,7 +48,8 @@ class TTT(nn.Module):
     Parameters: ``w1``, ``w2``, ``w3`` as far as the inner model has them, ``[H, in, out]``, drawn
     from a normal of standard deviation 0.02 cut off at +-2; ``dwc_q``, ``dwc_k`` (locality
     "dwc_qk") or ``dwc_v`` ("dwc_v"), depthwise convolutions with PyTorch's default initialisation,
-    channel h*D + d; ``gate`` ``[H]``, ones, where near attention is mixed in by one. Fresh values
+    channel h*D + d; ``gate`` ``[H]``, ones, where near attention is mixed in by one; ``q_scale``,
+    ``q_offset``, ``k_scale``, ``k_offset`` ``[H*D]``, ones and zeros, with qk_affine. Fresh values
     depend on ``seed`` and ``name`` only: the same on every device and
     in every dtype up to rounding; the global random state is neither read nor changed.
 
@@ -56,8 +57,8 @@ class TTT(nn.Module):
         num_heads, head_dim, value_dim: H, D and Dv.
         grid_ndim: spatial axes, 1, 2 or 3; not read with locality "none" and no near attention.
         scale: s, the factor that the softmax gave the logits.
-        inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix, impl: see
-            ``t5fx.kernels.ttt``.
+        inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix, qk_affine,
+            impl: see ``t5fx.kernels.ttt``.
         seed, name: choose the fresh values; give each site of a model its own name.
 
     Raises:
@@ -80,6 +81,7 @@ class TTT(nn.Module):
         neighborhood: int = 0,
         coarse: int = 0,
         mix: str = "gate",
+        qk_affine: bool = False,
         impl: str = "auto",
         seed: int = 0,
         name: str = "",
@@ -88,7 +90,8 @@ class TTT(nn.Module):
     ) -> None:
         super().__init__()
         variant = Variant(
-            *(inner, inner_loss, key_norm, key_norm_eps, locality, neighborhood, coarse, mix)
+            *(inner, inner_loss, key_norm, key_norm_eps, locality),
+            *(neighborhood, coarse, mix, qk_affine),
         )
         check_impl(variant, impl)
         self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
@@ -118,6 +121,9 @@ class TTT(nn.Module):
         self._needs_grid = variant.needs_grid
         if variant.is_gated:
             self.gate = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        for affine in AFFINE if qk_affine else ():
+            empty = torch.empty(num_heads * head_dim, device=device, dtype=dtype)
+            self.register_parameter(affine, nn.Parameter(empty))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -129,8 +135,8 @@ class TTT(nn.Module):
             digest = hashlib.sha256(f"{self.seed}:{self.name}:{name}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             fresh = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
-            if name == "gate":
-                fresh.fill_(1.0)
+            if name == "gate" or name in AFFINE:
+                fresh.fill_(0.0 if name.endswith("_offset") else 1.0)
             elif name.startswith("dwc_"):
                 # What nn.Conv does: uniform within 1/sqrt(fan in), one input channel per group.
                 bound = 1 / math.sqrt(3**self.grid_ndim)
@@ -159,11 +165,13 @@ class TTT(nn.Module):
         settings["impl"] = resolved(self.impl, q, k, v, parameters, len(grid), settings)
         return torch.ops.t5fx.ttt(q, k, v, *tensors, grid=list(grid), prefix=prefix, **settings)
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The arguments ``weights``, ``conv`` and ``mixing`` of ``torch.ops.t5fx.ttt``."""
+    def tensors(self) -> tuple[list[Tensor], ...]:
+        """``weights``, ``conv``, ``mixing`` and ``affine`` of ``torch.ops.t5fx.ttt``."""
         weights = [getattr(self, name) for name in self._weight_names]
         conv = [tensor for name in self._conv_names for tensor in getattr(self, name)()]
-        return weights, conv, [self.gate] if "gate" in self._parameters else []
+        mixing = [self.gate] if "gate" in self._parameters else []
+        affine = [getattr(self, name) for name in AFFINE] if self.qk_affine else []
+        return weights, conv, mixing, affine
 
     @property
     def variant(self) -> Variant:

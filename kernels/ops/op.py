@@ -32,6 +32,7 @@ def _ttt(
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
     mixing: Sequence[Tensor],
+    affine: Sequence[Tensor],
     *,
     scale: float,
     grid: Sequence[int],
@@ -44,23 +45,24 @@ def _ttt(
     neighborhood: int = 0,
     coarse: int = 0,
     mix: str = "gate",
+    qk_affine: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """The body; its annotations and defaults are the operator's schema."""
     if impl == TRUSTED:
         impl = "auto" if _is_transformed() else "triton"
     ttt = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
-    variant = Variant(
-        **ttt, key_norm_eps=key_norm_eps, neighborhood=neighborhood, coarse=coarse, mix=mix
-    )
+    near_by = {"neighborhood": neighborhood, "coarse": coarse, "mix": mix}
+    variant = Variant(**ttt, **near_by, key_norm_eps=key_norm_eps, qk_affine=qk_affine)
     check_impl(variant, impl)
-    check_counts(variant, weights, conv, mixing, grid)
-    lists = {"weights": weights, "conv": conv, "mixing": mixing}
+    check_counts(variant, weights, conv, mixing, affine, grid)
+    lists = {"weights": weights, "conv": conv, "mixing": mixing, "affine": affine}
     check_device(q, {"k": k, "v": v, **lists})
     # Before the node runs, which waits for its own files to be compiled.
-    near_tensors = (q, k, v, *weights, *conv, *mixing)
+    near_tensors = (q, k, v, *weights, *conv, *mixing, *affine)
     closed = variant.is_near and impl != "reference" and _is_closed("near_", *near_tensors)
-    base = _linear(q, k, v, weights, conv, scale, grid, prefix, variant, impl)
+    shifted = _affine(q, k, affine) if variant.qk_affine else (q, k)
+    base = _linear(*shifted, v, weights, conv, scale, grid, prefix, variant, impl)
     if not variant.is_near:
         return base
     near_settings = (scale, grid, prefix, neighborhood, coarse)
@@ -76,6 +78,15 @@ def _ttt(
         neighborhood=neighborhood,
         coarse=coarse,
     )
+
+
+def _affine(q: Tensor, k: Tensor, affine: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """q and k with a scale and an offset for each channel, in the dtypes they came in."""
+    wide = widest(q, k, *affine)
+    heads, width = q.shape[1], q.shape[3]
+    q_scale, q_offset, k_scale, k_offset = (x.to(wide).view(heads, 1, width) for x in affine)
+    shifted_q, shifted_k = q.to(wide) * q_scale + q_offset, k.to(wide) * k_scale + k_offset
+    return shifted_q.to(q.dtype), shifted_k.to(k.dtype)
 
 
 def _linear(

@@ -17,6 +17,8 @@ from .locality import CONVOLVED
 INNER_LOSSES = ("dot", "l2")
 #: How near attention is mixed in: added, times a learned gate a head, or half of each.
 MIXES = ("gate", "half")
+#: The parameters of "qk_affine", [H*D] each, channel h*D + d.
+AFFINE = ("q_scale", "q_offset", "k_scale", "k_offset")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Variant:
     neighborhood: int = 0
     coarse: int = 0
     mix: str = "gate"
+    qk_affine: bool = False
 
     def __post_init__(self) -> None:
         require_name("inner", self.inner, INNER_MODELS)

@@ -258,7 +258,7 @@ def _lower(
         node = site.node()
         assert node is not None
         names = {id(parameter): name for name, parameter in node.named_parameters()}
-        lists: tuple[list[fx.Node], ...] = ([], [], [])
+        lists: tuple[list[fx.Node], ...] = tuple([] for _ in node.tensors())
         for tensors, placeholders in zip(node.tensors(), lists, strict=True):
             for tensor in tensors:
                 with torch.inference_mode(False):

@@ -26,7 +26,7 @@ def check_has_code(model: nn.Module) -> None:
 
 
 def causes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences that say why a trace of `model(*args, **kwargs)` may have failed, and what to do."""
+    """Why a trace of `model(*args, **kwargs)` may have failed, and what to do: a clause each."""
     for name, module in model.named_modules():
         if ".ao.nn.quantized" in type(module).__module__:
             yield (

@@ -84,7 +84,7 @@ class TestWhatIsTimed:
     def test_node(self, trained):
         node = TTT(3, 8, 8, 2, scale=0.3)
         inputs = [torch.randn(2, 17, 3, 8) for _ in "qkv"]
-        weights, conv, _ = node.tensors()
+        weights, conv, *_ = node.tensors()
         leaves = [t.detach().requires_grad_(trained) for t in (*inputs, *weights, *conv)]
         timed = measure._Node(node, (4, 4), 1)
         with torch.set_grad_enabled(trained):

@@ -115,6 +115,7 @@ def test_equals_the_linearized_model_on_any_transformer(shape, dynamic):
         {"inner": "mlp2", "inner_loss": "l2", "seed": 4},
         {"locality": "dwc_v", "inner": "gate1", "key_norm": "rms"},
         {"locality": "none", "inner": "mlp3", "key_norm": "instance_center"},
+        {"qk_affine": True, "inner": "mlp2", "inner_loss": "l2", "coarse": 0, "mix": "half"},
         {"overrides": {"blocks.1.*": {"inner": "mlp2"}}},
         {"exclude": ("blocks.0.*",)},
     ],

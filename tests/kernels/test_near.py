@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import t5fx
 from t5fx.kernels import TTT, NodeArgumentError, flops, ttt
 from t5fx.kernels.near import Near
+from t5fx.kernels.variant import AFFINE
 
 close = torch.testing.assert_close
 EXACT = {"atol": 1e-10, "rtol": 1e-9}
@@ -49,6 +50,14 @@ def naive(q, k, v, *, scale, grid, prefix, neighborhood, coarse):
         logits = scale * (q[:, :, t : t + 1] @ keys.mT) + bias
         rows.append(logits.softmax(-1) @ values)
     return torch.cat(rows, 2)
+
+
+def mixed(base, near, prefix, grid, gate=None):
+    """What the node returns, of its two parts."""
+    joined = 0.5 * (base + near) if gate is None else base + gate[:, None, None] * near
+    t = torch.arange(near.shape[2])
+    on_grid = (t >= prefix) & (t < prefix + math.prod(grid))
+    return torch.where(on_grid[:, None], joined, near)
 
 
 @st.composite
@@ -88,10 +97,8 @@ def test_output_and_gradients(case):
     base = ttt(*args[0], **plain)
     names = ("scale", "grid", "prefix", "neighborhood", "coarse")
     near = naive(q, k, v, **{name: args[1][name] for name in names})
-    joined = base + gate[:, None, None] * near if case["mix"] == "gate" else 0.5 * (base + near)
-    t = torch.arange(q.shape[2])
-    on_grid = (t >= case["prefix"]) & (t < case["prefix"] + math.prod(case["grid"]))
-    wanted = torch.where(on_grid[:, None], joined, near)
+    by = gate if case["mix"] == "gate" else None
+    wanted = mixed(base, near, case["prefix"], case["grid"], by)
     probe = torch.randn_like(wanted)
     grads = torch.autograd.grad(wanted, leaves, probe)
     for impl in ("reference", "auto"):
@@ -113,6 +120,60 @@ def test_parameters_alone_need_no_backward_of_the_attention(mix):
         results.append(torch.autograd.grad(out.square().sum(), leaves))
     for found, expected in zip(*results, strict=True):
         close(found, expected, **EXACT)
+
+
+DIT5 = {"inner": "mlp2", "inner_loss": "l2", "neighborhood": 5, "mix": "half"}
+
+
+@pytest.mark.parametrize(
+    "node", [DIT5, {"neighborhood": 3, "coarse": 2}, {"locality": "none"}, {"impl": "reference"}]
+)
+def test_scales_and_offsets_of_q_and_k(node):
+    """DiT5's node as published, and others, against loops over tokens, with all gradients."""
+    grid, prefix = (6, 7), 1
+    args, settings = nodes.arguments(grid=grid, prefix=prefix, requires_grad=True, **node)
+    q, k, v, weights, conv = args
+    affine = [torch.randn(2 * 3, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    gated = settings.get("coarse") is not None
+    gate = torch.randn(2, dtype=torch.float64, requires_grad=True) if gated else None
+    out = ttt(*args, gate, affine, qk_affine=True, **settings)
+
+    q_scale, q_offset, k_scale, k_offset = (x.view(2, 1, 3) for x in affine)
+    names = ("scale", "grid", "prefix", "inner", "inner_loss", "locality")
+    plain = {name: settings[name] for name in names if name in settings}
+    moved = (q * q_scale + q_offset, k * k_scale + k_offset, v, weights, conv)
+    wanted = nodes.naive(moved, **plain)
+    if "neighborhood" in node:
+        sizes = {"neighborhood": node["neighborhood"], "coarse": node.get("coarse", 0)}
+        near = naive(q, k, v, scale=settings["scale"], grid=grid, prefix=prefix, **sizes)
+        wanted = mixed(wanted, near, prefix, grid, gate)
+    close(out, wanted, **EXACT)
+    probe = torch.randn_like(wanted)
+    leaves = [*nodes.tensors(args), *affine, *([gate] if gated else [])]
+    grads = (torch.autograd.grad(o, leaves, probe) for o in (out, wanted))
+    for found, expected in zip(*grads, strict=True):
+        close(found, expected, **EXACT)
+
+
+def test_fresh_scales_and_offsets_change_nothing():
+    torch.manual_seed(0)
+    settings = {"scale": 0.5, "neighborhood": 3, "name": "one"}
+    q, k, v = torch.randn(3, 2, 2, 13, 4).unbind()
+    plain, moved = (TTT(2, 4, 4, 2, qk_affine=some, **settings) for some in (False, True))
+    assert moved.state_dict().keys() - plain.state_dict().keys() == set(AFFINE)
+    assert all(moved.state_dict()[name].shape == (2 * 4,) for name in AFFINE)
+    assert torch.equal(moved(q, k, v, (3, 4)), plain(q, k, v, (3, 4)))
+    half = [x.bfloat16() for x in (q, k, v)]
+    assert moved(*half, (3, 4)).dtype == torch.bfloat16
+    args, settings = nodes.arguments()
+    for affine, message in (
+        ([], "affine: expected q_scale, q_offset, k_scale, k_offset; got 0"),
+        ([torch.ones(3)] * 4, r"q_scale: expected shape \[6\]; got \[3\]"),
+    ):
+        with pytest.raises(NodeArgumentError, match=message):
+            ttt(*args, None, affine, qk_affine=True, **settings)
+    with pytest.raises(NodeArgumentError, match="affine: expected nothing; got 4"):
+        ttt(*args, None, [torch.ones(6)] * 4, **settings)
 
 
 def test_every_token_of_the_grid_is_seen_once():
@@ -198,6 +259,6 @@ def test_module_and_wrong_arguments():
             ttt(*args, **settings | wrong)
     with pytest.raises(NodeArgumentError, match=r"gate: expected shape \[2\]; got \[3\]"):
         ttt(*args, torch.ones(3), **settings | {"neighborhood": 3})
-    for wrong in ({"neighborhood": 2}, {"coarse": 1.5}, {"mix": "sum"}):
+    for wrong in ({"neighborhood": 2}, {"coarse": 1.5}, {"mix": "sum"}, {"qk_affine": 1}):
         with pytest.raises(t5fx.errors.ConfigError, match=f"{next(iter(wrong))}: expected"):
             t5fx.LinearizeConfig(**wrong)

@@ -41,7 +41,7 @@ def calls(graph):
 def test_opcheck():
     args, settings = nodes.arguments(requires_grad=True)
     settings["grid"] = list(settings["grid"])
-    results = torch.library.opcheck(torch.ops.t5fx.ttt.default, (*args, []), settings)
+    results = torch.library.opcheck(torch.ops.t5fx.ttt.default, (*args, [], []), settings)
     assert len(results) == 4 and set(results.values()) == {"SUCCESS"}
 
 

@@ -171,7 +171,7 @@ def test_wrong_arguments_are_told_what_was_expected(changes, message):
 @pytest.mark.parametrize("name", ["inner", "inner_loss", "key_norm", "locality", "mix", "impl"])
 def test_the_operator_and_the_module_know_their_names_too(name):
     with pytest.raises(NodeArgumentError, match=f"{name}: expected one of .* got 'x'"):
-        torch.ops.t5fx.ttt(**wrong(**{name: "x"}), mixing=[])
+        torch.ops.t5fx.ttt(**wrong(**{name: "x"}), mixing=[], affine=[])
     with pytest.raises(NodeArgumentError, match=f"{name}: expected one of .* got 'x'"):
         make(**{name: "x"})
 

@@ -372,7 +372,7 @@ class TestTheChoice:
         q = torch.randn(1, 2, 12, 16, dtype=torch.bfloat16)
         (graph,) = self.graphs(lambda q: node(q, q, q, (3, 4)), q)
         assert self.impls(graph) == [impl]
-        weights, conv, _ = node.tensors()
+        weights, conv, *_ = node.tensors()
         (graph,) = self.graphs(lambda q: ttt(q, q, q, weights, conv, scale=1.0, grid=(3, 4)), q)
         assert self.impls(graph) == [impl]
 
