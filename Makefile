@@ -30,13 +30,16 @@ endef
 export PYTHONUTF8 := 1
 , := ,
 
-.PHONY: help demo classify bench test test-newest test-oldest unit lint types format roofline gpu on-gpu nightly hooks clean
+.PHONY: help demo uses classify bench test test-newest test-oldest unit lint types format roofline gpu on-gpu nightly hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
 
-demo: .venv/.demo-installed  ## explain, convert, align, save and time a pretrained DINOv2-S; writes docs/demo.*
+demo: .venv/.demo-installed  ## explain, convert, distil, save and time a pretrained DINOv2-S; writes docs/demo.*
 	.venv/bin/python -m t5fx.bench.demo
+
+uses: .venv/.demo-installed  ## nearest neighbours and saliency with the demo's model; writes docs/uses.*
+	.venv/bin/python -m t5fx.bench.uses
 
 classify: .venv/.demo-installed  ## a small classifier converted, aligned and fine-tuned; writes docs/classify.*
 	.venv/bin/python -m t5fx.bench.classify

@@ -21,7 +21,7 @@ from .vit import load_vit, shipped
 
 def experiments(small: bool = False) -> list[Experiment]:
     """The demos as they are; if small, with a few steps, at a smaller size, on fewer images."""
-    size, steps = (demo.ALIGN_SIZE, 3) if small else (demo.SIZE, demo.STEPS)
+    size, steps = (demo.TRAIN_SIZE, 3) if small else (demo.SIZE, demo.STEPS)
     photographs = partial(_photographs, size, steps)
     tokens = 1 + (size // PATCH) ** 2
     whole = classify.ALIGN_STEPS, classify.STEPS, None
@@ -44,7 +44,7 @@ def _photographs(size: int, steps: int, experiment: Experiment) -> Iterator[Row]
             for what, value in zip(("class", "patches"), values, strict=True):
                 measure = f"agreement, {what}, {pixels} px"
                 yield experiment.row(name, measure, value, unit="share", better="higher")
-    yield from _training(experiment, others[-1], found.trained.distilled, found.trained.seconds)
+    yield from _training(experiment, others[-1], found.trained.steps, found.trained.seconds)
 
 
 def _classifier(

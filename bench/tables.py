@@ -74,7 +74,7 @@ def agreement_table(
         ),
         note=f"Mean cosine similarity of class and patch tokens over {num_photos} held-out "
         "photographs; 1 is the original. Converted: every weight is kept, the new parameters are "
-        f"fresh, nothing is trained. Distilled: {how}, without labels on random crops of other "
+        f"fresh, nothing is trained. Distilled: {how} without labels on random crops of other "
         f"photographs at {sizes[0]} px, saved and loaded again.",
     )
 

@@ -169,7 +169,7 @@ class TTT(nn.Module):
         """``weights``, ``conv``, ``mixing`` and ``affine`` of ``torch.ops.t5fx.ttt``."""
         weights = [getattr(self, name) for name in self._weight_names]
         conv = [tensor for name in self._conv_names for tensor in getattr(self, name)()]
-        mixing = [self.gate] if "gate" in self._parameters else []
+        mixing: list[Tensor] = [self.gate] if "gate" in self._parameters else []
         affine = [getattr(self, name) for name in AFFINE] if self.qk_affine else []
         return weights, conv, mixing, affine
 

@@ -51,9 +51,10 @@ def _ttt(
     """The body; its annotations and defaults are the operator's schema."""
     if impl == TRUSTED:
         impl = "auto" if _is_transformed() else "triton"
-    ttt = {"inner": inner, "inner_loss": inner_loss, "key_norm": key_norm, "locality": locality}
-    near_by = {"neighborhood": neighborhood, "coarse": coarse, "mix": mix}
-    variant = Variant(**ttt, **near_by, key_norm_eps=key_norm_eps, qk_affine=qk_affine)
+    variant = Variant(
+        *(inner, inner_loss, key_norm, key_norm_eps, locality),
+        *(neighborhood, coarse, mix, qk_affine),
+    )
     check_impl(variant, impl)
     check_counts(variant, weights, conv, mixing, affine, grid)
     lists = {"weights": weights, "conv": conv, "mixing": mixing, "affine": affine}

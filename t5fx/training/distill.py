@@ -90,7 +90,7 @@ class Distill:
     train: Train = "full"
     rank: int = 8
     steps: int = 500
-    lr: float = 2e-4
+    lr: float = 1e-4
     lr_ratio: float = 10.0
     weight_decay: float = 0.0
     warmup: float = 0.05

@@ -316,7 +316,7 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     """All of the demo on a tiny model: the real conversion, compilation, checks and files."""
     monkeypatch.setattr(dinov2, "load_dinov2_small", lambda: tiny_vit(depth=1))
     monkeypatch.setattr(demo, "SIZE", SIDE)
-    monkeypatch.setattr(demo, "ALIGN_SIZE", 28)
+    monkeypatch.setattr(demo, "TRAIN_SIZE", 28)
     threads = torch.get_num_threads()
     picture, table = tmp_path / "demo.png", tmp_path / "docs" / "demo.md"
     files = ["--out", str(picture), "--table", str(table), "--save", str(tmp_path / "saved")]
@@ -324,7 +324,6 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     torch.set_num_threads(threads)
     text = capsys.readouterr().out
     assert "below-break-even (1)" in text  # explain's default, which the demo's linearize overrides
-    assert "aligned in 3 steps, 6 samples" in text
     assert "fine-tuned in 3 steps, 6 samples" in text
     assert (tmp_path / "saved" / "t5fx_config.json").exists()
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -337,7 +336,7 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
 def test_its_quality_as_rows(monkeypatch, capsys):
     monkeypatch.setattr(dinov2, "load_dinov2_small", lambda: tiny_vit(depth=1))
     monkeypatch.setattr(demo, "SIZE", SIDE)
-    monkeypatch.setattr(demo, "ALIGN_SIZE", 28)
+    monkeypatch.setattr(demo, "TRAIN_SIZE", 28)
     experiment = next(one for one in quality.experiments(small=True) if "DINOv2" in one.case)
     rows = list(experiment.run(experiment))
     found = {(row.contender, row.measure): row for row in rows}
