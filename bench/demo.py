@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=docs / "demo.png", help="the picture (PNG)")
     parser.add_argument("--table", type=Path, default=docs / "demo.md", help="the tables")
     parser.add_argument(
-        "--sizes", type=_sizes, default=(224, 518, 1036), help="image sides to time, in pixels"
+        "--sizes", type=sizes, default=(224, 518, 1036), help="image sides to time, in pixels"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the distillation")
     parser.add_argument("--minutes", type=float, help="train for so long instead")
@@ -232,15 +232,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def sizes(text: str) -> tuple[int, ...]:
     """`224,518` to (224, 518)."""
-    sizes = tuple(int(size) for size in text.split(",") if size.isdigit())
-    if len(sizes) <= text.count(",") or any(size % dinov2.PATCH or not size for size in sizes):
+    found = tuple(int(size) for size in text.split(",") if size.isdigit())
+    if len(found) <= text.count(",") or any(size % dinov2.PATCH or not size for size in found):
         raise argparse.ArgumentTypeError(
             f"expected positive multiples of the patch size {dinov2.PATCH} with commas between "
             f"them, such as 224,518,1036, got {text!r}"
         )
-    return sizes
+    return found
 
 
 if __name__ == "__main__":

@@ -7,7 +7,18 @@ from onnx.reference import ReferenceEvaluator
 from test_demo import tiny_vit
 from torch.nn.functional import normalize
 
-from t5fx.bench import demo, dinov2, mnist, neighbours, packages, saliency, uses
+import t5fx
+from t5fx.bench import (
+    demo,
+    dinov2,
+    frontier,
+    mnist,
+    neighbours,
+    packages,
+    recipe,
+    saliency,
+    uses,
+)
 
 close = torch.testing.assert_close
 
@@ -99,3 +110,39 @@ def test_class_tokens_are_of_unit_length():
     found = neighbours.class_tokens(tiny_vit(depth=1), images, 28)
     close(found, normalize(found, dim=1))
     assert found.shape == (3, 32)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(dinov2, "load_dinov2_small", lambda: tiny_vit(depth=2))
+    monkeypatch.setattr(demo, "SIZE", 56)
+    monkeypatch.setattr(demo, "TRAIN_SIZE", 28)
+
+
+def test_recipe_from_end_to_end(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "LARGE_SIZE", 56)
+    table, picture = tmp_path / "recipe.md", tmp_path / "recipe.png"
+    files = ["--out", str(picture), "--table", str(table)]
+    recipe.main([*files, "--steps", "2", "--seeds", "2", "--sizes", "28,56"])
+    text = table.read_text()
+    ways = ["converted", "aligned", "distilled, new parameters alone", "distilled"]
+    assert all(f"| {way} |" in text for way in ways)
+    assert text.count(" ± ") == 16 and "deviation of 2 seeds" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_frontier_from_end_to_end(tiny, tmp_path):
+    table, picture = tmp_path / "frontier.md", tmp_path / "frontier.png"
+    files = ["--out", str(picture), "--table", str(table)]
+    frontier.main([*files, "--size", "224", "--points", "3", "--cost", "flops"])
+    text = table.read_text()
+    assert "2 of 5 x 5, 8 x 8 cells" in text or "; 1 softmax" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_choices_are_described():
+    near = {"neighborhood": 5, "coarse": 8}
+    config = t5fx.LinearizeConfig(overrides={"a": near, "b": near, "c": {**near, "coarse": 12}})
+    assert frontier.described(config, 4) == (
+        "2 of 5 x 5, 8 x 8 cells; 1 of 5 x 5, 12 x 12 cells; 1 softmax"
+    )
