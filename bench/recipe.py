@@ -25,7 +25,7 @@ from .tables import Table
 
 SIZES = (224, 518, 1036)
 #: Steps of one crop at the second size, which the last way has in the end.
-LARGE_STEPS, LARGE_SIZE = 12, 518
+LARGE_STEPS, LARGE_SIZE = 16, 518
 
 #: By way and size: agreements of class tokens and of patches, one pair a seed.
 Found = dict[str, dict[int, list[tuple[float, float]]]]

@@ -6,10 +6,11 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from t5fx.backend.adapters import adapter
 from t5fx.errors import TrainingError
@@ -31,6 +32,14 @@ from t5fx.training.nodes import (
     table,
     warm_cosine,
 )
+from t5fx.training.processes import (
+    average_gradients,
+    averaged,
+    is_first,
+    process_count,
+    share_values,
+)
+from t5fx.training.resume import load_state, save_state
 from t5fx.training.students import Student, find_projections, taught
 
 
@@ -77,6 +86,16 @@ class AlignResult:
         return table(title, columns, rows)
 
 
+@dataclass(frozen=True)
+class _Round:
+    """Students that learn together, the `index`-th such; before: losses on what is held out."""
+
+    index: int
+    students: Mapping[str, Student]
+    chosen: Mapping[str, Student]
+    before: Mapping[str, float]
+
+
 @dataclass
 class Align:
     """A fine-tune hook: regress each TTT node onto the softmax attention that it replaces.
@@ -112,12 +131,16 @@ class Align:
         sequential: the sites learn one after the other, in the order in which they run, each for
             `steps` batches, with the finished ones' own outputs before it. Of gradients and the
             optimizer's states only one site's are in memory at a time.
+        checkpoint: a file that keeps the state every `save_every` steps. An alignment that finds it
+            goes on from there, to the same values where `data` gives the same batches again; at
+            the end the file is removed.
         until: stop early, once the mean loss over 50 steps is lower than over the 50 before it by
             less than this share, such as 0.01.
 
     Raises:
         TrainingError: data that ends, a site that no batch reaches, a loss that is not finite. The
             module then has the values of the last step that was in order, as after an interrupt.
+            A checkpoint that is damaged, or of other settings.
     """
 
     data: Iterable[Any]
@@ -130,10 +153,13 @@ class Align:
     held_out: Iterable[Any] | None = None
     sequential: bool = False
     until: float | None = None
+    checkpoint: str | Path | None = None
+    save_every: int = 100
     result: AlignResult | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_positive(steps=self.steps, **{} if self.lr is None else {"lr": self.lr})
+        check_positive(steps=self.steps, save_every=self.save_every)
+        check_positive(**{} if self.lr is None else {"lr": self.lr})
         if not 0 <= self.own <= 1:
             raise TrainingError(f"own: expected a fraction of the steps, 0 to 1, got {self.own!r}")
         if self.until is not None:
@@ -147,7 +173,7 @@ class Align:
         nodes = nodes_of(module)
         device = device_of(nodes)
         students = {key: Student(key, node) for key, node in nodes.items()}
-        _share_values(students)
+        share_values(s.node for s in students.values())
         self.result = result = AlignResult(losses={key: [] for key in nodes})
         start = time.perf_counter()
         with kept(module):
@@ -155,12 +181,18 @@ class Align:
             args, kwargs = self._call(first, device)
             order = find_projections(module, students, args, kwargs)
             result.measured = {key: s.projection for key, s in students.items()}
-            before = self._measure(module, students, device)
+            saved = self._resumed(students, device)
+            before = saved["before"] if saved else self._measure(module, students, device)
+            for _ in range(result.steps):  # which those steps had
+                next(batches)
             rounds = [[key] for key in order] if self.sequential else [list(students)]
             try:
-                for keys in rounds:
+                for index, keys in enumerate(rounds):
                     chosen = {key: students[key] for key in keys}
-                    self._train(module, students, chosen, batches, device)
+                    run = _Round(index, students, chosen, before)
+                    if saved is None or index >= saved["round"]:
+                        own = saved if saved and index == saved["round"] else None
+                        self._train(module, run, own, batches, device)
                     for student in chosen.values():
                         student.passes_on = self.sequential
             finally:
@@ -171,18 +203,20 @@ class Align:
                 student.passes_on = False
             after = self._measure(module, students, device)
             result.held_out = {key: (before[key], after[key]) for key in before}
+        if self.checkpoint is not None and is_first():
+            Path(self.checkpoint).unlink(missing_ok=True)
 
     def _train(
         self,
         module: nn.Module,
-        students: Mapping[str, Student],
-        chosen: Mapping[str, Student],
+        run: _Round,
+        saved: Mapping[str, Any] | None,
         batches: Iterator[Any],
         device: torch.device,
     ) -> None:
-        """Train the chosen students for `steps` batches."""
+        """Train the chosen students for `steps` batches, of which some may be done."""
         assert self.result is not None
-        result, means = self.result, list[float]()
+        result, chosen, means = self.result, run.chosen, list[float]()
         optimizers = self._optimizers(chosen)
         schedules = [
             torch.optim.lr_scheduler.LambdaLR(
@@ -190,31 +224,74 @@ class Align:
             )
             for one in optimizers
         ]
+        parts = {"optimizers": optimizers, "schedules": schedules}
+        if saved is not None:
+            means = list(saved["means"])
+            for name, some in parts.items():
+                for part, state in zip(some, saved[name], strict=True):
+                    part.load_state_dict(state)
         for student in chosen.values():
             student.learns = True
         with progress("align", self.steps) as advance:
-            for step in range(self.steps):
+            for step in range(len(means), self.steps):
                 own = not self.sequential and step >= round(self.steps * (1 - self.own))
                 for student in chosen.values():
                     student.passes_on = own
                 args, kwargs = self._call(next(batches), device)
                 for optimizer in optimizers:
                     optimizer.zero_grad()
-                with taught(students, module):
+                with taught(run.students, module):
                     module(*args, **kwargs)
-                losses = {key: student.take_loss() for key, student in students.items()}
+                losses = {key: student.take_loss() for key, student in run.students.items()}
                 means.append(self._record({key: losses[key] for key in chosen}, step))
-                _average_gradients(chosen)
+                average_gradients(s.node for s in chosen.values())
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
                     optimizer.step()
                     schedule.step()
                 result.steps += 1
-                result.samples += samples((args, kwargs)) * _processes()
+                result.samples += samples((args, kwargs)) * process_count()
                 advance(f"mean loss {means[-1]:.3f}")
                 if self._is_still(means):
                     break
+                if (step + 1) % self.save_every == 0:
+                    states = {n: [one.state_dict() for one in some] for n, some in parts.items()}
+                    self._save(run, {"means": means, **states})
         for student in chosen.values():
             student.learns = False
+
+    def _settings(self, keys: Iterable[str]) -> dict[str, Any]:
+        """What a training has to have in common with one that it goes on with."""
+        names = ("steps", "lr", "warmup", "own", "sequential")
+        return {"sites": list(keys), **{name: getattr(self, name) for name in names}}
+
+    def _save(self, run: _Round, state: Mapping[str, Any]) -> None:
+        if self.checkpoint is None or not is_first():
+            return
+        assert self.result is not None
+        whole = {
+            "round": run.index,
+            "before": run.before,
+            "nodes": {key: student.node.state_dict() for key, student in run.students.items()},
+            "steps": self.result.steps,
+            "samples": self.result.samples,
+            "losses": self.result.losses,
+        }
+        save_state(Path(self.checkpoint), self._settings(run.students), {**whole, **state})
+
+    def _resumed(
+        self, students: Mapping[str, Student], device: torch.device
+    ) -> dict[str, Any] | None:
+        """The state that an interrupted alignment left, its values in students and result."""
+        if self.checkpoint is None:
+            return None
+        saved = load_state(Path(self.checkpoint), self._settings(students), device)
+        if saved is not None:
+            assert self.result is not None
+            for key, student in students.items():
+                student.node.load_state_dict(saved["nodes"][key])
+            self.result.steps, self.result.samples = saved["steps"], saved["samples"]
+            self.result.losses = saved["losses"]
+        return saved
 
     def _is_still(self, means: list[float]) -> bool:
         """Whether the loss falls no more; it is the mean over all processes: all stop at once."""
@@ -273,7 +350,7 @@ class Align:
     def _record(self, losses: Mapping[str, Tensor], step: int) -> float:
         """Keep the losses of a step; their mean. Raises where one is not finite."""
         assert self.result is not None
-        values = _averaged(torch.stack(list(losses.values()))).tolist()
+        values = averaged(torch.stack(list(losses.values()))).tolist()
         for key, loss in zip(losses, values, strict=True):
             if not loss < float("inf"):
                 rate = "" if self.lr is None else f" ({self.lr})"
@@ -285,33 +362,3 @@ class Align:
         for key, loss in zip(losses, values, strict=True):
             self.result.losses[key].append(loss)
         return sum(values) / len(values)
-
-
-def _processes() -> int:
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if ready else 1
-
-
-def _averaged(values: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if _processes() > 1:
-        distributed.all_reduce(values)
-        values = values / _processes()
-    return values
-
-
-def _average_gradients(students: Mapping[str, Student]) -> None:
-    if _processes() > 1:
-        for student in students.values():
-            for parameter in student.node.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = _averaged(parameter.grad)
-
-
-@torch.no_grad()
-def _share_values(students: Mapping[str, Student]) -> None:
-    """All processes start from the nodes of the first."""
-    if _processes() > 1:
-        for student in students.values():
-            for parameter in student.node.parameters():
-                distributed.broadcast(parameter, 0)

@@ -223,6 +223,71 @@ def test_interrupt_keeps_the_steps_that_were_done():
     assert lin.blocks[0].attn.t5.w1.requires_grad
 
 
+class Stopping(list):
+    """Batches, again and again, until so many were given; then an interrupt."""
+
+    left = math.inf
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("seen", [3, 4, 8, 9])
+def test_goes_on_from_a_checkpoint_to_the_same_values(sequential, seen, tmp_path):
+    shape = Shape(depth=2)
+    data, others = batches(shape, 3), batches(shape)
+    settings = {"steps": 5, "own": 0.0 if sequential else 0.4, "held_out": others}
+    settings |= {"sequential": sequential}
+    whole, parts = linearized(shape), linearized(shape)
+    wanted = t5fx.Align(data, **settings)
+    wanted(whole)
+
+    file = tmp_path / "new" / "align.pt"
+    settings |= {"checkpoint": file, "save_every": 2}
+    stopped = Stopping(data)
+    stopped.left = seen
+    if sequential or seen < 5:
+        with pytest.raises(KeyboardInterrupt):
+            t5fx.Align(stopped, **settings)(parts)
+        assert [one.name for one in file.parent.iterdir()] == ["align.pt"]
+    # As after a crash: the model is a fresh one.
+    fresh = linearized(shape)
+    again = t5fx.Align(data, **settings)
+    again(fresh)
+    assert not file.exists()
+    assert (again.result.steps, again.result.samples) == (
+        wanted.result.steps,
+        wanted.result.samples,
+    )
+    assert again.result.losses == wanted.result.losses
+    assert again.result.held_out == wanted.result.held_out
+    for name, value in whole.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    shape, file = Shape(depth=1), tmp_path / "align.pt"
+    data = Stopping(batches(shape))
+    data.left = 3
+    with pytest.raises(KeyboardInterrupt):
+        t5fx.Align(data, steps=9, checkpoint=file, save_every=1)(linearized(shape))
+    for settings, said in (
+        ({"steps": 8}, "expected a training with steps=8 .* got one with 9"),
+        ({"steps": 9, "lr": 0.1}, "expected a training with lr=0.1 .* got one with None"),
+    ):
+        with pytest.raises(TrainingError, match=said):
+            t5fx.Align(batches(shape), checkpoint=file, **settings)(linearized(shape))
+    assert file.exists()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match="delete it to start anew"):
+        t5fx.Align(batches(shape), steps=9, checkpoint=file)(linearized(shape))
+
+
 def test_model_without_nodes_and_bad_settings():
     with pytest.raises(TrainingError, match="nothing to train"):
         t5fx.Align([Shape().images()])(Shape().model())
