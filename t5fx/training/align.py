@@ -224,7 +224,7 @@ class Align:
             )
             for one in optimizers
         ]
-        parts = {"optimizers": optimizers, "schedules": schedules}
+        parts: dict[str, list[Any]] = {"optimizers": [*optimizers], "schedules": [*schedules]}
         if saved is not None:
             means = list(saved["means"])
             for name, some in parts.items():
