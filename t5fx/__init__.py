@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from t5fx.training.align import Align
     from t5fx.training.distill import Distill
     from t5fx.training.finetune import FineTune
+    from t5fx.training.groups import freeze, param_groups
     from t5fx.training.search import search
 
 __version__ = "0.1.0"
@@ -64,8 +65,10 @@ __all__ = [
     "adapter",
     "example_inputs",
     "explain",
+    "freeze",
     "from_pretrained",
     "linearize",
+    "param_groups",
     "report",
     "save_pretrained",
     "search",
@@ -95,6 +98,8 @@ _HOMES = {
     "Align": "training.align",
     "Distill": "training.distill",
     "FineTune": "training.finetune",
+    "freeze": "training.groups",
+    "param_groups": "training.groups",
     "from_pretrained": "checkpoint.pretrained",
     "save_pretrained": "checkpoint.pretrained",
     "adapter": "backend.adapters",

@@ -31,12 +31,20 @@ def hooks_of(finetune: Hook | Sequence[Hook] | None) -> list[Hook]:
 def run(hooks: Sequence[Hook], module: nn.Module, report: Report) -> nn.Module:
     """Call hooks in turn, each with what the one before returned.
 
-    Raises `HookError`, from the hook's own error, with the module in its present state.
+    Raises `HookError`, from the hook's own error, with the module in its present state, which an
+    interrupt from the keyboard gets too.
     """
     for hook in hooks:
         name = getattr(hook, "__name__", type(hook).__name__)
         try:
             result = hook(module, report)
+        except KeyboardInterrupt as error:
+            error.module = module  # type: ignore[attr-defined]
+            error.add_note(
+                f"The fine-tune hook {name} was interrupted; the linearized model, as it left it, "
+                f"is this exception's `.module` (in an interactive session sys.last_value.module)."
+            )
+            raise
         except Exception as error:
             raise HookError(
                 f"the fine-tune hook {name} failed with {type(error).__name__}: {error}; the "

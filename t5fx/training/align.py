@@ -22,7 +22,9 @@ from t5fx.runtime.templates import bare
 from t5fx.training.muon import Muon
 from t5fx.training.nodes import (
     as_call,
+    check_count,
     check_positive,
+    check_share,
     device_of,
     endless,
     kept,
@@ -63,7 +65,7 @@ class AlignResult:
 
     @property
     def before(self) -> dict[str, float]:
-        return {key: values[0] for key, values in self.losses.items()}
+        return {key: values[0] for key, values in self.losses.items() if values}
 
     @property
     def after(self) -> dict[str, float]:
@@ -86,6 +88,14 @@ class AlignResult:
         return table(title, columns, rows)
 
 
+#: A loss, of which 1 is that of an output of zero, that many times the first one is no progress.
+DIVERGED = 100.0
+
+
+class _DivergedError(TrainingError):
+    """A loss grew beyond all measure."""
+
+
 @dataclass(frozen=True)
 class _Round:
     """Students that learn together, the `index`-th such; before: losses on what is held out."""
@@ -104,8 +114,8 @@ class Align:
     each site's node gets the true queries, keys and values of the original and minimises, apart
     from all others, sum_t |P(o_t - a_t)|^2 / sum_t |P a_t|^2 over tokens and batch, where o is its
     output, a the softmax attention's and P the linear layer that reads it, if one does. Only the
-    new parameters change. The original needs no memory of its own: it is the linearized model with
-    the softmax put back in every node.
+    new parameters change, and of these only what requires gradients. The original needs no memory
+    of its own: it is the linearized model with the softmax put back in every node.
 
     As a hook: `linearize(model, args, finetune=Align(batches))`; or called with a linearized model,
     one compiled with backend="t5", or its torch.compile: `Align(batches)(lin)`. Afterwards
@@ -138,8 +148,9 @@ class Align:
             less than this share, such as 0.01.
 
     Raises:
-        TrainingError: data that ends, a site that no batch reaches, a loss that is not finite. The
-            module then has the values of the last step that was in order, as after an interrupt.
+        TrainingError: nothing to train, data that ends, a site that no batch reaches, a loss that
+            is not finite. The module then has the values of the last step that was in order, as
+            after an interrupt. A loss that grew a hundredfold; the module then is as it was.
             A checkpoint that is damaged, or of other settings.
     """
 
@@ -158,10 +169,9 @@ class Align:
     result: AlignResult | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_positive(steps=self.steps, save_every=self.save_every)
+        check_count(steps=self.steps, save_every=self.save_every)
         check_positive(**{} if self.lr is None else {"lr": self.lr})
-        if not 0 <= self.own <= 1:
-            raise TrainingError(f"own: expected a fraction of the steps, 0 to 1, got {self.own!r}")
+        check_share(own=self.own, warmup=self.warmup)
         if self.until is not None:
             check_positive(until=self.until)
 
@@ -174,7 +184,13 @@ class Align:
         device = device_of(nodes)
         students = {key: Student(key, node) for key, node in nodes.items()}
         share_values(s.node for s in students.values())
-        self.result = result = AlignResult(losses={key: [] for key in nodes})
+        learning = [key for key, student in students.items() if student.parameters]
+        if not learning:
+            raise TrainingError(
+                "nothing to train: expected nodes with parameters that require gradients, got "
+                "nodes all of which are frozen"
+            )
+        self.result = result = AlignResult(losses={key: [] for key in learning})
         start = time.perf_counter()
         with kept(module):
             module.eval().requires_grad_(False)
@@ -185,7 +201,9 @@ class Align:
             before = saved["before"] if saved else self._measure(module, students, device)
             for _ in range(result.steps):  # which those steps had
                 next(batches)
-            rounds = [[key] for key in order] if self.sequential else [list(students)]
+            sites = [key for key in order if students[key].parameters]
+            rounds = [[key] for key in sites] if self.sequential else [sites]
+            trained = True
             try:
                 for index, keys in enumerate(rounds):
                     chosen = {key: students[key] for key in keys}
@@ -195,8 +213,11 @@ class Align:
                         self._train(module, run, own, batches, device)
                     for student in chosen.values():
                         student.passes_on = self.sequential
+            except _DivergedError:
+                trained = False
+                raise
             finally:
-                for student in students.values():
+                for student in students.values() if trained else ():
                     student.give_back()
                 result.seconds = time.perf_counter() - start
             for student in students.values():
@@ -315,13 +336,15 @@ class Align:
         return {key: float(torch.stack(v).mean()) for key, v in found.items() if v}
 
     def _optimizers(self, students: Mapping[str, Student]) -> list[torch.optim.Optimizer]:
-        named = [pair for s in students.values() for pair in s.node.named_parameters()]
-        matrices = [p for _, p in named if p.dim() == 3]
-        convolutions = [p for _, p in named if p.dim() != 3]
+        trained = [p for s in students.values() for p in s.parameters.values()]
+        matrices = [p for p in trained if p.dim() == 3]
+        convolutions = [p for p in trained if p.dim() != 3]
         lr = self.lr
         if lr is None:
             lr = 2e-3 if any(s.node.variant.is_near for s in students.values()) else 1e-2
-        optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, momentum=0.9)]
+        optimizers: list[torch.optim.Optimizer] = []
+        if matrices:
+            optimizers.append(Muon(matrices, lr, momentum=0.9))
         if convolutions:
             adam = torch.optim.AdamW(convolutions, 2 * lr, betas=(0.9, 0.95), weight_decay=0.0)
             optimizers.append(adam)
@@ -347,18 +370,26 @@ class Align:
     def _call(self, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return as_call(batch, device, self.inputs)
 
+    def _rate(self) -> str:
+        return "" if self.lr is None else f" ({self.lr})"
+
     def _record(self, losses: Mapping[str, Tensor], step: int) -> float:
         """Keep the losses of a step; their mean. Raises where one is not finite."""
         assert self.result is not None
         values = averaged(torch.stack(list(losses.values()))).tolist()
         for key, loss in zip(losses, values, strict=True):
             if not loss < float("inf"):
-                rate = "" if self.lr is None else f" ({self.lr})"
                 raise TrainingError(
                     f"'{key}': expected a finite loss, got {loss} at step {step}: lower lr"
-                    f"{rate}, or look for inputs that are not finite; the values are those "
+                    f"{self._rate()}, or look for inputs that are not finite; the values are those "
                     f"of the step before"
                 )
         for key, loss in zip(losses, values, strict=True):
             self.result.losses[key].append(loss)
+            first = self.result.losses[key][0]
+            if loss > DIVERGED * max(1.0, first):
+                raise _DivergedError(
+                    f"'{key}': expected a loss that falls, got {first:.3g} in the first step and "
+                    f"{loss:.3g} in step {step}: lower lr{self._rate()}; all nodes are as they were"
+                )
         return sum(values) / len(values)

@@ -21,7 +21,7 @@ from t5fx.kernels import TTT
 from t5fx.reports import Report
 from t5fx.runtime.lookup import is_linearized
 from t5fx.training.finetune import FineTune, FineTuneResult
-from t5fx.training.nodes import as_call, check_positive, device_of, nodes_of
+from t5fx.training.nodes import as_call, check_count, check_not_negative, device_of, nodes_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -111,7 +111,8 @@ class Distill:
             raise TrainingError(
                 f"output: expected one of {wanted} or a function, got {self.output!r}"
             )
-        check_positive(rank=self.rank, hidden_weight=self.hidden_weight)
+        check_count(rank=self.rank)
+        check_not_negative(hidden_weight=self.hidden_weight)
         self._loop({}, lambda model, batch: torch.zeros(()))  # which checks what it takes
 
     @torch.inference_mode(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,8 +18,12 @@ from torch.utils.data import DataLoader
 from t5fx.errors import TrainingError
 from t5fx.kernels import TTT
 from t5fx.reports import Report
+from t5fx.training.groups import freeze, param_groups
 from t5fx.training.nodes import (
+    check_count,
+    check_not_negative,
     check_positive,
+    check_share,
     device_of,
     endless,
     kept,
@@ -70,17 +75,18 @@ class FineTune:
     Parameters are trained in place; afterwards `.result` has the history.
 
     Args:
-        data: batches, iterated as often as needed: a DataLoader, or a list.
+        data: batches, iterated as often as needed: a DataLoader, or a list. Of what is no
+            DataLoader each of several processes takes every so many-th batch.
         loss: (model, batch) -> a tensor with one number, such as
             `lambda model, batch: cross_entropy(model(batch[0]), batch[1])`.
-        protocol: "freeze" trains the new parameters only, the model in eval mode; "full" all
-            parameters that require gradients, the model in train mode.
+        protocol: "freeze" trains the new parameters only, the model in eval mode; "full" the
+            others too, the model in train mode. What requires no gradients is not trained.
         steps: optimizer steps.
         lr: peak learning rate of the new parameters. With "full" the others get 1/`lr_ratio` of
             it; 20 is what the method's authors use.
         weight_decay: of AdamW, for tensors of two or more axes.
         warmup: fraction of the steps.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm, if it is not None.
         evaluate: (model) -> metrics by name, called in eval mode without gradients every
             `eval_every` steps (never in between where that is None) and after the last.
         log_every: steps of an interval of `.result.history`.
@@ -90,8 +96,9 @@ class FineTune:
             logged to). By default one on the device where the model is.
 
     Raises:
-        TrainingError: nothing to train, data that ends, a loss that is no number or not finite.
-            The module then has the values of the last step that was in order.
+        TrainingError: nothing to train, parameters in 16 bits, data that ends, a loss that is no
+            number, a loss or a gradient that is not finite. The module then has the values of the
+            last step that was in order.
     """
 
     data: Iterable[Any]
@@ -103,7 +110,7 @@ class FineTune:
     lr_ratio: float = 20.0
     weight_decay: float = 0.01
     warmup: float = 0.05
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     eval_every: int | None = None
     log_every: int = 50
@@ -119,13 +126,17 @@ class FineTune:
         if self.ema is not None and not 0 < self.ema < 1:
             raise TrainingError(f"ema: expected a decay between 0 and 1, got {self.ema!r}")
         check_positive(
-            steps=self.steps,
             lr=self.lr,
             lr_ratio=self.lr_ratio,
-            max_grad_norm=self.max_grad_norm,
+            max_grad_norm=1.0 if self.max_grad_norm is None else self.max_grad_norm,
+        )
+        check_count(
+            steps=self.steps,
             log_every=self.log_every,
             eval_every=1 if self.eval_every is None else self.eval_every,
         )
+        check_not_negative(weight_decay=self.weight_decay)
+        check_share(warmup=self.warmup)
 
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
@@ -135,7 +146,11 @@ class FineTune:
         self.result = FineTuneResult()
         with kept(module):
             self._set_flags(module, nodes)
-            optimizer = torch.optim.AdamW(self._groups(module, nodes), self.lr)
+            groups = param_groups(
+                module, self.lr, lr_ratio=self.lr_ratio, weight_decay=self.weight_decay
+            )
+            _check_wide(groups)
+            optimizer = torch.optim.AdamW(groups, self.lr)
             schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda step: warm_cosine(step, self.steps, self.warmup)
             )
@@ -153,31 +168,18 @@ class FineTune:
 
     def _set_flags(self, module: nn.Module, nodes: Mapping[str, TTT]) -> None:
         if self.protocol == "freeze":
-            module.eval().requires_grad_(False)
+            freeze(module).eval()
         else:
             module.train()
-        for node in nodes.values():
-            node.requires_grad_(True)
-
-    def _groups(self, module: nn.Module, nodes: Mapping[str, TTT]) -> list[dict[str, Any]]:
-        """The optimizer's groups: new and old parameters, each with and without weight decay."""
-        new = [p for node in nodes.values() for p in node.parameters()]
-        known = {id(p) for p in new}
-        old = [p for p in module.parameters() if id(p) not in known and p.requires_grad]
-        groups = []
-        for parameters, lr in ((new, self.lr), (old, self.lr / self.lr_ratio)):
-            for decays in (True, False):
-                chosen = [p for p in parameters if (p.dim() > 1) == decays]
-                decay = self.weight_decay if decays else 0.0
-                if chosen:
-                    groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
-        return groups
 
     def _train(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule: Any, data: Any
     ) -> None:
         assert self.result is not None
         result, start, batches = self.result, time.perf_counter(), endless(data)
+        if not isinstance(data, DataLoader):  # which accelerate splits
+            first, count = accelerator.process_index, accelerator.num_processes
+            batches = itertools.islice(batches, first, None, count)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         interval = _Interval()
         average = _Average(trained, self.ema)
@@ -189,10 +191,12 @@ class FineTune:
                     accelerator.backward(loss)
                     norm = None
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(trained, self.max_grad_norm)
+                        most = math.inf if self.max_grad_norm is None else self.max_grad_norm
+                        norm = accelerator.clip_grad_norm_(trained, most)
+                        self._check_norm(accelerator, norm, result.steps)
                     optimizer.step()
                     optimizer.zero_grad()
-                interval.add(loss.detach(), norm)
+                interval.add(accelerator.reduce(loss.detach(), "mean"), norm)
                 result.samples += samples(batch) * accelerator.num_processes
                 if not accelerator.sync_gradients:
                     continue
@@ -232,10 +236,32 @@ class FineTune:
             )
         return loss.reshape(())
 
+    def _check_norm(self, accelerator: Accelerator, norm: Any, step: int) -> None:
+        """Raise for gradients that are not finite; a scaler for float16 leaves such steps out."""
+        if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"expected finite gradients, got a norm of {float(norm)} at step {step} with a "
+                f"finite loss: look for a division by zero or a root of zero behind the loss; the "
+                f"values are those of the step before"
+            )
+
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         assert self.evaluate is not None
         with kept(model), torch.no_grad():
             return {n: float(v) for n, v in self.evaluate(model.eval()).items()}
+
+
+def _check_wide(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise for parameters in which the steps of an optimizer are rounded away."""
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                name = str(parameter.dtype).removeprefix("torch.")
+                raise TrainingError(
+                    f"expected parameters in float32, got {name}, whose roundings are larger than "
+                    f"most steps: train model.float() with "
+                    f"accelerator=Accelerator(mixed_precision='bf16'), and convert it afterwards"
+                )
 
 
 class _Average:

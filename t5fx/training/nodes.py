@@ -141,6 +141,31 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     return text.getvalue().rstrip()
 
 
+def check_count(**values: int) -> None:
+    """Raise `TrainingError` for a value that is not a whole number above zero."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise TrainingError(f"{name}: expected a whole number above 0, got {value!r}")
+
+
+def check_share(**values: float) -> None:
+    """Raise `TrainingError` for a value that is not a number from 0 to 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise TrainingError(f"{name}: expected a fraction, 0 to 1, got {value!r}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise `TrainingError` for a value that is not a finite number, or below zero."""
+    for name, value in values.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 <= value < math.inf
+        ):
+            raise TrainingError(f"{name}: expected a number of at least 0, got {value!r}")
+
+
 def check_positive(**values: float) -> None:
     """Raise `TrainingError` for a value that is not a finite number above zero."""
     for name, value in values.items():

@@ -21,7 +21,14 @@ from t5fx.kernels import TTT
 from t5fx.reports import Site
 from t5fx.training.align import Align
 from t5fx.training.distill import cosine
-from t5fx.training.nodes import as_call, check_positive, nodes_of, table
+from t5fx.training.nodes import (
+    as_call,
+    check_count,
+    check_not_negative,
+    check_positive,
+    nodes_of,
+    table,
+)
 from t5fx.training.students import attention, instead
 
 #: What a site may become, when nothing else is said: fields of `LinearizeConfig`.
@@ -153,7 +160,9 @@ def search(
             "search: expected one of budget= (share of the softmax's cost) and loss= (of the "
             f"output), got {'neither' if budget is None else 'both'}"
         )
-    check_positive(points=points, **{"budget": budget} if loss is None else {"loss": loss})
+    check_count(points=points)
+    check_not_negative(align=align)
+    check_positive(**{"budget": budget} if loss is None else {"loss": loss})
     if cost not in ("flops", "measure"):
         raise TrainingError(f"cost: expected 'flops' or 'measure', got {cost!r}")
     arguments, keywords = check_call(model, args, kwargs)

@@ -16,12 +16,12 @@ from t5fx.kernels import TTT
 
 
 class Student:
-    """The float32 copy of a node that is trained in its place."""
+    """The float32 copy of a node that is trained in its place, but for what is frozen of it."""
 
     def __init__(self, key: str, node: TTT) -> None:
         self.key = key
         self.original = node
-        self.node = copy.deepcopy(node).float().requires_grad_(True)
+        self.node = copy.deepcopy(node).float()
         self.attend = attention(node)
         self.projection = ""
         self.weight: Tensor | None = None
@@ -29,6 +29,11 @@ class Student:
         self.losses: list[Tensor] = []
         self.passes_on = False
         self.learns = False
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that are trained."""
+        return {name: p for name, p in self.node.named_parameters() if p.requires_grad}
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         """What the original does here, and kept to find out who reads it."""

@@ -76,6 +76,17 @@ def test_failing_hook_keeps_what_was_trained():
     assert (caught.value.module.blocks[0].attn.t5.w1 == 7).all()
 
 
+def test_interrupted_hook_keeps_what_was_trained():
+    def train(module, report):
+        train.module = module
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        linearized([lambda module, report: None, train])
+    assert caught.value.module is train.module
+    assert "`.module`" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("hook", [3, "freeze", [None]])
 def test_what_cannot_be_called_is_refused_before_any_work(hook, monkeypatch):
     monkeypatch.setattr("t5fx.api.build", None)

@@ -292,8 +292,36 @@ def test_model_without_nodes_and_bad_settings():
     with pytest.raises(TrainingError, match="nothing to train"):
         t5fx.Align([Shape().images()])(Shape().model())
     for bad in ({"steps": 0}, {"lr": -1.0}, {"lr": math.nan}):
-        with pytest.raises(TrainingError, match="expected a number above 0"):
+        with pytest.raises(TrainingError, match=r"expected a (whole )?number above 0"):
             t5fx.Align([], **bad)
+
+
+def test_frozen_sites_stay_frozen():
+    shape = Shape(depth=2)
+    lin = linearized(shape)
+    lin.blocks[0].attn.t5.requires_grad_(False)
+    lin.blocks[1].attn.t5.w1.requires_grad_(False)
+    before = copy.deepcopy(lin.state_dict())
+    for sequential in (False, True):
+        align = t5fx.Align(batches(shape), steps=2, lr=0.1, sequential=sequential)
+        align(lin)
+        moved = {n for n, v in lin.state_dict().items() if not torch.equal(v, before[n])}
+        own = {f"blocks.1.attn.t5.{n}" for n in lin.blocks[1].attn.t5.state_dict()}
+        assert moved == own - {"blocks.1.attn.t5.w1"}
+        assert align.result.before.keys() == {"blocks.1.attn.t5"}
+        assert "blocks.0" not in str(align.result)
+    lin.requires_grad_(False)
+    with pytest.raises(TrainingError, match="nodes all of which are frozen"):
+        t5fx.Align(batches(shape), steps=2)(lin)
+
+
+def test_a_loss_that_grows_beyond_measure_is_an_error_and_changes_nothing():
+    shape = Shape(depth=1)
+    lin = linearized(shape)
+    before = copy.deepcopy(lin.state_dict())
+    with pytest.raises(TrainingError, match=r"expected a loss that falls, got .* lower lr \(3"):
+        t5fx.Align(batches(shape), steps=50, lr=3.0, warmup=0.0)(lin)
+    assert all(torch.equal(v, before[n]) for n, v in lin.state_dict().items())
 
 
 def test_says_nothing_where_there_is_no_terminal(capsys):

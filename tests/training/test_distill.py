@@ -116,7 +116,7 @@ def test_losses():
     [
         ({"train": "all"}, "train: expected one of 'new', 'full', 'lora', got 'all'"),
         ({"output": "mse"}, "output: expected one of 'cosine', 'relative' or a function"),
-        ({"rank": 0}, "rank: expected a number above 0"),
+        ({"rank": 0}, "rank: expected a whole number above 0"),
         ({"lr": -1.0}, "lr: expected a number above 0"),
         ({"ema": 1.5}, "ema: expected a decay between 0 and 1, got 1.5"),
     ],

@@ -191,12 +191,121 @@ def test_losses_that_cannot_be_trained_on(wrong, message):
     assert all(p.requires_grad for p in lin.parameters())
 
 
+def test_gradients_that_are_not_finite_are_not_stepped():
+    """sqrt(0) is finite, its gradient is not."""
+    lin = linearized()
+    before = copy.deepcopy(lin.state_dict())
+
+    def root(model, batch):
+        return loss(model, batch) + (model(batch[0]) * 0).abs().sum().sqrt()
+
+    for most in (1.0, None):
+        tune = t5fx.FineTune(data(), root, protocol="full", steps=2, max_grad_norm=most)
+        with pytest.raises(TrainingError, match="expected finite gradients, got a norm of nan"):
+            tune(lin)
+        assert tune.result.steps == 0
+        assert all(torch.equal(v, before[n]) for n, v in lin.state_dict().items())
+
+
+def test_gradients_may_be_left_as_they_are():
+    lin, twin = linearized(), linearized()
+    settings = {"steps": 3, "lr": 1e-2, "weight_decay": 0.0}
+    batches = data()
+    t5fx.FineTune(batches, loss, **settings, max_grad_norm=None)(lin)
+    t5fx.FineTune(batches, loss, **settings, max_grad_norm=1e9)(twin)
+    for value, other in zip(lin.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def test_parameters_in_16_bits_are_refused():
+    lin = linearized().bfloat16()
+    with pytest.raises(TrainingError, match="expected parameters in float32, got bfloat16"):
+        t5fx.FineTune(data(), loss, protocol="full", steps=1)(lin)
+    for node in t5fx.adapter(lin).nodes().values():
+        node.float()
+    with pytest.raises(TrainingError, match="got bfloat16"):  # the model's own
+        t5fx.FineTune(data(), loss, protocol="full", steps=1)(lin)
+
+
+def test_frozen_sites_stay_frozen():
+    lin = linearized()
+    node = lin.vit.blocks[0].attn.t5
+    node.w1.requires_grad_(False)
+    before = copy.deepcopy(lin.state_dict())
+    for protocol in ("freeze", "full"):
+        t5fx.FineTune(data(), loss, protocol=protocol, steps=2, lr=0.1)(lin)
+        assert torch.equal(node.w1, before["vit.blocks.0.attn.t5.w1"])
+        assert not torch.equal(node.w2, before["vit.blocks.0.attn.t5.w2"])
+    node.requires_grad_(False)
+    with pytest.raises(TrainingError, match="nothing to train"):
+        t5fx.FineTune(data(), loss, steps=1)(lin)
+
+
+def test_two_processes_are_one_with_both_batches(tmp_path):
+    """Of a list each takes every second batch; gradients and the history's losses are averaged."""
+    torch.multiprocessing.spawn(_tune_in_two, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    batches = _four_batches()
+    joined = [
+        tuple(map(torch.cat, zip(*batches[at : at + 2], strict=True))) for at in range(0, 4, 2)
+    ]
+    alone = linearized()
+    alone.drop.p = 0.0
+    tune = t5fx.FineTune(joined, loss, **_IN_TWO)
+    tune(alone)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(one["state"][name], two["state"][name])
+        torch.testing.assert_close(one["state"][name], value, rtol=1e-3, atol=1e-4)
+    assert one["losses"] == two["losses"]
+    assert one["losses"] == pytest.approx([r["loss"] for r in tune.result.history], rel=1e-4)
+
+
+_IN_TWO = {"protocol": "full", "steps": 4, "lr": 1e-2, "log_every": 1, "max_grad_norm": 1e9}
+
+
+def _four_batches():
+    generator = torch.Generator().manual_seed(0)
+    shape = SHAPE.images().shape
+    return [
+        (torch.randn(shape, generator=generator), torch.tensor([i % 3, 1, 2, 0])) for i in range(4)
+    ]
+
+
+def _tune_in_two(rank, folder):
+    import os
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        lin = linearized()
+        # Dropout would drop other channels in each process.
+        lin.drop.p = 0.0
+        tune = t5fx.FineTune(_four_batches(), loss, accelerator=Accelerator(cpu=True), **_IN_TWO)
+        tune(lin)
+        saved = {"state": lin.state_dict(), "losses": [r["loss"] for r in tune.result.history]}
+        torch.save(saved, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
 def test_bad_settings_and_nothing_to_train():
     with pytest.raises(TrainingError, match="protocol: expected one of freeze, full"):
         t5fx.FineTune([], loss, protocol="lora")
-    for name in ("steps", "lr", "lr_ratio", "max_grad_norm", "log_every", "eval_every"):
+    for name in ("lr", "lr_ratio", "max_grad_norm"):
         with pytest.raises(TrainingError, match=f"{name}: expected a number above 0, got 0"):
             t5fx.FineTune([], loss, **{name: 0})
+    for name in ("steps", "log_every", "eval_every"):
+        for value in (0, 2.5, True):
+            with pytest.raises(TrainingError, match=f"{name}: expected a whole number above 0"):
+                t5fx.FineTune([], loss, **{name: value})
+    with pytest.raises(TrainingError, match="weight_decay: expected a number of at least 0"):
+        t5fx.FineTune([], loss, weight_decay=-1)
+    with pytest.raises(TrainingError, match="warmup: expected a fraction, 0 to 1, got 5"):
+        t5fx.FineTune([], loss, warmup=5)
     with pytest.raises(TrainingError, match="nothing to train"):
         t5fx.FineTune(data(), loss)(classifier())
     with pytest.raises(TrainingError, match="got no batch from a list"):
