@@ -52,10 +52,10 @@ class Distill:
 
     Needs inputs and no labels. The teacher is a copy of the model with the softmax attention put
     back, in eval mode, as is the student. The loss is that of the outputs plus `hidden_weight`
-    times the mean of |s - t|^2 / |t|^2 over the chosen hidden states. Use it after `Align`, which
-    gets each site close for a fraction of the cost: the errors that it leaves add up over the
-    layers, and this is what takes them away (as in MOHAWK, arXiv 2408.10189, and LoLCATs,
-    arXiv 2410.10254, which align attentions, then hidden states, then outputs).
+    times the mean of |s - t|^2 / |t|^2 over the chosen hidden states (MOHAWK, arXiv 2408.10189,
+    and LoLCATs, arXiv 2410.10254, align attentions, then hidden states, then outputs). Errors of
+    single sites add up over the layers: this is what takes them away. With near attention it needs
+    no `Align` before it; without, `Align` gets each site close for a fraction of the cost.
 
     As a hook: `linearize(model, args, finetune=[Align(batches), Distill(batches)])`; or called with
     a linearized model: `Distill(batches)(lin)`. Parameters are trained in place; afterwards
