@@ -24,8 +24,6 @@ from .features import agreement, tokens
 from .tables import Table
 
 SIZES = (224, 518, 1036)
-#: Steps of one crop at the second size, which the last way has in the end.
-LARGE_STEPS, LARGE_SIZE = 16, 518
 
 #: By way and size: agreements of class tokens and of patches, one pair a seed.
 Found = dict[str, dict[int, list[tuple[float, float]]]]
@@ -68,25 +66,15 @@ def ways(
 ) -> None:
     """Each way from a copy of the converted model; `look(name, model, seconds)` after each."""
 
-    def crops(size: int = demo.TRAIN_SIZE, batch: int = demo.BATCH) -> photos.RandomCrops:
-        return photos.RandomCrops(photos.OTHERS, size, batch, seed)
-
-    def trained(name: str, lin: nn.Module, *hooks: t5fx.Align | t5fx.Distill) -> nn.Module:
-        start = perf_counter()
-        for hook in hooks:
-            hook(lin)
-        look(name, lin, perf_counter() - start)
-        return lin
+    def crops() -> photos.RandomCrops:
+        return photos.RandomCrops(photos.OTHERS, demo.TRAIN_SIZE, demo.BATCH, seed)
 
     align = t5fx.Align(crops(), inputs=dinov2.preprocess, steps=steps)
-    trained("aligned", copy.deepcopy(converted), align)
-    new = demo.distillation(crops(), steps)
-    new.train, new.lr = "new", 2 * demo.RATE
-    trained("distilled, new parameters alone", copy.deepcopy(converted), new)
-    whole = trained("distilled", copy.deepcopy(converted), demo.distillation(crops(), steps))
-    large = demo.distillation(crops(LARGE_SIZE, 1), max(1, LARGE_STEPS * steps // demo.STEPS))
-    large.lr = demo.RATE / 2
-    trained(f"distilled, then a few steps at {LARGE_SIZE} px", whole, large)
+    for name, hook in (("aligned", align), ("distilled", demo.distillation(crops(), steps))):
+        lin = copy.deepcopy(converted)
+        start = perf_counter()
+        hook(lin)
+        look(name, lin, perf_counter() - start)
 
 
 def recipe_table(found: Found, seconds: Mapping[str, Sequence[float]], steps: int) -> Table:
@@ -115,9 +103,8 @@ def recipe_table(found: Found, seconds: Mapping[str, Sequence[float]], steps: in
         ),
         note=f"Mean cosine with the original's tokens of {len(photos.HELD_OUT)} held-out "
         f"photographs. Trained without labels in {steps} steps of {demo.BATCH} crops of other "
-        f"photographs at {demo.TRAIN_SIZE} px, and so much longer as the last row says in "
-        f"{max(1, LARGE_STEPS * steps // demo.STEPS)} steps of one; mean and standard deviation of "
-        f"{seeds} seeds.",
+        f"photographs at {demo.TRAIN_SIZE} px: aligned, the new parameters, site by site; distilled, "
+        f"all parameters, end to end. Mean and standard deviation of {seeds} seeds of the crops.",
     )
 
 
