@@ -70,7 +70,11 @@ def ways(
         return photos.RandomCrops(photos.OTHERS, demo.TRAIN_SIZE, demo.BATCH, seed)
 
     align = t5fx.Align(crops(), inputs=dinov2.preprocess, steps=steps)
-    for name, hook in (("aligned", align), ("distilled", demo.distillation(crops(), steps))):
+    hooks: dict[str, t5fx.Align | t5fx.Distill] = {
+        "aligned": align,
+        "distilled": demo.distillation(crops(), steps),
+    }
+    for name, hook in hooks.items():
         lin = copy.deepcopy(converted)
         start = perf_counter()
         hook(lin)
@@ -103,8 +107,9 @@ def recipe_table(found: Found, seconds: Mapping[str, Sequence[float]], steps: in
         ),
         note=f"Mean cosine with the original's tokens of {len(photos.HELD_OUT)} held-out "
         f"photographs. Trained without labels in {steps} steps of {demo.BATCH} crops of other "
-        f"photographs at {demo.TRAIN_SIZE} px: aligned, the new parameters, site by site; distilled, "
-        f"all parameters, end to end. Mean and standard deviation of {seeds} seeds of the crops.",
+        f"photographs at {demo.TRAIN_SIZE} px: aligned, the new parameters, site by site; "
+        "distilled, all parameters, end to end. Mean and standard deviation of "
+        f"{seeds} seeds of the crops.",
     )
 
 

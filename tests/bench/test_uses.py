@@ -86,6 +86,7 @@ def test_map_agreement():
     assert other.correlation == pytest.approx(-1) and other.overlap == 0
 
 
+@pytest.mark.slow  # a command that trains, compiles and draws
 def test_uses_from_end_to_end(tmp_path, monkeypatch, capsys):
     """On a tiny model, without what the demo does before."""
     monkeypatch.setattr(dinov2, "load_dinov2_small", lambda: tiny_vit(depth=1))
@@ -119,6 +120,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(demo, "TRAIN_SIZE", 28)
 
 
+@pytest.mark.slow  # a command that trains, compiles and draws
 def test_recipe_from_end_to_end(tiny, tmp_path):
     table, picture = tmp_path / "recipe.md", tmp_path / "recipe.png"
     files = ["--out", str(picture), "--table", str(table)]
@@ -130,6 +132,7 @@ def test_recipe_from_end_to_end(tiny, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow  # a command that trains, compiles and draws
 def test_frontier_from_end_to_end(tiny, tmp_path):
     table, picture = tmp_path / "frontier.md", tmp_path / "frontier.png"
     files = ["--out", str(picture), "--table", str(table)]

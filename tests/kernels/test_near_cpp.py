@@ -190,6 +190,7 @@ def test_nothing_is_read_before_it_is_written():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.slow  # compiles all of it twice more
 @pytest.mark.parametrize("flag", ["-march=x86-64", "-march=x86-64-v4"])
 def test_other_processors_get_the_same_without_a_warning(flag, tmp_path, monkeypatch):
     from torch._inductor import cpp_builder
