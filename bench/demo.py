@@ -37,7 +37,7 @@ from .timing import Named, Timing, break_even, time_models
 SIZE = 518
 TRAIN_SIZE = 224
 BATCH = 2
-STEPS = 100
+STEPS = 80
 # Of new parameters; a tenth for the model's own. A converted model is near the original, and
 # batches of two crops are noisy: twice as much takes class tokens further away than they were.
 RATE = 1e-4

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     docs = Path("docs")
     parser.add_argument("--out", type=Path, default=docs / "recipe.png", help="the picture (PNG)")
     parser.add_argument("--table", type=Path, default=docs / "recipe.md", help="the table")
-    parser.add_argument("--steps", type=int, default=demo.STEPS, help="of each training")
+    parser.add_argument("--steps", type=int, default=100, help="of each training")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--sizes", type=demo.sizes, default=SIZES, help="to look at, in pixels")
     return parser

@@ -59,7 +59,7 @@ def time_models(
     *,
     num_tokens: int | None = None,
     budget: float = 12.0,
-    rounds: tuple[int, int] = (5, 40),
+    rounds: tuple[int, int] = (3, 40),
     say: Callable[[str], Any] = lambda text: None,
 ) -> Timing:
     """Compiles each model for one input, checks it, times all in turn.
