@@ -31,10 +31,10 @@ from .saliency import load_decoder, map_agreement
 from .tables import Table
 
 #: Digits among which others are found, those that are, and those that are distilled on.
-GALLERY, QUERIES, SEEN = 1200, 600, 200
+GALLERY, QUERIES, SEEN = 800, 400, 200
 #: Image sides in pixels at which digits are looked at; distilled on at the last.
-SIZES = (112, 168)
-STEPS, BATCH = 40, 8
+SIZES = (168,)
+STEPS, BATCH = 20, 8
 
 Models = Mapping[str, nn.Module]
 
