@@ -141,7 +141,8 @@ def draw(path: Path, measured: Sequence[Measured], size: int) -> None:
     ):
         points = sorted(zip(speeds, values, strict=True))
         axes.plot(*zip(*points, strict=True), "o-", color=colour, label=what)
-    axes.annotate("softmax", (1.0, 1.0), textcoords="offset points", xytext=(8, -4))
+    axes.annotate("softmax", (1.0, 1.0), textcoords="offset points", xytext=(6, 6))
+    axes.margins(y=0.1)
     axes.set(
         xlabel="one image, times faster than softmax",
         ylabel="mean cosine with the original",
