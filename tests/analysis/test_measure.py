@@ -25,6 +25,7 @@ SETTINGS = {
     "neighborhood": 0,
     "coarse": 0,
     "mix": "gate",
+    "qk_affine": False,
     "impl": "auto",
 }
 SHAPE = Shape(2, 3, 17, 8, 8, 1, (4, 4), "float32", False)

@@ -26,12 +26,10 @@ from t5fx.backend import compile as backend
 from t5fx.errors import SlowNodeWarning
 from t5fx.kernels import TTT, NodeArgumentError, choice, trust, ttt
 from t5fx.kernels.trust import Question, Verdict
+from t5fx.kernels.variant import Variant
 
 GPU = torch.device("cuda", 0)
-NODE = {
-    "inner": "swiglu", "inner_loss": "dot", "key_norm": "instance", "key_norm_eps": 1.0,
-    "locality": "dwc_qk", "neighborhood": 0, "coarse": 0, "mix": "gate",
-}  # fmt: skip
+NODE = Variant().settings()
 QUESTION = Question("float16", 16, 1, "forward", choice.settings_of(NODE))
 #: 101 tokens, heads of 16: more than 4.5 D, fewer than 12 times as many.
 SHAPE = Shape(depth=3, heads=2, head_dim=16, grid=(10, 10))
@@ -249,7 +247,7 @@ class TestVerdicts:
             *({"node": {**NODE, **new}} for new in (
                 {"locality": "none"}, {"key_norm_eps": 1e-5}, {"inner": "mlp2"},
                 {"inner_loss": "l2"}, {"key_norm": "rms"}, {"window": 5}, {"neighborhood": 7},
-                {"coarse": 4}, {"mix": "half"},
+                {"coarse": 4}, {"mix": "half"}, {"qk_affine": True},
             )),
         ],
         ids=lambda change: next(iter(change)),
