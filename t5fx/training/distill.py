@@ -269,8 +269,11 @@ def _low_rank(module: nn.Module, nodes: Mapping[str, TTT], rank: int) -> Iterato
     if not targets:
         raise TrainingError('train: expected linear layers for "lora", found none')
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
+    new = [(p, p.requires_grad) for node in nodes.values() for p in node.parameters()]
     module.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), module)
+    for parameter, learns in new:
+        parameter.requires_grad_(learns)
     try:
         yield
     finally:
