@@ -31,10 +31,10 @@ from .saliency import load_decoder, map_agreement
 from .tables import Table
 
 #: Digits among which others are found, those that are, and those that are distilled on.
-GALLERY, QUERIES, SEEN = 800, 400, 200
+GALLERY, QUERIES, SEEN = 300, 150, 200
 #: Image sides in pixels at which digits are looked at; distilled on at the last.
 SIZES = (168,)
-STEPS, BATCH = 20, 8
+STEPS, BATCH = 10, 8
 
 Models = Mapping[str, nn.Module]
 
