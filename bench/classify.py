@@ -25,7 +25,7 @@ import t5fx
 from . import mnist
 from .console import step
 from .figure import draw_accuracies
-from .tables import Table, machine, time_table
+from .tables import Table, machine, save_tables, time_table
 from .timing import Timing, break_even, time_models
 from .vit import PATCH, Training, accuracy, load_vit, shipped
 
@@ -78,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title = f"A small ViT on {data.source.partition(',')[0]}: softmax, converted, trained again"
     rows = [(one.name, one.accuracy) for one in stages]
     draw_accuracies(options.out, title, rows, timings, break_even(linear), (table.note, times.note))
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(f"{table.markdown()}\n{times.markdown()}", encoding="utf-8")
+    save_tables(options.table, table, times)
     console.print(
         f"picture: {options.out}\ntables: {options.table}\ntotal: {perf_counter() - start:.0f} s",
         highlight=False,

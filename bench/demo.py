@@ -29,7 +29,7 @@ from . import dinov2, photos
 from .console import step
 from .features import tokens
 from .figure import Example, draw
-from .tables import agreement_table, time_table
+from .tables import agreement_table, save_tables, time_table
 from .timing import Named, Timing, break_even, time_models
 
 # The size at which the model is explained and linearized, and at which features are compared: that
@@ -85,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shown = examples(found.images[SIZE], found.features[SIZE])
     notes = (cosines.note, times.note)
     draw(options.out, TITLE, shown, timings, break_even(found.linear), notes)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(f"{cosines.markdown()}\n{times.markdown()}", encoding="utf-8")
+    save_tables(options.table, cosines, times)
     console.print(
         f"picture: {options.out}\ntables: {options.table}\ncheckpoint: {options.save}\n"
         f"total: {perf_counter() - start:.0f} s",
@@ -143,6 +142,11 @@ def convert(model: nn.Module, example: Tensor, console: Console) -> nn.Module:
         # min_tokens=0: at 224 px too, where the cost model would rather keep the softmax.
         config = t5fx.LinearizeConfig(min_tokens=0)
         return t5fx.linearize(model, (example,), config=config).eval()
+
+
+def pair() -> Tensor:
+    """Two photographs to convert the model with, at the size at which it is trained."""
+    return dinov2.preprocess(photos.centre_crops(("astronaut", "china"), TRAIN_SIZE))
 
 
 def train(linear: nn.Module, steps: int, seed: int, console: Console) -> Trained:

@@ -22,7 +22,7 @@ from t5fx.analysis.measure import Spread
 from . import demo, dinov2, photos
 from .console import step
 from .features import Agreement, agreement, tokens
-from .tables import Table, machine
+from .tables import Table, machine, save_tables
 from .timing import time_models
 
 SIZE = 1036
@@ -66,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = measure(model, found, held_out, console)
     table = frontier_table(measured, options.size)
     table.print(console)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(table.markdown(), encoding="utf-8")
+    save_tables(options.table, table)
     draw(options.out, measured, options.size)
     console.print(f"table: {options.table}\npicture: {options.out}", highlight=False)
 

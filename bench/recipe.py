@@ -21,7 +21,7 @@ import t5fx
 from . import demo, dinov2, photos
 from .console import step
 from .features import agreement, tokens
-from .tables import Table
+from .tables import Table, save_tables
 
 SIZES = (224, 518, 1036)
 
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = {s: photos.centre_crops(tuple(photos.HELD_OUT), s) for s in options.sizes}
     with step(console, "tokens of the original"):
         wanted = {s: tokens(model, dinov2.preprocess(crops)) for s, crops in images.items()}
-    example = dinov2.preprocess(photos.centre_crops(("astronaut", "china"), demo.TRAIN_SIZE))
-    converted = demo.convert(model, example, console)
+    converted = demo.convert(model, demo.pair(), console)
 
     found: Found = {}
     seconds: dict[str, list[float]] = {}
@@ -55,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ways(converted, options.steps, seed, look)
     table = recipe_table(found, seconds, options.steps)
     table.print(console)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(table.markdown(), encoding="utf-8")
+    save_tables(options.table, table)
     draw(options.out, found)
     console.print(f"table: {options.table}\npicture: {options.out}", highlight=False)
 

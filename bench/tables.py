@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -47,6 +48,12 @@ class Table:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def save_tables(path: Path, *tables: Table) -> None:
+    """Writes tables one below the other, as Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
 
 
 def agreement_table(

@@ -28,7 +28,7 @@ from .features import tokens
 from .mnist import Labelled
 from .neighbours import class_tokens, coloured, hits, interval, parts
 from .saliency import load_decoder, map_agreement
-from .tables import Table
+from .tables import Table, save_tables
 
 #: Digits among which others are found, those that are, and those that are distilled on.
 GALLERY, QUERIES, SEEN = 300, 150, 200
@@ -43,10 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     console = Console()
     original = dinov2.load_dinov2_small()
-    example = dinov2.preprocess(photos.centre_crops(("astronaut", "china"), demo.TRAIN_SIZE))
     models = {
         "softmax": original,
-        "TTT, converted": demo.convert(original, example, console),
+        "TTT, converted": demo.convert(original, demo.pair(), console),
         "TTT, distilled": t5fx.from_pretrained(options.model, original).eval(),
     }
     with step(console, "saliency maps"):
@@ -66,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for table in tables:
         table.print(console)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text("\n".join(t.markdown() for t in tables), encoding="utf-8")
+    save_tables(options.table, *tables)
     draw(options.out, images, maps)
     console.print(f"tables: {options.table}\npicture: {options.out}", highlight=False)
 

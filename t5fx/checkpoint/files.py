@@ -73,16 +73,16 @@ def write(
             description.files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
             description.tensors |= dict.fromkeys(shard, path.name)
         text = json.dumps({"version": VERSION, **asdict(description)}, indent=2)
-        with _scratch(folder) as scratch:
+        with scratch_file(folder) as scratch:
             scratch.write_text(text + "\n", encoding="utf-8")
-            _sync(scratch)
+            sync(scratch)
             os.replace(scratch, folder / CONFIG_NAME)
     except BaseException:
         for path in written:
             if path.name not in before:
                 path.unlink(missing_ok=True)
         raise
-    _sync(folder)
+    sync(folder)
     for name in before - set(description.files):
         (folder / name).unlink(missing_ok=True)
 
@@ -93,9 +93,9 @@ def _write_shard(
     """The file that was written, and its digest."""
     from safetensors.torch import save_file
 
-    with _scratch(folder) as scratch:
+    with scratch_file(folder) as scratch:
         save_file({n: _alone(t) for n, t in shard.items()}, scratch, {"format": "pt"})
-        _sync(scratch)
+        sync(scratch)
         digest = _digest(scratch)
         path = folder / f"{content}-{digest[:12]}{suffix}.safetensors"
         written.append(path)
@@ -138,7 +138,7 @@ def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def scratch_file(folder: Path) -> Iterator[Path]:
     """The path of an empty file in the folder, with the permissions of any new one; removed."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=".t5fx-")
     os.close(handle)
@@ -152,7 +152,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     with contextlib.suppress(OSError):  # a folder cannot be opened everywhere
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -143,35 +143,25 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
 
 def check_count(**values: int) -> None:
     """Raise `TrainingError` for a value that is not a whole number above zero."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise TrainingError(f"{name}: expected a whole number above 0, got {value!r}")
+    _check(values, "a whole number above 0", lambda x: isinstance(x, int) and x > 0)
 
 
 def check_share(**values: float) -> None:
     """Raise `TrainingError` for a value that is not a number from 0 to 1."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise TrainingError(f"{name}: expected a fraction, 0 to 1, got {value!r}")
+    _check(values, "a fraction, 0 to 1", lambda x: 0 <= x <= 1)
 
 
 def check_not_negative(**values: float) -> None:
     """Raise `TrainingError` for a value that is not a finite number, or below zero."""
-    for name, value in values.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 <= value < math.inf
-        ):
-            raise TrainingError(f"{name}: expected a number of at least 0, got {value!r}")
+    _check(values, "a number of at least 0", lambda x: 0 <= x < math.inf)
 
 
 def check_positive(**values: float) -> None:
     """Raise `TrainingError` for a value that is not a finite number above zero."""
+    _check(values, "a number above 0", lambda x: 0 < x < math.inf)
+
+
+def _check(values: Mapping[str, Any], wanted: str, fits: Callable[[Any], bool]) -> None:
     for name, value in values.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
-            raise TrainingError(f"{name}: expected a number above 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+            raise TrainingError(f"{name}: expected {wanted}, got {value!r}")

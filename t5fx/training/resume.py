@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from t5fx.checkpoint.files import scratch_file, sync
 from t5fx.errors import TrainingError
 
 
 def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write tensors, numbers, strings, lists and dicts; whole, or what was there before stays."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.save({"settings": dict(settings), **state}, scratch)
+    with scratch_file(path.parent) as scratch:
+        with scratch.open("wb") as file:  # torch.save itself refuses names that begin with a dot
+            torch.save({"settings": dict(settings), **state}, file)
+        sync(scratch)
         os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load_state(
