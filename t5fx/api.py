@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from t5fx.analysis.variant import check_variants
 from t5fx.config import LinearizeConfig
 from t5fx.errors import (
     AlreadyLinearizedError,
@@ -192,7 +193,9 @@ class _CalledError(BaseException):
 def _config(config: Any) -> LinearizeConfig:
     if config is not None and not isinstance(config, LinearizeConfig):
         raise ConfigError(f"config: expected a LinearizeConfig, got {type(config).__name__}")
-    return config or LinearizeConfig()
+    config = config or LinearizeConfig()
+    check_variants(config)
+    return config
 
 
 def check_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

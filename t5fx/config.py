@@ -14,7 +14,18 @@ from t5fx.errors import ConfigError
 
 VERSION = 1
 
-Inner = Literal["swiglu", "mlp2", "mlp3", "gate1"]
+Inner = Literal[
+    "swiglu",
+    "mlp2",
+    "mlp3",
+    "gate1",
+    "linear",
+    "linear_projqk",
+    "hedgehog",
+    "lit",
+    "performer",
+    "none",
+]
 InnerLoss = Literal["dot", "l2"]
 KeyNorm = Literal["instance", "instance_center", "instance_scale", "rms", "layer", "none"]
 Locality = Literal["dwc_qk", "dwc_v", "none"]
@@ -44,7 +55,10 @@ Grid = tuple[int, ...] | Callable[..., tuple[int, ...]] | None
 class LinearizeConfig:
     """All options of :func:`t5fx.linearize` and :func:`t5fx.explain`.
 
-    inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1".
+    inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1". For comparison also
+        attention that is not trained on each input: "linear" (phi = elu + 1), "linear_projqk" (the
+        same on projected q and k), "hedgehog", "lit" and "performer" (`t5fx.kernels.inner`), and
+        "none": near attention alone, a sliding window.
     inner_loss: "dot", -(s/N) sum v.f(k), or "l2", (s/2N) sum |f(k) - v|^2.
     key_norm, key_norm_eps: normalisation of the keys before the inner step.
     locality: where the depthwise convolutions sit: on q and k, on v, or nowhere. With "none" a site

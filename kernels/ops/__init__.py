@@ -2,7 +2,16 @@
 
 from .errors import NodeArgumentError
 from .functional import flops, ttt
-from .inner import INNER_MODELS, InnerModel, inner_model
+from .inner import INNER_MODELS, InnerModel, TokenMixer, inner_model
 from .module import TTT
 
-__all__ = ["INNER_MODELS", "TTT", "InnerModel", "NodeArgumentError", "flops", "inner_model", "ttt"]
+__all__ = [
+    "INNER_MODELS",
+    "TTT",
+    "InnerModel",
+    "NodeArgumentError",
+    "TokenMixer",
+    "flops",
+    "inner_model",
+    "ttt",
+]

@@ -34,6 +34,11 @@ def check_counts(
     grid: Sequence[int],
 ) -> None:
     """Raise unless there are as many tensors of each kind and grid axes as needed."""
+    if not variant.is_anything:
+        raise NodeArgumentError(
+            f"neighborhood, coarse: expected near attention with inner {variant.inner!r}, which is "
+            f"nothing else; got neighborhood {variant.neighborhood}, coarse {variant.coarse}"
+        )
     names = inner_model(variant.inner).weight_names
     _expect("weights", f"{len(names)} tensors ({', '.join(names)})", len(weights), len(names))
     convolved = CONVOLVED[variant.locality]

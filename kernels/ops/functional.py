@@ -71,7 +71,10 @@ def ttt(
             without near attention.
         prefix: number of tokens before the grid.
         inner: "swiglu" f(x) = (silu(x W1) * (x W2)) W3; "mlp2" silu(x W1) W2;
-            "mlp3" silu(silu(x W1) W2) W3; "gate1" silu(x W1) * (x W2).
+            "mlp3" silu(silu(x W1) W2) W3; "gate1" silu(x W1) * (x W2). Without training, for
+            comparison: linear attention phi(q) (phi(k)^T v) / (phi(q) sum phi(k)) with phi of
+            "linear" elu(x) + 1, "linear_projqk" the same on q Pq and k Pk, "lit" relu(x),
+            "hedgehog" and "performer", see `t5fx.kernels.inner`; and "none", near attention alone.
         inner_loss: "dot" or "l2".
         key_norm: "instance" (k - mean) / sqrt(var + eps) over the N tokens of a channel, biased
             variance; "instance_center" without the division; "instance_scale" without the mean;

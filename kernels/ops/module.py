@@ -102,6 +102,7 @@ class TTT(nn.Module):
         self.impl = impl
         self.seed, self.name = seed, name
 
+        place = torch.empty(0, device=device).device  # None is torch's default device
         model = inner_model(inner)
         self._weight_names = model.weight_names
         shapes = model.weight_shapes(head_dim, value_dim)
@@ -117,7 +118,7 @@ class TTT(nn.Module):
             holder = _CONV[grid_ndim](
                 channels, channels, 3, padding=1, groups=channels, device="meta", dtype=dtype
             )
-            self.add_module(conv, holder.to_empty(device=empty.device))
+            self.add_module(conv, holder.to_empty(device=place))
         self._needs_grid = variant.needs_grid
         if variant.is_gated:
             self.gate = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
@@ -135,17 +136,14 @@ class TTT(nn.Module):
             digest = hashlib.sha256(f"{self.seed}:{self.name}:{name}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             fresh = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
-            if name == "gate" or name in AFFINE:
+            if name in self._weight_names:
+                fresh = inner_model(str(self.inner)).initial(name, parameter.shape, generator)
+            elif name == "gate" or name in AFFINE:
                 fresh.fill_(0.0 if name.endswith("_offset") else 1.0)
-            elif name.startswith("dwc_"):
+            else:
                 # What nn.Conv does: uniform within 1/sqrt(fan in), one input channel per group.
                 bound = 1 / math.sqrt(3**self.grid_ndim)
                 fresh.uniform_(-bound, bound, generator=generator)
-            else:
-                # nn.init.trunc_normal_ draws differently from version to version of torch.
-                uniform = torch.empty(fresh.shape, dtype=torch.float64, device="cpu")
-                uniform.uniform_(-1, 1, generator=generator)
-                fresh = (0.02 * math.sqrt(2) * uniform.erfinv()).clamp(-2, 2).float()
             parameter.copy_(fresh)
 
     def forward(

@@ -44,20 +44,11 @@ def reference(
         elif locality == "dwc_v":
             v = add_depthwise_conv(v, conv[0], conv[1], grid, prefix)
 
-        batch, heads, tokens, _ = q.shape
+        batch, heads = q.shape[:2]
         # Pairs (batch item, head) become one leading axis. That is a view of a contiguous tensor
         # or of a single batch item; otherwise one copy here, instead of one in every product.
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         weights = [w.expand(batch, -1, -1, -1).flatten(0, 1) for w in weights]
 
-        model = inner_model(inner)
-        hidden = model.hidden(k, weights)
-        # dL/df is rate * g; the gradient is linear in g, so the factor can wait for the small dW.
-        rate = scale / tokens
-        if inner_loss == "dot":
-            g, rate = v, -rate
-        else:
-            g = model.output(hidden, weights) - v
-        grads = model.gradient(k, hidden, weights, g)
-        updated = [w - rate * dw for w, dw in zip(weights, grads, strict=True)]
-        return model.forward(q, updated).unflatten(0, (batch, heads)).to(out_dtype)
+        out = inner_model(inner).mix(q, k, v, weights, scale, inner_loss)
+        return out.unflatten(0, (batch, heads)).to(out_dtype)

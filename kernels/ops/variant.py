@@ -26,7 +26,8 @@ class Variant:
     """The settings of a node but for its sizes, scale and implementation; see ``t5fx.kernels.ttt``.
 
     Raises:
-        NodeArgumentError: a name that is not known, a window that is not odd.
+        NodeArgumentError: a name that is not known, a window that is not odd, a setting that the
+            inner model does not read.
     """
 
     inner: str = "swiglu"
@@ -52,6 +53,19 @@ class Variant:
             raise NodeArgumentError(
                 f"coarse: expected a number of cells along an axis, or 0; got {self.coarse}"
             )
+        mixer = INNER_MODELS[self.inner]
+        if self.inner_loss != "dot" and not mixer.has_loss:
+            raise NodeArgumentError(
+                f'inner_loss: expected "dot", the default, with inner {self.inner!r}, which is not '
+                f"trained and reads none; got {self.inner_loss!r}"
+            )
+        read = {"key_norm": "none", "locality": "none", "mix": "gate"}
+        unread = [f"{n}={getattr(self, n)!r}" for n, v in read.items() if getattr(self, n) != v]
+        if unread and not mixer.reads_tokens:
+            raise NodeArgumentError(
+                f"inner {self.inner!r}, near attention alone: expected key_norm='none', "
+                f"locality='none' and mix='gate'; got {', '.join(unread)}"
+            )
 
     @property
     def is_near(self) -> bool:
@@ -67,6 +81,16 @@ class Variant:
     def needs_grid(self) -> bool:
         """Whether the tokens' places on a grid are read."""
         return self.is_near or bool(CONVOLVED[self.locality])
+
+    @property
+    def is_anything(self) -> bool:
+        """Whether tokens are mixed at all."""
+        return self.is_near or INNER_MODELS[self.inner].reads_tokens
+
+    @property
+    def does_without_grid(self) -> bool:
+        """Whether `without_grid` is still the node that was asked for, but for near attention."""
+        return self.locality == "none" and INNER_MODELS[self.inner].reads_tokens
 
     @property
     def is_written_out(self) -> bool:

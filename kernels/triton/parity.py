@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import NodeArgumentError
 from ..functional import ttt
 from ..inner import inner_model
+from ..inner.swiglu import SwiGLU
 from ..key_norm import KEY_NORMS
 from ..locality import add_depthwise_conv
 from ..reference import reference
@@ -313,7 +314,7 @@ def saved_reference(tensors: Sequence[Tensor], keywords: Mapping[str, Any]) -> d
         found["taps"] = torch.stack([_taps(weight, bias, heads) for weight, bias in both])
     keys, values = keys.flatten(0, 1), v.flatten(0, 1)
     own = [w.expand(batch, -1, -1, -1).flatten(0, 1) for w in weights]
-    model = inner_model("swiglu")
+    model = SwiGLU()
     grads = model.gradient(keys, model.hidden(keys, own), own, values)
     rate = keywords["scale"] / tokens
     updated = [w + rate * dw for w, dw in zip(own, grads, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 from t5fx.analysis.axis import Axis, Cat, Chosen, Merge, Repeat, Unit, made_by, runs_of
 from t5fx.analysis.layout import Axes
 from t5fx.analysis.tokens import layout_of
+from t5fx.analysis.variant import variant_of
 from t5fx.config import LinearizeConfig
 from t5fx.graph.sizes import same
 from t5fx.graph.view import View
@@ -133,7 +134,7 @@ def find_layout(
     found = layout_of(tokens)
     if config.grid is None and config.prefix is None and config.suffix is None:
         if isinstance(found, str):
-            if config.locality == "none":
+            if variant_of(config, axes=2).does_without_grid:
                 return (), (), ()
             raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
         site.prefix = sum(a.count for a in found.prefix)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from t5fx.config import LinearizeConfig
+from t5fx.errors import ConfigError
+from t5fx.kernels import NodeArgumentError
 from t5fx.kernels.variant import NAMES, Variant
 
 
@@ -17,3 +19,19 @@ def variant_of(config: LinearizeConfig, *, axes: int) -> Variant:
     if not axes:
         return variant.without_grid()
     return dataclasses.replace(variant, coarse=round(config.coarse ** (2 / axes)))
+
+
+def check_variants(config: LinearizeConfig) -> None:
+    """Raise `ConfigError` for settings that contradict each other, of all sites or of some."""
+    for pattern, changes in {"": {}, **config.overrides}.items():
+        site = dataclasses.replace(config, overrides={}, **changes)
+        try:
+            variant = variant_of(site, axes=2)
+        except NodeArgumentError as error:
+            where = f"overrides[{pattern!r}]: " if pattern else ""
+            raise ConfigError(f"{where}{error}") from error
+        if not variant.is_anything:
+            raise ConfigError(
+                f"neighborhood, coarse: expected near attention with inner {site.inner!r}, which "
+                f"is nothing else; got neighborhood {site.neighborhood}, coarse {site.coarse}"
+            )

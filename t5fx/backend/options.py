@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from t5fx.analysis.variant import check_variants
 from t5fx.backend import adapters as adapters
 from t5fx.backend.adapters import Adapter
 from t5fx.config import LinearizeConfig
@@ -47,6 +48,7 @@ class Options:
         adapter = None if origin is None else Adapter(origin)
         base = LinearizeConfig() if adapter is None else adapter.config or LinearizeConfig()
         config = dataclasses.replace(base, **given)
+        check_variants(config)
         for fields in (dataclasses.asdict(config), *config.overrides.values()):
             for name, value in fields.items():
                 if callable(value):

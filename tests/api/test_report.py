@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from vits import Shape
 
 import t5fx
@@ -88,6 +89,33 @@ def test_the_measured_flops_of_the_node_are_the_reported_ones():
 def test_wrong_configurations_are_refused(field):
     with pytest.raises(ConfigError, match=r"expected|cannot"):
         t5fx.LinearizeConfig(**field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"inner": "linear", "inner_loss": "l2"}, '^inner_loss: expected "dot"'),
+        ({"inner": "none"}, "near attention alone: expected key_norm='none'"),
+        (
+            {"overrides": {"blocks.0": {"inner": "linear", "inner_loss": "l2"}}},
+            r"^overrides\['blocks.0'\]: inner_loss",
+        ),
+        (
+            {
+                **{"inner": "none", "key_norm": "none", "locality": "none"},
+                **{"neighborhood": 0, "coarse": 0},
+            },
+            "expected near attention with inner 'none'",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(fields, message):
+    config = t5fx.LinearizeConfig(**fields)
+    for function in (t5fx.linearize, t5fx.explain):
+        with pytest.raises(ConfigError, match=message):
+            function(torch.nn.Identity(), (torch.ones(1),), config=config)
+    with pytest.raises(BackendCompilerFailed, match=message.removeprefix("^")):
+        torch.compile(torch.nn.Linear(1, 1), backend="t5", options=fields)(torch.ones(1))
 
 
 def test_configuration_round_trip():

@@ -116,6 +116,8 @@ def test_equals_the_linearized_model_on_any_transformer(shape, dynamic):
         {"locality": "dwc_v", "inner": "gate1", "key_norm": "rms"},
         {"locality": "none", "inner": "mlp3", "key_norm": "instance_center"},
         {"qk_affine": True, "inner": "mlp2", "inner_loss": "l2", "coarse": 0, "mix": "half"},
+        {"inner": "linear_projqk", "key_norm": "none", "coarse": 0, "neighborhood": 0},
+        {"inner": "none", "key_norm": "none", "locality": "none", "coarse": 0},
         {"overrides": {"blocks.1.*": {"inner": "mlp2"}}},
         {"exclude": ("blocks.0.*",)},
     ],

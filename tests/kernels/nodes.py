@@ -7,7 +7,9 @@ from torch.nn.functional import silu
 
 from t5fx.kernels import INNER_MODELS
 
-INNERS = sorted(INNER_MODELS)
+#: The inner models that are trained on each input, and what stands in their place.
+INNERS = sorted(name for name, mixer in INNER_MODELS.items() if mixer.has_loss)
+LINEAR = ["hedgehog", "linear", "linear_projqk", "lit", "performer"]
 LOSSES = ["dot", "l2"]
 KEY_NORMS = ["instance", "instance_center", "instance_scale", "rms", "layer", "none"]
 
@@ -17,6 +19,28 @@ F_W = {
     "mlp3": lambda x, w1, w2, w3: silu(silu(x @ w1) @ w2) @ w3,
     "gate1": lambda x, w1, w2: silu(x @ w1) * (x @ w2),
 }
+
+#: The weight of a key k for a query q, both [D], by linear attention; s is the scale.
+SIMILARITY = {
+    "linear": lambda s, q, k: _elu1(q) @ _elu1(k),
+    "linear_projqk": lambda s, q, k, pq, pk: _elu1(q @ pq) @ _elu1(k @ pk),
+    "lit": lambda s, q, k: q.clamp(min=0) @ k.clamp(min=0),
+    "hedgehog": lambda s, q, k, wq, wk: _signs(s**0.5 * q @ wq) @ _signs(s**0.5 * k @ wk),
+    "performer": lambda s, q, k, w: (_kernel(s**0.5 * q, w) * _kernel(s**0.5 * k, w)).mean(),
+}
+
+
+def _elu1(x):
+    return torch.where(x > 0, x + 1, x.exp())
+
+
+def _signs(x):
+    e = x.exp(), (-x).exp()
+    return torch.cat([y / y.sum() for y in e])
+
+
+def _kernel(x, w):
+    return (x @ w - x.square().sum() / 2).exp()
 
 
 def arguments(
@@ -80,6 +104,8 @@ def naive(
         k = k + _convolved(k, *conv[2:], grid, prefix)
     elif locality == "dwc_v":
         v = v + _convolved(v, *conv, grid, prefix)
+    if inner in SIMILARITY:
+        return _linear(q, k, v, weights, scale, SIMILARITY[inner])
     f = F_W[inner]
     rows = []
     for b, h in itertools.product(range(batch), range(heads)):
@@ -93,6 +119,16 @@ def naive(
         w = [old - step for old, step in zip(w, torch.func.grad(loss)(w), strict=True)]
         rows.append(f(q[b, h], *w))
     return torch.stack(rows).unflatten(0, (batch, heads))
+
+
+def _linear(q, k, v, weights, scale, similarity):
+    """Linear attention as softmax is: a weight for each pair of a query and a key."""
+    out = torch.empty_like(v)
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        w = [weight[h] for weight in weights]
+        row = torch.stack([similarity(scale, q[b, h, i], key, *w) for key in k[b, h]])
+        out[b, h, i] = row @ v[b, h] / row.sum()
+    return out
 
 
 def _normalised(k, key_norm, eps):

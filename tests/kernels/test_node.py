@@ -203,5 +203,5 @@ def test_flops_of_the_default_model():
 
 
 def test_inner_models_are_found_by_file():
-    assert set(INNER_MODELS) == set(nodes.F_W)
+    assert set(INNER_MODELS) == {*nodes.F_W, *nodes.SIMILARITY, "none"}
     assert all(inner_model(name).name == name for name in INNER_MODELS)

@@ -1,30 +1,108 @@
-"""What an inner model of the TTT node has to declare."""
+"""What a token mixer has to declare, and the two kinds of them: by training, by feature maps."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+#: Added to the mean similarity of a query with the keys, by which linear attention divides.
+EPS = 1e-6
 
-class InnerModel(ABC):
-    """The small network f_W that the node trains for one step on each input, per head.
 
-    In the tensors below G counts the pairs (batch item, head): ``x`` is ``[G, N, D]``, each weight
-    ``[G, in, out]``, in the order of ``weight_names``. D is the channels of a query or key head,
-    Dv those of a value head; the hidden width is M = D.
+class TokenMixer(ABC):
+    """What makes the node's output of queries, normalised keys and values, per head.
 
-    A subclass splits f into ``hidden`` and ``output``: the gradient of the "dot" loss needs the
-    hidden activations of the keys but never f itself, so the last product is not paid for.
+    In the tensors below G counts the pairs (batch item, head): ``q``, ``k`` and ``x`` are
+    ``[G, N, D]``, ``v`` is ``[G, N, Dv]``, each weight ``[G, in, out]``, in the order of
+    ``weight_names``. D is the channels of a query or key head, Dv those of a value head.
     """
 
-    #: The name by which a configuration asks for this model.
+    #: The name by which a configuration asks for this mixer.
     name: str
     #: Names of the weights, in the order in which the methods take them.
-    weight_names: tuple[str, ...]
+    weight_names: tuple[str, ...] = ()
+    #: Whether there is an inner loss, so that "dot" and "l2" differ.
+    has_loss = False
+    #: Whether queries, keys and values are read at all; without, near attention is all there is.
+    reads_tokens = True
 
     @abstractmethod
     def weight_shapes(self, head_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         """``(in, out)`` of each weight of one head, in the order of ``weight_names``."""
+
+    def initial(self, weight: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Fresh values of a weight, ``[H, in, out]``, float32 on the CPU.
+
+        By default a normal of standard deviation 0.02, cut off at +-2, as the method's authors
+        have it.
+        """
+        return (0.02 * normal(shape, generator)).clamp(-2, 2).float()
+
+    @abstractmethod
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, loss: str
+    ) -> Tensor:
+        """The output, ``[G, N, Dv]``. ``scale``: what softmax multiplied the logits with."""
+
+    @abstractmethod
+    def flops(self, num_tokens: int, head_dim: int, value_dim: int) -> int:
+        """Matrix FLOP of the forward for one head, "dot" loss; a multiply-add is two."""
+
+    def output_flops(self, num_tokens: int, head_dim: int, value_dim: int) -> int:
+        """Matrix FLOP that the "l2" loss adds to ``flops`` for one head."""
+        return 0
+
+
+class LinearAttention(TokenMixer):
+    """Attention by a feature map phi, no training: phi(q) (phi(k)^T v) / (phi(q) sum phi(k)).
+
+    The sums over keys are means, and `EPS` is added to the denominator.
+    """
+
+    @abstractmethod
+    def features(
+        self, q: Tensor, k: Tensor, weights: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """phi(q) and phi(k), ``[G, N, F]``, not negative."""
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, loss: str
+    ) -> Tensor:
+        q, k = self.features(q, k, weights, scale)
+        similarity = (q * k.mean(dim=1, keepdim=True)).sum(dim=2, keepdim=True)
+        return q @ (outer_sum(k, v) / k.shape[1]) / (similarity + EPS)
+
+    def feature_flops(self, num_tokens: int, features: int, value_dim: int) -> int:
+        """Matrix FLOP of the two products with F features for one head."""
+        return 4 * num_tokens * features * value_dim
+
+
+class InnerModel(TokenMixer):
+    """The small network f_W that the TTT node trains for one step on each input, per head.
+
+    The hidden width is M = D. A subclass splits f into ``hidden`` and ``output``: the gradient of
+    the "dot" loss needs the hidden activations of the keys but never f itself, so the last product
+    is not paid for.
+    """
+
+    has_loss = True
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, loss: str
+    ) -> Tensor:
+        """f_W'(q), W' = W - dL/dW: one step on all tokens at once (arXiv 2605.02772)."""
+        hidden = self.hidden(k, weights)
+        # dL/df is rate * g; the gradient is linear in g, so the factor can wait for the small dW.
+        rate = scale / k.shape[1]
+        if loss == "dot":
+            g, rate = v, -rate
+        else:
+            g = self.output(hidden, weights) - v
+        grads = self.gradient(k, hidden, weights, g)
+        updated = [w - rate * dw for w, dw in zip(weights, grads, strict=True)]
+        return self.forward(q, updated)
 
     @abstractmethod
     def hidden(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -39,10 +117,6 @@ class InnerModel(ABC):
         self, x: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor
     ) -> list[Tensor]:
         """dL/dW of each weight, ``[G, in, out]``, in closed form from ``g`` = dL/df(x)."""
-
-    @abstractmethod
-    def flops(self, num_tokens: int, head_dim: int, value_dim: int) -> int:
-        """Matrix FLOP of the node's forward for one head, "dot" loss; a multiply-add is two."""
 
     def output_flops(self, num_tokens: int, head_dim: int, value_dim: int) -> int:
         """Matrix FLOP of ``output`` for one head, which the "l2" loss adds to ``flops``."""
@@ -68,3 +142,11 @@ def outer_sum(x: Tensor, g: Tensor) -> Tensor:
 def back(g: Tensor, weight: Tensor) -> Tensor:
     """The gradient g of x @ weight, carried back to x."""
     return g @ weight.mT
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normal numbers in float64 on the CPU, the same in every version of torch."""
+    # nn.init.trunc_normal_ and randn draw differently from version to version.
+    uniform = torch.empty(*shape, dtype=torch.float64, device="cpu")
+    uniform.uniform_(-1, 1, generator=generator)
+    return math.sqrt(2) * uniform.erfinv()
