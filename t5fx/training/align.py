@@ -181,7 +181,7 @@ class Align:
         module, first = self._original(module, batches)
         batches = itertools.chain([first], batches)
         nodes = nodes_of(module)
-        device = device_of(nodes)
+        device = device_of(module, nodes)
         students = {key: Student(key, node) for key, node in nodes.items()}
         share_values(s.node for s in students.values())
         learning = [key for key, student in students.items() if student.parameters]

@@ -119,7 +119,7 @@ class Distill:
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
         inner = getattr(module, "_orig_mod", module)
         nodes = nodes_of(module)
-        device = device_of(nodes)
+        device = device_of(module, nodes)
         names = self._hidden(inner, nodes)
         teacher = duplicate(inner, share=self.train != "full").eval()
         flags = {id(p): p.requires_grad for p in inner.parameters()}

@@ -141,7 +141,7 @@ class FineTune:
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
         nodes = nodes_of(module)
-        device = device_of(nodes)
+        device = device_of(module, nodes)
         accelerator = self.accelerator or _accelerator(device)
         self.result = FineTuneResult()
         with kept(module):

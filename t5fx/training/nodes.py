@@ -57,9 +57,11 @@ def samples(batch: Any) -> int:
     return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
 
 
-def device_of(nodes: Mapping[str, TTT]) -> torch.device:
-    """Where the nodes of a model are, of which there is at least one."""
-    return next(iter(nodes.values())).tensors()[0][0].device
+def device_of(module: nn.Module, nodes: Mapping[str, TTT]) -> torch.device:
+    """Where the nodes of a model are; where these have no parameters, where the model is."""
+    of_nodes = (p for node in nodes.values() for p in node.parameters())
+    first = next(of_nodes, None)
+    return (next(module.parameters()) if first is None else first).device
 
 
 def as_call(

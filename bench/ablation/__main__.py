@@ -1,0 +1,92 @@
+"""Trains every variant of the node and puts the paper's tables beside ours.
+
+`python -m t5fx.bench.ablation`: from the same softmax weights, the small classifier by both
+protocols of the paper, and DINOv2-S by alignment. What a variant gave is on disk before the next
+one begins; a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from ..console import step
+from ..results import Experiment, Results, Row, here
+from ..tables import save_tables
+from . import show
+from .alignment import Alignment
+from .classifier import Classifier
+from .rows import SMALL, Variant, variants
+
+SUITE = "ablation"
+PARTS = ("classifier", "dinov2")
+
+#: (variant, seed) -> what was measured and its value, or None where there is none.
+Measure = Callable[[Variant, int], Iterator[tuple[str, float | None]]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    console = Console()
+    results = Results(options.out / "ablation.csv")
+    if not options.render:
+        chosen = variants(tuple(options.rows or (SMALL if options.small else ())))
+        for part in options.parts:
+            run(part, chosen, options, results, console)
+    tables = show.tables(results.rows)
+    for table in tables:
+        table.print(console)
+    save_tables(options.out / "ablation.md", *tables)
+    show.draw(options.out / "ablation.png", results.rows)
+    console.print(f"results, tables, picture: {options.out}/ablation.*", highlight=False)
+
+
+def run(
+    part: str,
+    chosen: Sequence[Variant],
+    options: argparse.Namespace,
+    results: Results,
+    console: Console,
+) -> None:
+    """Measure what is not in the results yet, variant by variant."""
+    measure: Measure | None = None
+    for variant in chosen:
+        case = f"{part}: {variant.name}"
+        experiment = Experiment(SUITE, case, partial(_rows, variant), mode="training")
+        if results.done(experiment, here()):
+            console.print(f"{case}: there already", style="dim")
+            continue
+        if measure is None:
+            measure = Classifier.load(options.steps) if part == "classifier" else Alignment.load()
+        with step(console, case):
+            rows = list(experiment.run(experiment, measure, options.seeds))  # type: ignore[call-arg]
+        results.replace(experiment, rows, here())
+
+
+def _rows(variant: Variant, experiment: Experiment, measure: Measure, seeds: int) -> Iterator[Row]:
+    for seed in range(seeds):
+        for what, value in measure(variant, seed):
+            more = {} if value is not None else {"status": "failed", "detail": "it diverged"}
+            yield experiment.row(variant.name, f"{what}, seed {seed}", value, **more)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m t5fx.bench.ablation", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder to write to")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all by default")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="names of rows, all by default")
+    parser.add_argument("--small", action="store_true", help=f"the rows {', '.join(SMALL)}")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument(
+        "--steps", type=int, help="of the classifier; a tenth of its own training's"
+    )
+    parser.add_argument("--render", action="store_true", help="measure nothing, show what is there")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The paper's protocols on a small classifier: test accuracy after few steps from softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import t5fx
+
+from .. import mnist
+from ..classify import Shuffled
+from ..vit import accuracy, load_vit, shipped
+from .rows import Variant
+
+PROTOCOLS = ("freeze", "full")
+#: Of the new parameters; the others get a twentieth, as the method's authors have it.
+RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The small ViT with softmax weights, its data, and how it is trained on.
+
+    Attributes:
+        model: with softmax; softmax: its accuracy on the test set, a fraction.
+        data: to train and test on; steps: of `classify.BATCH` images.
+        base_steps: of the training from scratch.
+    """
+
+    model: nn.Module
+    data: mnist.Data
+    softmax: float
+    steps: int
+    base_steps: int
+
+    @classmethod
+    def load(cls, steps: int | None = None, images: int | None = None) -> Classifier:
+        """The shipped one: a tenth of its own training's steps, or so many; all test images, or
+        the first so many.
+        """
+        data = mnist.load()
+        model, training = load_vit(shipped(data.name))
+        test = mnist.Labelled(*(part[:images] for part in data.test))
+        data = mnist.Data(data.name, data.source, data.train, test)
+        right = accuracy(model, *test)
+        return cls(model, data, right, steps or training.steps // 10, training.steps)
+
+    def __call__(self, variant: Variant, seed: int) -> Iterator[tuple[str, float]]:
+        """("converted", "freeze" or "full", accuracy) of a variant, trained with that seed."""
+        images = self.data.train.images[:2]
+        fresh = t5fx.LinearizeConfig(**{**variant.config.__dict__, "seed": seed})
+
+        def converted() -> nn.Module:
+            return t5fx.linearize(self.model, (images,), config=fresh)
+
+        yield "converted", accuracy(converted().eval(), *self.data.test)
+        for protocol in PROTOCOLS:
+            linear = converted()
+            if protocol == "full" or any(True for _ in t5fx.adapter(linear).parameters()):
+                torch.manual_seed(seed)
+                t5fx.FineTune(
+                    Shuffled(self.data.train, seed),
+                    _loss,
+                    protocol=protocol,
+                    steps=self.steps,
+                    lr=RATE,
+                )(linear)
+            yield protocol, accuracy(linear.eval(), *self.data.test)
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])

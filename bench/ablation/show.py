@@ -1,0 +1,135 @@
+"""Tables and the picture of an ablation's results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from t5fx.errors import T5Error
+
+from ..figure import COLOURS
+from ..results import Row
+from ..tables import Table
+from .rows import VARIANTS, Variant
+
+_CLASSIFIER, _DINOV2 = "classifier", "dinov2"
+
+
+class Found:
+    """The values of all seeds, by part, row and measure."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.values: dict[tuple[str, str, str], list[float | None]] = {}
+        self.device = self.torch = ""
+        for row in rows:
+            part, _, name = row.case.partition(": ")
+            measure = row.measure.rpartition(", seed ")[0]
+            self.values.setdefault((part, name, measure), []).append(row.value)
+            self.device, self.torch = f"{row.device}, {row.threads} threads", row.torch
+
+    def has(self, name: str) -> bool:
+        """Whether a row was measured in any part."""
+        return any(row == name for _, row, _ in self.values)
+
+    def of(self, part: str, name: str, measure: str) -> list[float]:
+        return [v for v in self.values.get((part, name, measure), ()) if v is not None]
+
+    def text(self, part: str, name: str, measure: str, scale: float, digits: int) -> str:
+        """Mean and spread; a dash where it was not measured, "diverged" where a seed did."""
+        values = self.values.get((part, name, measure), [])
+        if not values:
+            return "-"
+        if None in values:
+            return "diverged"
+        numbers = [scale * value for value in values if value is not None]
+        spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+        return f"{statistics.mean(numbers):.{digits}f}{spread}"
+
+    @property
+    def seeds(self) -> int:
+        return max(map(len, self.values.values()), default=0)
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One for each table of the paper, and one for the peers."""
+    found = Found(rows)
+    groups = dict.fromkeys(one.group for one in VARIANTS)
+    note = (
+        "Paper: accuracy of DeiT-T on ImageNet in % (softmax 72.05; arXiv 2605.02772). Classifier: "
+        "accuracy in % of the small ViT of `t5fx.bench.classify` on its test images, as converted "
+        "and after the protocols, which train the new parameters only (freeze) or all (full) for a "
+        "tenth of the steps of the training from scratch. DINOv2-S at 224 px: mean cosine of the "
+        "patch tokens with the original's on held-out photographs, as converted and aligned, and "
+        "the mean squared error of the attentions after alignment, relative to softmax's. Mean and "
+        f"standard deviation of up to {found.seeds} seeds, on {found.device}, torch {found.torch}."
+    )
+    made = [table for table in (_table(group, found) for group in groups) if table.rows]
+    if not made:
+        raise T5Error("expected results of some row, got none: run without --render first")
+    last = made[-1]
+    made[-1] = Table(last.title, last.columns, last.rows, note)
+    return made
+
+
+def _table(group: str, found: Found) -> Table:
+    columns = (
+        *("paper: freeze", "full", "classifier: converted", "freeze", "full"),
+        *("DINOv2-S: converted", "aligned", "error"),
+    )
+
+    def cells(one: Variant) -> tuple[str, ...]:
+        paper = ["-" if value is None else f"{value:.2f}" for value in (one.freeze, one.full)]
+        ours = [
+            found.text(_CLASSIFIER, one.name, what, 100, 1)
+            for what in ("converted", "freeze", "full")
+        ]
+        features = [
+            found.text(_DINOV2, one.name, what, 1, 3)
+            for what in ("patches, converted", "patches, aligned", "error, aligned")
+        ]
+        return (one.name, *paper, *ours, *features)
+
+    rows = tuple(cells(one) for one in VARIANTS if one.group == group and found.has(one.name))
+    return Table(title=group.capitalize(), columns=(group, *columns), rows=rows)
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """A dot a seed: accuracy by protocol beside the paper's, and DINOv2-S's patches; as a PNG."""
+    from matplotlib.figure import Figure
+
+    found = Found(rows)
+    shown = [one for one in _once() if found.has(one.name)]
+    places = range(len(shown))
+    figure = Figure(figsize=(11, 0.36 * len(shown) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    kinds = (
+        (left, _CLASSIFIER, "freeze", 100.0, COLOURS[1]),
+        (left, _CLASSIFIER, "full", 100.0, COLOURS[0]),
+        (right, _DINOV2, "patches, converted", 1.0, COLOURS[4]),
+        (right, _DINOV2, "patches, aligned", 1.0, COLOURS[2]),
+    )
+    for axis, part, measure, scale, colour in kinds:
+        points = [(scale * v, y) for y in places for v in found.of(part, shown[y].name, measure)]
+        label = measure.removeprefix("patches, ")
+        axis.plot(
+            *zip(*points, strict=True) if points else ((), ()), ".", color=colour, ms=9, label=label
+        )
+    for axis, title, unit in (
+        (left, "classifier, a tenth of the training", "accuracy, %"),
+        (right, "DINOv2-S, 224 px", "mean cosine of patches with the original's"),
+    ):
+        axis.set_title(title)
+        axis.set_xlabel(unit)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.has_data():
+            axis.legend(frameon=False, loc="lower left")
+    left.set_yticks(places, [one.name for one in shown])
+    left.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _once() -> list[Variant]:
+    return list({one.name: one for one in VARIANTS}.values())
