@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from t5fx.errors import T5Error
+
 from ..console import step
 from ..results import Experiment, Results, Row, here
 from ..tables import save_tables
@@ -24,6 +26,7 @@ from .rows import SMALL, Variant, variants
 
 SUITE = "ablation"
 PARTS = ("classifier", "dinov2")
+DOCS = Path("docs")
 
 #: (variant, seed) -> what was measured and its value, or None where there is none.
 Measure = Callable[[Variant, int], Iterator[tuple[str, float | None]]]
@@ -31,6 +34,12 @@ Measure = Callable[[Variant, int], Iterator[tuple[str, float | None]]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    if options.small and options.out == DOCS:
+        raise T5Error("--small: expected --out FOLDER, so that tiny runs stay out of the results")
+    unknown = sorted(set(options.rows or ()) - {one.name for one in variants()})
+    if unknown:
+        names = ", ".join(repr(one.name) for one in variants())
+        raise T5Error(f"--rows: expected some of {names}; got {', '.join(map(repr, unknown))}")
     console = Console()
     results = Results(options.out / "ablation.csv")
     if not options.render:
@@ -61,10 +70,16 @@ def run(
             console.print(f"{case}: there already", style="dim")
             continue
         if measure is None:
-            measure = Classifier.load(options.steps) if part == "classifier" else Alignment.load()
+            measure = _measure(part, options)
         with step(console, case):
             rows = list(experiment.run(experiment, measure, options.seeds))  # type: ignore[call-arg]
         results.replace(experiment, rows, here())
+
+
+def _measure(part: str, options: argparse.Namespace) -> Measure:
+    if part == "classifier":
+        return Classifier.load(2, 100) if options.small else Classifier.load(options.steps)
+    return Alignment.load(2, 112) if options.small else Alignment.load()
 
 
 def _rows(variant: Variant, experiment: Experiment, measure: Measure, seeds: int) -> Iterator[Row]:
@@ -76,10 +91,11 @@ def _rows(variant: Variant, experiment: Experiment, measure: Measure, seeds: int
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m t5fx.bench.ablation", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder to write to")
+    parser.add_argument("--out", type=Path, default=DOCS, help="the folder to write to")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all by default")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="names of rows, all by default")
-    parser.add_argument("--small", action="store_true", help=f"the rows {', '.join(SMALL)}")
+    tiny = f"two steps of {', '.join(SMALL)}, to try it out; needs --out"
+    parser.add_argument("--small", action="store_true", help=tiny)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument(
         "--steps", type=int, help="of the classifier; a tenth of its own training's"
