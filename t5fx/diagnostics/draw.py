@@ -50,7 +50,7 @@ def draw_key_shift(sites: Sequence[SiteDiagnosis], model: str) -> Figure:
         axes.set_xticks(range(len(sites)), names, rotation=35, ha="right", fontsize=9)
     else:
         axes.set_xlabel("attention site, in the order in which they run")
-    axes.set(ylim=(0, 1), ylabel="key shift  |mean k| / mean |k|")
+    axes.set(ylim=(0, 1.03), ylabel="key shift  |mean k| / mean |k|")
     axes.set_title(f"{model}: how far keys are shifted", fontsize=12)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
