@@ -175,6 +175,6 @@ class _Watched:
         layout, (q, k, v) = self.layout, self.inputs
         tokens = tuple(layout.token(query) for query in queries or layout.defaults)
         softmax = softmax_attention(q, k, self.node.scale, tokens)
-        place = {"grid": layout.grid, "prefix": layout.prefix if layout.grid else 0}
-        node = node_attention(self.node, q, k, v, tokens, **place)
+        prefix = layout.prefix if layout.grid else 0
+        node = node_attention(self.node, q, k, v, tokens, grid=layout.grid, prefix=prefix)
         return Maps(tokens, softmax[0].cpu(), node[0].cpu())

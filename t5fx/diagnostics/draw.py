@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, INK = "#0072B2", "#D55E00", "#333333"
+BLUE, INK = "#0072B2", "#333333"
 
 #: The side of a map in inches, and of it the gap between queries.
 SIDE, GAP = 1.9, 0.08
@@ -35,11 +35,10 @@ def draw_key_shift(sites: Sequence[SiteDiagnosis], model: str) -> Figure:
     """
     figure = _figure(8.0, 4.4)
     axes = figure.subplots()
-    for index, site in enumerate(sites):
-        heads = {} if index else {"label": "one head"}
-        shown = {"color": BLUE, "alpha": 0.35, "s": 22, "linewidths": 0}
-        axes.scatter([index] * len(site.key_shift), site.key_shift, **shown, **heads)
-    means = [site.mean_key_shift for site in sites]
+    places = [index for index, site in enumerate(sites) for _ in site.key_shift]
+    shifts = [shift for site in sites for shift in site.key_shift]
+    axes.scatter(places, shifts, s=22, color=BLUE, alpha=0.35, linewidths=0, label="one head")
+    means = [sum(site.key_shift) / len(site.key_shift) for site in sites]
     axes.plot(range(len(sites)), means, "o-", color=BLUE, label="mean of the heads")
     tokens = [site.layout.tokens for site in sites if site.layout is not None]
     independent = [count**-0.5 for count in tokens]

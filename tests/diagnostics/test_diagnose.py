@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 from vits import Attention, Shape
 
@@ -98,7 +98,7 @@ def test_a_linearized_model_is_measured_as_it_runs():
 
 def test_a_model_compiled_with_the_backend_is_measured_with_its_own_nodes(monkeypatch):
     monkeypatch.setattr(backend, "_inductor", lambda options, more: aot_eager)
-    model, images = SHAPE.model(), SHAPE.images()
+    model, images = Shape(depth=1).model(), Shape().images()
     fast = torch.compile(model, backend="t5", options={"min_tokens": 0, "impl": "reference"})
     with pytest.warns(t5fx.UntrainedWarning):
         fast(images)
@@ -111,6 +111,14 @@ def test_a_model_compiled_with_the_backend_is_measured_with_its_own_nodes(monkey
     for one, two in zip(found.sites, wanted.sites, strict=True):
         close(one.key_shift, two.key_shift)
         close(one.maps.node, two.maps.node)
+
+
+def test_a_graph_is_measured_like_the_model_that_it_is_of():
+    model, images = Shape(depth=1).model(), Shape().images()
+    found = t5fx.diagnose(fx.symbolic_trace(model), (images,), queries=[3], config=CONFIG)
+    wanted = t5fx.diagnose(model, (images,), queries=[3], config=CONFIG)
+    close(found["blocks.0.attn"].key_shift, wanted["blocks.0.attn"].key_shift)
+    close(found["blocks.0.attn"].maps.node, wanted["blocks.0.attn"].maps.node)
 
 
 def test_maps_of_chosen_sites_only():

@@ -32,8 +32,9 @@ def test_key_shift_has_a_dot_for_every_head_and_a_line_for_the_means(found):
     figure = found.draw_key_shift()
     assert isinstance(figure, Figure)
     (axes,) = figure.axes
-    dots = [tuple(dot.get_offsets()[:, 1]) for dot in axes.collections]
-    assert dots == [pytest.approx(site.key_shift) for site in found.sites]
+    (dots,) = axes.collections
+    wanted = [(i, shift) for i, site in enumerate(found.sites) for shift in site.key_shift]
+    assert [tuple(dot) for dot in dots.get_offsets()] == [pytest.approx(dot) for dot in wanted]
     means, independent = (line.get_ydata() for line in axes.lines)
     assert list(means) == [site.mean_key_shift for site in found.sites]
     assert list(independent) == pytest.approx([21**-0.5] * 3)
