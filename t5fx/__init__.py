@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from t5fx.backend.adapters import adapter
     from t5fx.checkpoint.pretrained import from_pretrained, save_pretrained
     from t5fx.config import LinearizeConfig
+    from t5fx.diagnostics.diagnose import diagnose
+    from t5fx.diagnostics.result import Diagnosis
     from t5fx.errors import (
         AdapterError,
         AlreadyLinearizedError,
@@ -46,6 +48,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "Diagnosis",
     "Distill",
     "FineTune",
     "GraphSpecError",
@@ -63,6 +66,7 @@ __all__ = [
     "TrainingError",
     "UntrainedWarning",
     "adapter",
+    "diagnose",
     "example_inputs",
     "explain",
     "freeze",
@@ -96,6 +100,8 @@ _ERRORS = (
 
 _HOMES = {
     "Align": "training.align",
+    "Diagnosis": "diagnostics.result",
+    "diagnose": "diagnostics.diagnose",
     "Distill": "training.distill",
     "FineTune": "training.finetune",
     "freeze": "training.groups",

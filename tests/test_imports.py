@@ -45,6 +45,7 @@ ORDER = [
     "t5fx.api",
     "t5fx.checkpoint",
     "t5fx.training",
+    "t5fx.diagnostics",
     "t5fx.__main__",
     "t5fx",  # the public names, resolved on first use
     "t5fx.bench",

@@ -300,6 +300,11 @@ def adapter(model: nn.Module, *, config: LinearizeConfig | None = None) -> Param
     return result
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has TTT nodes, in it or beside it."""
+    return next(_found(model), None) is not None
+
+
 def _found(model: nn.Module) -> Iterator[tuple[str, TTT, str, list[LinearizeConfig]]]:
     with _LOCK:
         own: list[LinearizeConfig] = [LinearizeConfig()]

@@ -1,0 +1,59 @@
+"""The code of the manual's page on diagnostics runs, and the command that makes its pictures."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_demo import tiny_vit
+from torch.nn.functional import scaled_dot_product_attention
+from vits import Shape
+
+import t5fx
+from t5fx.bench import demo, diagnostics, dinov2
+from t5fx.kernels import TTT
+
+PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shape = Shape(depth=3, heads=4, grid=(4, 5))
+    q, k, v = torch.randn(3, 1, 4, 21, 8).unbind()
+    names = {
+        **{"model": shape.model(), "x": shape.images(), "image": torch.rand(3, 16, 20)},
+        **{"q": q, "k": k, "v": v, "node": TTT(4, 8, 8, 2, scale=1.0, neighborhood=3)},
+        "attend": lambda values: scaled_dot_product_attention(q, k, values),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 4 and len(names["found"].mapped) == 2
+    assert len(list((tmp_path / "diagnosis").iterdir())) == 4
+    assert "run with its softmax attention" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # it converts and saves a model first
+def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
+    model = tiny_vit(depth=2)
+    monkeypatch.setattr(dinov2, "load_dinov2_small", lambda: model)
+    monkeypatch.setattr(demo, "SIZE", 56)
+    config = t5fx.LinearizeConfig(min_tokens=0)
+    t5fx.save_pretrained(
+        t5fx.linearize(model, (torch.rand(1, 3, 56, 56),), config=config), tmp_path / "saved"
+    )
+    page = Path(shutil.copy(PAGE, tmp_path / "page.md"))
+    given = ["--model", str(tmp_path / "saved"), "--out", str(tmp_path), "--page", str(page)]
+    diagnostics.main([*given, "--sites", "blocks.1.attn"])
+    text = page.read_text()
+    assert text.count("| blocks.") == 2 and "at 56 px" in text
+    assert "run with its TTT nodes" in capsys.readouterr().out
+    for name in ("key-shift", "maps"):
+        assert (tmp_path / f"diagnostics-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["key-shift", "maps"])
+def test_the_page_shows_its_pictures(name):
+    assert f"](diagnostics-{name}.png)" in PAGE.read_text(encoding="utf-8")
+    assert (PAGE.parent / f"diagnostics-{name}.png").read_bytes().startswith(b"\x89PNG")
