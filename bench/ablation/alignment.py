@@ -44,6 +44,8 @@ class Alignment:
         mean over the sites of |TTT - softmax|^2 / |softmax|^2; converted, then aligned. None where
         the alignment diverged, or the output is no number.
         """
+        if variant.encoded:
+            return  # the encodings would have to be trained, with what is not the attention's
         fresh = t5fx.LinearizeConfig(**{**variant.config.__dict__, "seed": seed})
         linear = t5fx.linearize(self.model, (self.images[:2],), config=fresh)
         yield from self._agreement("converted", linear)

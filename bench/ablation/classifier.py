@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ import t5fx
 from .. import mnist
 from ..classify import Shuffled
 from ..vit import accuracy, load_vit, shipped
+from .cpe import encodings, with_encodings
 from .rows import Variant
 
 PROTOCOLS = ("freeze", "full")
@@ -54,11 +57,14 @@ class Classifier:
         images = self.data.train.images[:2]
         fresh = t5fx.LinearizeConfig(**{**variant.config.__dict__, "seed": seed})
 
+        torch.manual_seed(seed)
+        model = with_encodings(self.model) if variant.encoded else self.model
+
         def converted() -> nn.Module:
-            return t5fx.linearize(self.model, (images,), config=fresh)
+            return t5fx.linearize(model, (images,), config=fresh)
 
         yield "converted", accuracy(converted().eval(), *self.data.test)
-        for protocol in PROTOCOLS:
+        for protocol in PROTOCOLS[variant.encoded :]:
             linear = converted()
             if protocol == "full" or any(True for _ in t5fx.adapter(linear).parameters()):
                 torch.manual_seed(seed)
@@ -68,8 +74,20 @@ class Classifier:
                     protocol=protocol,
                     steps=self.steps,
                     lr=RATE,
+                    optimizer=partial(_optimizer, encodings(linear)),
                 )(linear)
             yield protocol, accuracy(linear.eval(), *self.data.test)
+
+
+def _optimizer(
+    encodings: Sequence[nn.Parameter], groups: Sequence[Mapping[str, Any]]
+) -> torch.optim.AdamW:
+    """AdamW, with the encodings in front of blocks among the new parameters."""
+    own = set(map(id, encodings))
+    made = [
+        {**group, "params": [p for p in group["params"] if id(p) not in own]} for group in groups
+    ]
+    return torch.optim.AdamW([*made, {"params": encodings, "lr": RATE}][: len(made) + bool(own)])
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

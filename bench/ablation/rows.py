@@ -18,6 +18,8 @@ class Variant:
         options: fields of `LinearizeConfig`, where they differ from the published node's.
         freeze, full: DeiT-T's accuracy in the paper, %, by protocol (arXiv 2605.02772; softmax
             72.05); None where the paper has no such row.
+        encoded: whether a convolution stands in front of each block; see `cpe`. Its parameters
+            start at random, so only "full" makes sense of it.
     """
 
     group: str
@@ -25,6 +27,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     freeze: float | None = None
     full: float | None = None
+    encoded: bool = False
 
     @property
     def config(self) -> t5fx.LinearizeConfig:
@@ -55,6 +58,7 @@ VARIANTS = (
     Variant(INNER, "three layers", {"inner": "mlp3", **_PLAIN}, 67.09, 68.93),
     Variant(INNER, "SwiGLU", _PLAIN, 67.33, 69.25),
     Variant(LOCAL, "SwiGLU", _PLAIN, 67.33, 69.25),
+    Variant(LOCAL, "convolved input of blocks (CPE)", _PLAIN, None, 69.64, encoded=True),
     Variant(LOCAL, "convolved values", {"locality": "dwc_v"}, None, 70.47),
     Variant(LOCAL, "convolved queries and keys", {}, None, 71.19),
     Variant(LOCAL, "and half a window of 3", _half(3), None, 71.67),
