@@ -24,7 +24,8 @@ class Student:
         self.key = key
         self.original = node
         split = any(map(is_split, node.parameters()))
-        self.node = duplicate(node, share=True) if split else copy.deepcopy(node)
+        twin: Any = duplicate(node, share=True) if split else copy.deepcopy(node)
+        self.node: TTT = twin
         gather(self.node)
         self.node.float()
         self.attend = attention(node)
