@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from t5fx.backend.adapters import adapter
 from t5fx.errors import TrainingError
@@ -19,6 +19,7 @@ from t5fx.pipeline import build
 from t5fx.reports import Report
 from t5fx.runtime.lookup import is_linearized
 from t5fx.runtime.templates import bare
+from t5fx.training.batches import Batches, samples
 from t5fx.training.muon import Muon
 from t5fx.training.nodes import (
     as_call,
@@ -26,15 +27,14 @@ from t5fx.training.nodes import (
     check_positive,
     check_share,
     device_of,
-    endless,
     kept,
     nodes_of,
     progress,
-    samples,
     table,
     warm_cosine,
 )
 from t5fx.training.processes import (
+    accelerator_on,
     average_gradients,
     averaged,
     is_first,
@@ -42,6 +42,7 @@ from t5fx.training.processes import (
     share_values,
 )
 from t5fx.training.resume import load_state, save_state
+from t5fx.training.sharding import reshard
 from t5fx.training.students import Student, find_projections, taught
 
 
@@ -104,6 +105,7 @@ class _Round:
     students: Mapping[str, Student]
     chosen: Mapping[str, Student]
     before: Mapping[str, float]
+    batches: Batches
 
 
 @dataclass
@@ -121,12 +123,16 @@ class Align:
     one compiled with backend="t5", or its torch.compile: `Align(batches)(lin)`. Afterwards
     `.result` has the losses.
 
-    In several processes (torch.distributed, such as under torchrun) each takes batches of its own;
-    gradients and losses are averaged, and the nodes are those of the first process.
+    In several processes (torch.distributed, such as under torchrun) every one calls it with the
+    same data, of which it takes its share; gradients and losses are averaged, and the nodes are
+    those of the first process. The model may be one that FSDP2 has sharded: while its nodes learn,
+    each process has them whole, in float32.
 
     Args:
         data: batches, iterated as often as needed: a DataLoader, or a list. A mapping is a call's
-            keyword arguments, a tuple or list its positional ones, anything else the only one.
+            keyword arguments, a tuple or list its positional ones, anything else the only one. A
+            DataLoader is split over processes by accelerate; of anything else each takes every so
+            many-th batch.
         inputs: what of a batch the model is called with, such as `lambda batch: batch[0]` where
             batches have labels too.
         steps: how many batches.
@@ -142,8 +148,8 @@ class Align:
             `steps` batches, with the finished ones' own outputs before it. Of gradients and the
             optimizer's states only one site's are in memory at a time.
         checkpoint: a file that keeps the state every `save_every` steps. An alignment that finds it
-            goes on from there, to the same values where `data` gives the same batches again; at
-            the end the file is removed.
+            goes on from there, to the same values on a CPU, with the random numbers and the place
+            in the data that `t5fx.training.batches` describes; at the end the file is removed.
         until: stop early, once the mean loss over 50 steps is lower than over the 50 before it by
             less than this share, such as 0.01.
 
@@ -177,11 +183,13 @@ class Align:
 
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
-        batches = endless(self.data)
-        module, first = self._original(module, batches)
-        batches = itertools.chain([first], batches)
+        inner = getattr(module, "_orig_mod", module)
+        batches = self._batches(device_of(module))
+        first = batches.peek()
+        module = self._original(inner, first)
+        reshard(module)
         nodes = nodes_of(module)
-        device = device_of(module, nodes)
+        device = device_of(module)
         students = {key: Student(key, node) for key, node in nodes.items()}
         share_values(s.node for s in students.values())
         learning = [key for key, student in students.items() if student.parameters]
@@ -199,24 +207,25 @@ class Align:
             result.measured = {key: s.projection for key, s in students.items()}
             saved = self._resumed(students, device)
             before = saved["before"] if saved else self._measure(module, students, device)
-            for _ in range(result.steps):  # which those steps had
-                next(batches)
+            if saved:
+                batches.load_state_dict(saved["batches"])
             sites = [key for key in order if students[key].parameters]
             rounds = [[key] for key in sites] if self.sequential else [sites]
             trained = True
             try:
                 for index, keys in enumerate(rounds):
                     chosen = {key: students[key] for key in keys}
-                    run = _Round(index, students, chosen, before)
+                    run = _Round(index, students, chosen, before, batches)
                     if saved is None or index >= saved["round"]:
                         own = saved if saved and index == saved["round"] else None
-                        self._train(module, run, own, batches, device)
+                        self._train(module, run, own, device)
                     for student in chosen.values():
                         student.passes_on = self.sequential
             except _DivergedError:
                 trained = False
                 raise
             finally:
+                reshard(module)
                 for student in students.values() if trained else ():
                     student.give_back()
                 result.seconds = time.perf_counter() - start
@@ -232,7 +241,6 @@ class Align:
         module: nn.Module,
         run: _Round,
         saved: Mapping[str, Any] | None,
-        batches: Iterator[Any],
         device: torch.device,
     ) -> None:
         """Train the chosen students for `steps` batches, of which some may be done."""
@@ -258,7 +266,7 @@ class Align:
                 own = not self.sequential and step >= round(self.steps * (1 - self.own))
                 for student in chosen.values():
                     student.passes_on = own
-                args, kwargs = self._call(next(batches), device)
+                args, kwargs = self._call(next(run.batches), device)
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 with taught(run.students, module):
@@ -274,9 +282,10 @@ class Align:
                 advance(f"mean loss {means[-1]:.3f}")
                 if self._is_still(means):
                     break
-                if (step + 1) % self.save_every == 0:
+                if self.checkpoint is not None and (step + 1) % self.save_every == 0:
                     states = {n: [one.state_dict() for one in some] for n, some in parts.items()}
-                    self._save(run, {"means": means, **states})
+                    place = run.batches.state_dict()
+                    self._save(run, {"means": means, "batches": place, **states})
         for student in chosen.values():
             student.learns = False
 
@@ -286,8 +295,9 @@ class Align:
         return {"sites": list(keys), **{name: getattr(self, name) for name in names}}
 
     def _save(self, run: _Round, state: Mapping[str, Any]) -> None:
-        if self.checkpoint is None or not is_first():
+        if not is_first():
             return
+        assert self.checkpoint is not None
         assert self.result is not None
         whole = {
             "round": run.index,
@@ -350,22 +360,26 @@ class Align:
             optimizers.append(adam)
         return optimizers
 
-    def _original(self, module: nn.Module, batches: Iterator[Any]) -> tuple[nn.Module, Any]:
-        """The linearized form of what is to be aligned, on the same new parameters, and a batch.
+    def _batches(self, device: torch.device) -> Batches:
+        """The batches of this process."""
+        if process_count() == 1 or not isinstance(self.data, DataLoader):
+            return Batches(self.data)
+        accelerator = accelerator_on(device)
+        loader = accelerator.prepare_data_loader(self.data)
+        return Batches(loader, accelerator.skip_first_batches)
 
-        A model that was compiled without being linearized is linearized here.
+    def _original(self, module: nn.Module, batch: Any) -> nn.Module:
+        """The linearized form of what is to be aligned, on the same new parameters.
+
+        A model that was compiled without being linearized is linearized here, by a batch.
         """
-        first = next(batches)
-        module = getattr(module, "_orig_mod", module)
         if is_linearized(module):
-            return module, first
-        nodes_of(module)  # an error, where there is nothing to train
+            return module
         new = adapter(module)
         device = next(new.parameters()).device
         template = bare(duplicate(module, share=True)).eval()
-        args, kwargs = self._call(first, device)
-        config = new.linearize_config
-        return build(template, args, kwargs, config, new.nodes(), inplace=True), first
+        args, kwargs = self._call(batch, device)
+        return build(template, args, kwargs, new.linearize_config, new.nodes(), inplace=True)
 
     def _call(self, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return as_call(batch, device, self.inputs)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,11 +19,9 @@ from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
 from t5fx.reports import Report
 from t5fx.runtime.lookup import is_linearized
-from t5fx.training.finetune import FineTune, FineTuneResult
+from t5fx.training.loop import Loop
 from t5fx.training.nodes import as_call, check_count, check_not_negative, device_of, nodes_of
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from t5fx.training.sharding import is_sharded, shard_alike
 
 Train = Literal["new", "full", "lora"]
 Loss = Callable[[Any, Any], Tensor]
@@ -47,7 +44,7 @@ OUTPUTS: dict[str, Loss] = {"cosine": cosine, "relative": relative}
 
 
 @dataclass
-class Distill:
+class Distill(Loop):
     """A fine-tune hook: the linearized model as student of the original, end to end.
 
     Needs inputs and no labels. The teacher is a copy of the model with the softmax attention put
@@ -72,8 +69,8 @@ class Distill:
         train: "new" the new parameters alone; "full" the old ones too, with `lr / lr_ratio`; "lora"
             the new ones and low-rank updates of the linear layers (by peft), merged at the end.
         rank: of these updates.
-        steps, lr, lr_ratio, weight_decay, warmup, max_grad_norm, ema, log_every, accelerator: as
-            for `FineTune`.
+        steps, lr, lr_ratio, weight_decay, warmup, optimizer, schedule, max_grad_norm, log_every,
+            on_step, ema, checkpoint, save_every, accelerator: as for `FineTune`.
         evaluate, eval_every: as for `FineTune`, such as the agreement on inputs that are held out.
 
     Raises:
@@ -81,7 +78,6 @@ class Distill:
             finite. The module then has the values of the last step that was in order.
     """
 
-    data: Iterable[Any]
     _: KW_ONLY
     inputs: Callable[[Any], Any] | None = None
     output: str | Loss = "cosine"
@@ -93,14 +89,6 @@ class Distill:
     lr: float = 1e-4
     lr_ratio: float = 10.0
     weight_decay: float = 0.0
-    warmup: float = 0.05
-    max_grad_norm: float = 1.0
-    ema: float | None = None
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
-    eval_every: int | None = None
-    log_every: int = 50
-    accelerator: Accelerator | None = None
-    result: FineTuneResult | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.train not in get_args(Train):
@@ -113,19 +101,29 @@ class Distill:
             )
         check_count(rank=self.rank)
         check_not_negative(hidden_weight=self.hidden_weight)
-        self._loop({}, lambda model, batch: torch.zeros(()))  # which checks what it takes
+        super().__post_init__()
 
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
         inner = getattr(module, "_orig_mod", module)
         nodes = nodes_of(module)
-        device = device_of(module, nodes)
+        device = device_of(module)
         names = self._hidden(inner, nodes)
-        teacher = duplicate(inner, share=self.train != "full").eval()
+        sharded = is_sharded(inner)
+        if sharded and self.train == "lora":
+            raise TrainingError(
+                'train: expected "new" or "full" of a model that FSDP2 has sharded, got "lora", '
+                "whose updates it would not know of"
+            )
+        # A teacher that is sharded gets parameters of its own below.
+        teacher = duplicate(inner, share=sharded or self.train != "full").eval()
         flags = {id(p): p.requires_grad for p in inner.parameters()}
         teacher.requires_grad_(False)
         for parameter in inner.parameters():  # which the two may share
             parameter.requires_grad_(flags[id(parameter)])
+        if sharded:
+            shard_alike(teacher, inner)
+            teacher.requires_grad_(False)
         with ExitStack() as stack:
             if is_linearized(teacher):
                 stack.enter_context(softmax(teacher))
@@ -142,19 +140,7 @@ class Distill:
                     wanted = teacher(*args, **kwargs)
                 return self._compare(model(*args, **kwargs), wanted, seen)
 
-            loop = self._loop(nodes, loss)
-            try:
-                loop(module, report)
-            finally:
-                self.result = loop.result
-
-    def _loop(self, nodes: Mapping[str, TTT], loss: Callable[[nn.Module, Any], Tensor]) -> FineTune:
-        shared = {
-            one.name: getattr(self, one.name)
-            for one in dataclasses.fields(FineTune)
-            if one.init and one.name not in ("loss", "protocol")
-        }
-        return _Loop(**shared, loss=loss, protocol="freeze" if self.train == "new" else "full")
+            self.run(module, loss, frozen=self.train == "new", training=False)
 
     def _hidden(self, module: nn.Module, nodes: Mapping[str, TTT]) -> list[str]:
         """The names of the modules at whose outputs student and teacher are compared."""
@@ -193,14 +179,6 @@ class Distill:
             both = [name for name in ours if name in theirs]
             loss = loss + self.hidden_weight * _mean(relative(ours[n], theirs[n]) for n in both)
         return loss
-
-
-class _Loop(FineTune):
-    """The loop of `FineTune` with the student in eval mode, as its teacher is."""
-
-    def _set_flags(self, module: nn.Module, nodes: Mapping[str, TTT]) -> None:
-        super()._set_flags(module, nodes)
-        module.eval()
 
 
 def _parent(name: str) -> str:

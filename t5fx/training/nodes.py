@@ -1,21 +1,22 @@
-"""What the fine-tune hooks have in common: batches as calls, schedule, progress, tables."""
+"""What the fine-tune hooks have in common: nodes, batches as calls, schedule, progress, tables."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from t5fx.backend.adapters import adapter
 from t5fx.errors import AdapterError, TrainingError
 from t5fx.kernels import TTT
 from t5fx.runtime.lookup import is_linearized, nodes_in
+from t5fx.training.batches import placed
+from t5fx.training.sharding import reshard
 
 
 def nodes_of(module: nn.Module) -> dict[str, TTT]:
@@ -29,37 +30,9 @@ def nodes_of(module: nn.Module) -> dict[str, TTT]:
         raise TrainingError(f"nothing to train: {error}") from error
 
 
-def endless(data: Iterable[Any]) -> Iterator[Any]:
-    """The batches of `data` again and again. Raises `TrainingError` where it ends for good."""
-    passes = 0
-    while True:
-        count = 0
-        for batch in data:
-            count += 1
-            yield batch
-        if not count:
-            what = "no batch" if not passes else f"batches for {passes} pass over it only"
-            raise TrainingError(
-                f"data: expected what can be iterated again and again, such as a DataLoader or a "
-                f"list of batches, got {what} from a {type(data).__name__}"
-            )
-        passes += 1
-
-
-def placed(batch: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on `device`."""
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-
-
-def samples(batch: Any) -> int:
-    """Samples in a batch: the first axis of its first tensor that has one."""
-    leaves = pytree.tree_leaves(batch)
-    return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
-
-
-def device_of(module: nn.Module, nodes: Mapping[str, TTT]) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where the nodes of a model are; where these have no parameters, where the model is."""
-    of_nodes = (p for node in nodes.values() for p in node.parameters())
+    of_nodes = (p for node in nodes_of(module).values() for p in node.parameters())
     first = next(of_nodes, None)
     return (next(module.parameters()) if first is None else first).device
 
@@ -89,22 +62,28 @@ def warm_cosine(step: int, steps: int, warmup: float) -> float:
 
 @contextmanager
 def kept(module: nn.Module) -> Iterator[None]:
-    """Puts train/eval flags and requires_grad back as they were."""
+    """Puts train/eval flags and requires_grad back as they were.
+
+    Parameters are found by name: FSDP2 puts others in their places meanwhile.
+    """
+    reshard(module)
     flags = [(m, m.training) for m in module.modules()]
-    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    wanted = {name: p.requires_grad for name, p in module.named_parameters()}
     try:
         yield
     finally:
+        reshard(module)
         for each, training in flags:
             if each.training != training:
                 each.training = training
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in module.named_parameters():
+            if name in wanted:
+                parameter.requires_grad_(wanted[name])
 
 
 @contextmanager
-def progress(text: str, steps: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal, and nothing elsewhere.
+def progress(text: str, steps: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal, of which `done` steps are done, and nothing elsewhere.
 
     Yields a function to call after each step, with what to show beside the bar.
     """
@@ -123,7 +102,7 @@ def progress(text: str, steps: int) -> Iterator[Callable[[str], None]]:
     with Progress(
         *columns, note, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=steps, note="")
+        task = bar.add_task("", total=steps, completed=done, note="")
         yield lambda note: bar.update(task, advance=1, note=note)
 
 

@@ -1,11 +1,17 @@
-"""Several processes that train the same nodes, by torch.distributed."""
+"""Several processes that train the same model, by torch.distributed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from t5fx.errors import TrainingError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def process_count() -> int:
@@ -14,14 +20,34 @@ def process_count() -> int:
     return distributed.get_world_size() if ready else 1
 
 
+def process_index() -> int:
+    """Which of them this is, from 0."""
+    return 0 if process_count() == 1 else distributed.get_rank()
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files."""
-    return process_count() == 1 or distributed.get_rank() == 0
+    return process_index() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if process_count() > 1:
+        distributed.barrier()
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has, in their order; plain data and CPU tensors."""
+    values = [value] * process_count()
+    if process_count() > 1:
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def averaged(values: Tensor) -> Tensor:
     """The mean over all processes."""
     if process_count() > 1:
+        values = values.clone()
         distributed.all_reduce(values)
         values = values / process_count()
     return values
@@ -43,3 +69,26 @@ def share_values(modules: Iterable[nn.Module]) -> None:
         for module in modules:
             for parameter in module.parameters():
                 distributed.broadcast(parameter, 0)
+
+
+def accelerator_on(device: torch.device, given: Accelerator | None = None) -> Accelerator:
+    """An accelerator for training on a device: the given one, or one of the same processes.
+
+    Raises:
+        TrainingError: accelerate is not installed, or does not see the processes that there are.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise TrainingError(
+            "expected the package accelerate, found none: pip install t5fx[train]"
+        ) from error
+    accelerator = given or Accelerator(cpu=device.type == "cpu")
+    if process_count() not in (1, accelerator.num_processes):
+        raise TrainingError(
+            f"expected accelerate to see the {process_count()} processes of torch.distributed, got "
+            f"an Accelerator of {accelerator.num_processes}: start them with torchrun or "
+            f"accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE, and make the "
+            f"Accelerator after torch.distributed is initialised"
+        )
+    return accelerator

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from t5fx.errors import TrainingError
+from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
+from t5fx.training.sharding import gather, is_split, like, whole
 
 
 class Student:
@@ -21,7 +23,11 @@ class Student:
     def __init__(self, key: str, node: TTT) -> None:
         self.key = key
         self.original = node
-        self.node = copy.deepcopy(node).float()
+        split = any(map(is_split, node.parameters()))
+        twin: Any = duplicate(node, share=True) if split else copy.deepcopy(node)
+        self.node: TTT = twin
+        gather(self.node)
+        self.node.float()
         self.attend = attention(node)
         self.projection = ""
         self.weight: Tensor | None = None
@@ -75,7 +81,7 @@ class Student:
         """The trained values to the node itself, in its dtype."""
         trained = dict(self.node.named_parameters())
         for name, parameter in self.original.named_parameters():
-            parameter.copy_(trained[name])
+            parameter.copy_(like(trained[name].to(parameter.dtype), parameter))
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -171,5 +177,5 @@ class _Compare:
             return
         if torch.equal(read.reshape(merged.shape), merged.to(read.dtype)):
             self.student.projection = self.name
-            self.student.weight = self.weight.detach().float()
+            self.student.weight = whole(self.weight.detach()).float()
             self.student.merged = None

@@ -241,57 +241,6 @@ def test_frozen_sites_stay_frozen():
         t5fx.FineTune(data(), loss, steps=1)(lin)
 
 
-def test_two_processes_are_one_with_both_batches(tmp_path):
-    """Of a list each takes every second batch; gradients and the history's losses are averaged."""
-    torch.multiprocessing.spawn(_tune_in_two, (str(tmp_path),), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    batches = _four_batches()
-    joined = [
-        tuple(map(torch.cat, zip(*batches[at : at + 2], strict=True))) for at in range(0, 4, 2)
-    ]
-    alone = linearized()
-    alone.drop.p = 0.0
-    tune = t5fx.FineTune(joined, loss, **_IN_TWO)
-    tune(alone)
-    for name, value in alone.state_dict().items():
-        assert torch.equal(one["state"][name], two["state"][name])
-        torch.testing.assert_close(one["state"][name], value, rtol=1e-3, atol=1e-4)
-    assert one["losses"] == two["losses"]
-    assert one["losses"] == pytest.approx([r["loss"] for r in tune.result.history], rel=1e-4)
-
-
-_IN_TWO = {"protocol": "full", "steps": 4, "lr": 1e-2, "log_every": 1, "max_grad_norm": 1e9}
-
-
-def _four_batches():
-    generator = torch.Generator().manual_seed(0)
-    shape = SHAPE.images().shape
-    return [
-        (torch.randn(shape, generator=generator), torch.tensor([i % 3, 1, 2, 0])) for i in range(4)
-    ]
-
-
-def _tune_in_two(rank, folder):
-    import os
-
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        lin = linearized()
-        # Dropout would drop other channels in each process.
-        lin.drop.p = 0.0
-        tune = t5fx.FineTune(_four_batches(), loss, accelerator=Accelerator(cpu=True), **_IN_TWO)
-        tune(lin)
-        saved = {"state": lin.state_dict(), "losses": [r["loss"] for r in tune.result.history]}
-        torch.save(saved, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
 def test_bad_settings_and_nothing_to_train():
     with pytest.raises(TrainingError, match="protocol: expected one of freeze, full"):
         t5fx.FineTune([], loss, protocol="lora")
