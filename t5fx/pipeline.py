@@ -30,9 +30,10 @@ from t5fx.frontend.shapes import add_shapes
 from t5fx.graph.view import View
 from t5fx.graph.writes import settle
 from t5fx.kernels import TTT
-from t5fx.reports import Report, Site, Tried, why_nothing
+from t5fx.reports import Report, Tried, why_nothing
 from t5fx.rewrite.forms import constants_of, flatten
 from t5fx.rewrite.sites import nodes_for, rewrite, settings
+from t5fx.runtime.describe import sites_of, tell_library
 from t5fx.runtime.hooks import Origin
 from t5fx.runtime.install import Outcome, install, keep, refuse_foreign, refuse_missing
 from t5fx.runtime.lookup import CONFIG, REPORT, nodes_in
@@ -250,6 +251,7 @@ def build(
         raise NothingRewrittenError(why_nothing(told))
     install(runtime, result, outcome.nodes)
     keep(runtime, result, outcome)
+    tell_library(result, config)
     count_parameters(runtime.report, result)
     return result
 
@@ -263,16 +265,9 @@ def with_nodes(model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TT
         return build_graph(model, (), {}, config, nodes)
     runtime = runtime_for(model, config)
     runtime.report.capture = "saved: the first call is judged when it comes"
-    runtime.report.sites = [
-        Site(
-            fqn=key.rpartition(".")[0],
-            status="rewritten",
-            num_heads=node.num_heads,
-            head_dim=node.head_dim,
-        )
-        for key, node in nodes.items()
-    ]
+    runtime.report.sites = sites_of(nodes)
     install(runtime, model, nodes)
+    tell_library(model, config)
     count_parameters(runtime.report, model)
     return model
 
