@@ -41,6 +41,7 @@ from t5fx.runtime.make import calls_of, extend, make_forms
 from t5fx.runtime.places import Looked, Places, verdicts_of
 from t5fx.runtime.state import Kind, Runtime
 from t5fx.runtime.templates import bare, clean_thread
+from t5fx.wrappers import plain_name
 
 #: What the graph of a call says of a node, apart from the options.
 _OF_THE_CALL = ("num_heads", "head_dim", "value_dim", "scale", "locality", "grid_ndim")
@@ -61,6 +62,11 @@ def runtime_for(model: nn.Module, config: LinearizeConfig) -> Runtime:
     )
 
 
+def _nodes_of(model: nn.Module) -> dict[str, TTT]:
+    """The nodes of a model by key; those of wrapped modules by the names without the wrappers."""
+    return {plain_name(key): node for key, node in nodes_in(model).items()}
+
+
 def judge(
     runtime: Runtime,
     model: nn.Module,
@@ -75,7 +81,7 @@ def judge(
     Raises `RefusedCallError` where the call needs attention that was rewritten to do what a TTT
     node cannot, such as to mask keys; `CaptureError` where it cannot be traced.
     """
-    existing = nodes_in(model) | dict(nodes or {})
+    existing = _nodes_of(model) | dict(nodes or {})
     return clean_thread(lambda: _judge(runtime, model, args, kwargs, existing))
 
 
@@ -220,7 +226,7 @@ def judge_again(
         if runtime.kind_of(args, kwargs, model.training) is None:
             outcome = judge(runtime, model, args, kwargs)
             if not runtime.kinds:
-                refuse_missing(model, set(nodes_in(model)), outcome)
+                refuse_missing(model, set(_nodes_of(model)), outcome)
             keep(runtime, model, outcome)
 
 

@@ -12,12 +12,26 @@ _INSIDE = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile's, DDP's and the other wrappers, or the model itself."""
     while True:
-        inside = next((model._modules[name] for name in _INSIDE if name in model._modules), None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inside = model.module
-        if inside is None:
+        model = inside(model)
+        if not isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             return model
-        model = inside
+        model = model.module
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The module that a wrapper, which may be part of a model, is around, or the module itself."""
+    while True:
+        found = next((module._modules[name] for name in _INSIDE if name in module._modules), None)
+        if found is None:
+            return module
+        module = found
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The module of a plain name. Raises AttributeError where there is none."""
+    for part in filter(None, name.split(".")):
+        model = inside(model.get_submodule(part))
+    return model
 
 
 def plain_name(name: str) -> str:

@@ -13,32 +13,31 @@ from t5fx.checkpoint.description import differences
 from t5fx.checkpoint.files import Checkpoint, check_shape
 from t5fx.errors import CheckpointError
 from t5fx.kernels import TTT
-from t5fx.wrappers import plain_name
+from t5fx.wrappers import module_at, plain_name
 
 
 def fitting_nodes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, TTT]:
-    """By key in the model, a node on the meta device for each saved site, whose tensors are there
-    in its shapes.
+    """By key, a node on the meta device for each saved site, whose tensors are there in its shapes.
 
     Tensors of a checkpoint that a library saved under other names than the model's are renamed.
     """
-    owners = {plain_name(name): name for name, _ in model.named_modules()}
     nodes: dict[str, TTT] = {}
     expected: dict[str, torch.Size] = {}
     for key, settings in checkpoint.description.sites.items():
-        owner, _, child = key.rpartition(".")
-        if owner not in owners:
+        try:
+            module_at(model, key.rpartition(".")[0])
+        except AttributeError as error:
             raise CheckpointError(
                 f"'{checkpoint.folder}' has a node '{key}': expected its owner in "
                 f"{type(model).__name__}, found no such module"
-            )
+            ) from error
         try:
             node = TTT(**settings, name=key, device="meta")
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"'{checkpoint.where}': site '{key}' has bad settings: {error}"
             ) from error
-        nodes[f"{owners[owner]}.{child}" if owner else child] = node
+        nodes[key] = node
         expected |= {f"{key}.{name}": tensor.shape for name, tensor in node.state_dict().items()}
     if checkpoint.library:
         _rename(checkpoint, model, {*expected, *map(plain_name, model.state_dict())})

@@ -26,7 +26,7 @@ from t5fx.pipeline import with_nodes
 from t5fx.reports import Report
 from t5fx.runtime.describe import describe, sites_of
 from t5fx.runtime.lookup import configs, nodes_in, reports
-from t5fx.wrappers import plain_name, unwrapped
+from t5fx.wrappers import module_at, plain_name, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,6 +81,7 @@ def save_pretrained(
     nodes, config = _nodes_of(lin)
     tensors = dict(_whole_state(lin, nodes) if state_dict is None else state_dict)
     tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
+    _bring(lin, tensors)
     if adapter_only or isinstance(lin, Parameters):
         tensors = {name: t for name, t in tensors.items() if site_of(name, nodes) is not None}
     _check_values(tensors)
@@ -125,6 +126,18 @@ def _whole_state(lin: nn.Module, nodes: Mapping[str, TTT]) -> dict[str, Tensor]:
     for key, node in nodes.items():  # those of an untouched compiled model are beside it
         state |= {f"{key}.{name}": t for name, t in node.state_dict().items()}
     return state
+
+
+def _bring(lin: nn.Module, tensors: dict[str, Any]) -> None:
+    """Put in the values that accelerate keeps elsewhere and brings when their module is called."""
+    for prefix, module in lin.named_modules():
+        hook = vars(module).get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            kept = getattr(one, "weights_map", None)
+            for own in (*module._parameters, *module._buffers) if kept is not None else ():
+                name = plain_name(f"{prefix}.{own}".strip("."))
+                if name in tensors and tensors[name].is_meta:
+                    tensors[name] = kept[own]
 
 
 def _check_values(tensors: Mapping[str, Any]) -> None:
@@ -222,11 +235,11 @@ def from_pretrained(
             _put(originals[name], value, dtype)
         new = dict(checkpoint.tensors(lambda name: checkpoint.site(name) is not None))
         for key, node in nodes.items():
-            owner = result.get_submodule(key.rpartition(".")[0])
+            owner = module_at(result, key.rpartition(".")[0])
             first = next(owner.parameters(), None)
             node.to_empty(device=device if first is None else first.device)
             for name, tensor in node.state_dict(keep_vars=True).items():
-                _put(tensor, new[f"{plain_name(key)}.{name}"], dtype)
+                _put(tensor, new[f"{key}.{name}"], dtype)
     made: Any = with_nodes(result, chosen, nodes)
     return made  # type: ignore[no-any-return]
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from t5fx.atomic import SCRATCH, replacing, scratch_beside, sync
+from t5fx.checkpoint.card import CARD
 from t5fx.checkpoint.description import CONFIG_NAME, Description
 from t5fx.checkpoint.files import digest_of
 from t5fx.errors import CheckpointError
@@ -26,7 +27,7 @@ from t5fx.errors import CheckpointError
 #: The names of files of weights that `write` makes, and of what a killed one leaves.
 _OURS = re.compile(r"(model|adapter)-[0-9a-f]{12}(-\d{5}-of-\d{5})?\.safetensors")
 _LEFT = re.compile(
-    rf"\.({re.escape(CONFIG_NAME)}|(model|adapter)[^/]*\.safetensors(\.index\.json)?)"
+    rf"\.({re.escape(CONFIG_NAME)}|{re.escape(CARD)}|(model|adapter).*\.safetensors(\.index\.json)?)"
     rf"\.[^.]+{re.escape(SCRATCH)}"
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def describe(
             plain_name(key): {name: getattr(node, name) for name in _SETTINGS}
             for key, node in nodes.items()
         },
-        made_with={"torch": torch.__version__},
+        made_with={"t5fx": metadata.version("t5fx"), "torch": torch.__version__},
     )
 
 
