@@ -109,23 +109,29 @@ def _entry(path: Path) -> Any:
 
 
 def _weights(folder: Path) -> list[str]:
-    """The safetensors files that a library has put into a folder: those of its index, or one."""
-    indices = sorted(folder.glob("*.safetensors.index*.json"))
-    single = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(indices) == 1:
+    """The safetensors files that a library has put into a folder: those of its index, or one.
+
+    An index whose files are gone was left by an earlier save.
+    """
+    found: list[list[str]] = []
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
         try:
-            named = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()
-            return sorted({name for name in named if Path(name).name == name})
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({name for name in named if Path(name).name == name})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"'{indices[0]}': expected an index of safetensors files, got {error!r}"
+                f"'{index}': expected an index of safetensors files, got {error!r}"
             ) from error
-    if not indices and len(single) == 1:
-        return single
-    raise CheckpointError(
-        f"'{folder}': expected the weights of one model, in one safetensors file or with one "
-        f"index, got {', '.join([*(path.name for path in indices), *single]) or 'none'}"
-    )
+        if any((folder / name).exists() for name in files):
+            found.append(files)
+    indexed = {name for files in found for name in files}
+    found += [[p.name] for p in sorted(folder.glob("*.safetensors")) if p.name not in indexed]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"'{folder}': expected the weights of one model, in one safetensors file or in those "
+            f"of one index, got {'; '.join(', '.join(files) for files in found) or 'none'}"
+        )
+    return found[0]
 
 
 def _parsed(data: Any, path: Path) -> Description:

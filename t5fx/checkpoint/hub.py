@@ -48,7 +48,7 @@ def local_folder(
         found = snapshot_download(
             str(name),
             revision=revision,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             token=token,
             local_files_only=local_files_only,
             allow_patterns=about,

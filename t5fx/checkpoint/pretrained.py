@@ -133,8 +133,8 @@ def _bring(lin: nn.Module, tensors: dict[str, Any]) -> None:
     for prefix, module in lin.named_modules():
         hook = vars(module).get("_hf_hook")
         for one in getattr(hook, "hooks", (hook,)):
-            kept = getattr(one, "weights_map", None)
-            for own in (*module._parameters, *module._buffers) if kept is not None else ():
+            kept = getattr(one, "weights_map", None) or {}
+            for own in (*module._parameters, *module._buffers) if kept else ():
                 name = plain_name(f"{prefix}.{own}".strip("."))
                 if name in tensors and tensors[name].is_meta:
                     tensors[name] = kept[own]

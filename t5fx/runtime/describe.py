@@ -47,7 +47,8 @@ def tell_library(model: nn.Module, config: LinearizeConfig) -> None:
     own: dict[str, Any] = vars(model)
     if "_internal_dict" in own and hasattr(model, "register_to_config"):  # diffusers
         model.register_to_config(**{ENTRY: describe(model, nodes_in(model), config).to_dict()})  # type: ignore[operator]
-    elif hasattr(own.get("config"), "save_pretrained"):  # transformers
+    elif isinstance(own.get("config"), getattr(type(model), "config_class", None) or ()):
+        # transformers
         setattr(own["config"], ENTRY, describe(model, nodes_in(model), config).to_dict())
 
 

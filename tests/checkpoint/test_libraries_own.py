@@ -97,9 +97,20 @@ def test_transformers_saves_under_its_own_names(kind, tmp_path):
     deeper = make(config(**SIZES | {"num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"give the model that was saved"):
         t5fx.from_pretrained(tmp_path, deeper)
-    t5fx.save_pretrained(lin, tmp_path)
+    lin.save_pretrained(tmp_path / "both")
+    t5fx.save_pretrained(lin, tmp_path / "both")
     with pytest.raises(CheckpointError, match=f"expected one checkpoint, .*{CONFIG_NAME}"):
-        t5fx.from_pretrained(tmp_path, make(config(**SIZES)))
+        t5fx.from_pretrained(tmp_path / "both", make(config(**SIZES)))
+
+
+def test_weights_of_two_saves_in_one_folder_are_told(tmp_path):
+    """Neither library removes one file when it writes several, and it would load the older one."""
+    x = torch.randn(1, 3, 24, 24)
+    lin = t5fx.linearize(Dinov2Model(Dinov2Config(**SIZES)).eval(), (x,), config=ALL)
+    lin.save_pretrained(tmp_path)
+    lin.save_pretrained(tmp_path, max_shard_size="10KB")
+    with pytest.raises(CheckpointError, match=r"of one index, got .*; model.safetensors"):
+        t5fx.from_pretrained(tmp_path, Dinov2Model(Dinov2Config(**SIZES)))
 
 
 def test_a_librarys_folder_without_nodes_is_told(tmp_path):
