@@ -9,12 +9,19 @@ from pathlib import Path
 
 from t5fx.checkpoint.card import CARD, is_generated
 from t5fx.checkpoint.description import CONFIG_NAME, LIBRARY_CONFIG, described
+from t5fx.checkpoint.save import index_of
 from t5fx.errors import CheckpointError
 
 #: A repository's name, as `from_pretrained` takes it.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: What the weights of a checkpoint that a library wrote are called.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index*.json")
+#: The files that `t5fx.save_pretrained` may have uploaded before.
+_OURS = [
+    pattern
+    for kind in ("model", "adapter")
+    for pattern in (index_of(kind), f"{kind}-{'[0-9a-f]' * 12}*.safetensors")
+]
 
 
 def is_repository(name: object) -> bool:
@@ -72,7 +79,12 @@ def local_folder(
 
 
 def push(
-    folder: Path, files: Iterable[str], repo_id: str, *, token: str | bool | None, private: bool
+    folder: Path,
+    files: Iterable[str],
+    repo_id: str,
+    *,
+    token: str | bool | None,
+    private: bool | None,
 ) -> str:
     """Upload a checkpoint to a repository, which is made where there is none; returns its address.
 
@@ -93,6 +105,6 @@ def push(
         folder_path=folder,
         commit_message="A checkpoint of t5fx",
         allow_patterns=given,
-        delete_patterns=[f"{kind}-*.safetensors" for kind in ("model", "adapter")],
+        delete_patterns=_OURS,
     )
     return str(made)

@@ -41,7 +41,7 @@ def save_pretrained(
     base_model: str | None = None,
     push_to_hub: bool = False,
     repo_id: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     token: str | bool | None = None,
 ) -> str | None:
     """Save a linearized model as safetensors files and a JSON file, without pickle.
@@ -67,7 +67,8 @@ def save_pretrained(
             without it where transformers or diffusers loaded the original from there.
         push_to_hub: upload the checkpoint to the Hub, too.
         repo_id: the repository there; the directory's name, in the user's own space, without it.
-        private: whether a repository that is made can be seen by its owner only.
+        private: whether a repository that is made can be seen by its owner only; as the owner has
+            set it on the Hub, without it.
         token: the Hub's token, where it is not the one that `hf auth login` has stored.
 
     Returns:
@@ -77,10 +78,12 @@ def save_pretrained(
         CheckpointError: `lin` has no TTT nodes, or a tensor without values or split over devices.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused the upload; the directory is written.
     """
-    lin = unwrapped(lin)
+    given, lin = lin, unwrapped(lin)
     nodes, config = _nodes_of(lin)
     tensors = dict(_whole_state(lin, nodes) if state_dict is None else state_dict)
     tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
+    if given is not lin and all(name.startswith("module.") for name in tensors):  # DDP's own state
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     _bring(lin, tensors)
     if adapter_only or isinstance(lin, Parameters):
         tensors = {name: t for name, t in tensors.items() if site_of(name, nodes) is not None}

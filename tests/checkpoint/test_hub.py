@@ -139,9 +139,12 @@ def test_uploads_hold_the_checkpoint_alone_and_keep_a_users_card(lin, tmp_path, 
     assert {p.name for p in there.iterdir()} == {p.name for p in folder.iterdir()} - {"notes.txt"}
     assert hub.tokens == {"secret"}
     (there / "README.md").write_text("Mine, written on the Hub")
+    (there / "model-00001-of-00002.safetensors").touch()
     t5fx.save_pretrained(lin, folder, max_shard_size="4KB", push_to_hub=True, repo_id="me/vit-t5")
     weights = {path.name for path in folder.glob("*.safetensors")}
-    assert len(weights) > 1 and {path.name for path in there.glob("*.safetensors")} == weights
+    of_others = {"model-00001-of-00002.safetensors"}
+    found = {path.name for path in there.glob("*.safetensors")}
+    assert len(weights) > 1 and found == weights | of_others
     assert (there / "README.md").read_text() == "Mine, written on the Hub"
     again = t5fx.from_pretrained(there, SHAPE.model())
     assert all(torch.equal(t, lin.state_dict()[n]) for n, t in again.state_dict().items())

@@ -82,11 +82,14 @@ def test_ddp(lin, tmp_path):
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
-        t5fx.save_pretrained(nn.parallel.DistributedDataParallel(lin), tmp_path / "saved")
+        ddp = nn.parallel.DistributedDataParallel(lin)
+        t5fx.save_pretrained(ddp, tmp_path / "saved")
+        t5fx.save_pretrained(ddp, tmp_path / "given", state_dict=ddp.state_dict())
     finally:
         torch.distributed.destroy_process_group()
-    again = t5fx.from_pretrained(tmp_path / "saved", SHAPE.model())
-    assert again.state_dict().keys() == lin.state_dict().keys()
+    for folder in ("saved", "given"):
+        again = t5fx.from_pretrained(tmp_path / folder, SHAPE.model())
+        assert all(torch.equal(v, lin.state_dict()[n]) for n, v in again.state_dict().items())
 
 
 def test_parametrized_modules_need_the_same_in_the_model(tmp_path):
