@@ -164,17 +164,3 @@ def site_of(name: str, sites: Container[str]) -> str | None:
     parts = name.split(".")
     keys = (".".join(parts[:i]) for i in range(1, len(parts)))
     return next((key for key in keys if key in sites), None)
-
-
-def differences(expected: Any, got: Any) -> str:
-    """`missing: 'a', 'b'; unexpected: 'c'`, a few of each."""
-    parts = []
-    for word, names in (
-        ("missing", set(expected) - set(got)),
-        ("unexpected", set(got) - set(expected)),
-    ):
-        if names:
-            shown = ", ".join(map(repr, sorted(names)[:5]))
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{word}: {shown}{more}")
-    return "; ".join(parts)

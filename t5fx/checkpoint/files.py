@@ -122,6 +122,20 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def differences(expected: Any, got: Any) -> str:
+    """`missing: 'a', 'b'; unexpected: 'c'`, a few of each."""
+    parts = []
+    for word, names in (
+        ("missing", set(expected) - set(got)),
+        ("unexpected", set(got) - set(expected)),
+    ):
+        if names:
+            shown = ", ".join(map(repr, sorted(names)[:5]))
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            parts.append(f"{word}: {shown}{more}")
+    return "; ".join(parts)
+
+
 def check_shape(name: str, expected: torch.Size, got: tuple[int, ...], where: Path) -> None:
     """Raise `CheckpointError` unless a stored tensor has the shape that the model wants."""
     if tuple(expected) != got:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t5fx.checkpoint.description import differences
-from t5fx.checkpoint.files import Checkpoint, check_shape
+from t5fx.checkpoint.files import Checkpoint, check_shape, differences
 from t5fx.errors import CheckpointError
 from t5fx.kernels import TTT
 from t5fx.wrappers import module_at, plain_name

@@ -14,8 +14,8 @@ from t5fx.api import check_call, refuse_linearized
 from t5fx.backend.adapters import Parameters, adapter
 from t5fx.checkpoint import hub
 from t5fx.checkpoint.card import CARD, base_of, write_card
-from t5fx.checkpoint.description import CONFIG_NAME, differences, site_of
-from t5fx.checkpoint.files import Checkpoint
+from t5fx.checkpoint.description import CONFIG_NAME, site_of
+from t5fx.checkpoint.files import Checkpoint, differences
 from t5fx.checkpoint.fit import check_originals, fill_meta, fitting_nodes
 from t5fx.checkpoint.save import index_of, write
 from t5fx.config import LinearizeConfig
