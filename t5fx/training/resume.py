@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from t5fx.atomic import replacing
+from t5fx.atomic import replacing, sync
 from t5fx.errors import TrainingError
 from t5fx.training.processes import barrier, is_first
 
