@@ -6,7 +6,6 @@ import csv
 import datetime
 import functools
 import math
-import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,6 +18,7 @@ import torch
 import t5fx
 from t5fx.analysis.clock import device_name
 from t5fx.analysis.measure import Spread
+from t5fx.atomic import replacing
 from t5fx.digest import code_digest, digest_of
 from t5fx.errors import T5Error
 
@@ -251,12 +251,10 @@ def _parsed(line: dict[str, str]) -> Row:
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Numbers with six digits: a file that many runs merge into stays small and readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: _text(v) for k, v in asdict(row).items()} for row in rows)
-    scratch.replace(path)
 
 
 def _text(value: Any) -> str:

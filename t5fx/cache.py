@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import os
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
+
+from t5fx.atomic import replacing
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,10 @@ def save(kind: str, key: str, fact: dict[str, Any], what: str) -> None:
     what: the facts' name in that warning.
     """
     path = file_of(kind, key)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps({"key": key, **fact}), encoding="utf-8")
-        scratch.replace(path)
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps({"key": key, **fact}), encoding="utf-8")
     except OSError as error:
         warnings.warn(
             f"{what} are kept for this process only: {error}; set T5FX_CACHE_DIR", stacklevel=3

@@ -30,9 +30,10 @@ from t5fx.frontend.shapes import add_shapes
 from t5fx.graph.view import View
 from t5fx.graph.writes import settle
 from t5fx.kernels import TTT
-from t5fx.reports import Report, Site, Tried, why_nothing
+from t5fx.reports import Report, Tried, why_nothing
 from t5fx.rewrite.forms import constants_of, flatten
 from t5fx.rewrite.sites import nodes_for, rewrite, settings
+from t5fx.runtime.describe import sites_of, tell_library
 from t5fx.runtime.hooks import Origin
 from t5fx.runtime.install import Outcome, install, keep, refuse_foreign, refuse_missing
 from t5fx.runtime.lookup import CONFIG, REPORT, nodes_in
@@ -40,6 +41,7 @@ from t5fx.runtime.make import calls_of, extend, make_forms
 from t5fx.runtime.places import Looked, Places, verdicts_of
 from t5fx.runtime.state import Kind, Runtime
 from t5fx.runtime.templates import bare, clean_thread
+from t5fx.wrappers import plain_name
 
 #: What the graph of a call says of a node, apart from the options.
 _OF_THE_CALL = ("num_heads", "head_dim", "value_dim", "scale", "locality", "grid_ndim")
@@ -60,6 +62,11 @@ def runtime_for(model: nn.Module, config: LinearizeConfig) -> Runtime:
     )
 
 
+def _nodes_of(model: nn.Module) -> dict[str, TTT]:
+    """The nodes of a model by key; those of wrapped modules by the names without the wrappers."""
+    return {plain_name(key): node for key, node in nodes_in(model).items()}
+
+
 def judge(
     runtime: Runtime,
     model: nn.Module,
@@ -74,7 +81,7 @@ def judge(
     Raises `RefusedCallError` where the call needs attention that was rewritten to do what a TTT
     node cannot, such as to mask keys; `CaptureError` where it cannot be traced.
     """
-    existing = nodes_in(model) | dict(nodes or {})
+    existing = _nodes_of(model) | dict(nodes or {})
     return clean_thread(lambda: _judge(runtime, model, args, kwargs, existing))
 
 
@@ -219,7 +226,7 @@ def judge_again(
         if runtime.kind_of(args, kwargs, model.training) is None:
             outcome = judge(runtime, model, args, kwargs)
             if not runtime.kinds:
-                refuse_missing(model, set(nodes_in(model)), outcome)
+                refuse_missing(model, set(_nodes_of(model)), outcome)
             keep(runtime, model, outcome)
 
 
@@ -250,6 +257,7 @@ def build(
         raise NothingRewrittenError(why_nothing(told))
     install(runtime, result, outcome.nodes)
     keep(runtime, result, outcome)
+    tell_library(result, config)
     count_parameters(runtime.report, result)
     return result
 
@@ -263,16 +271,9 @@ def with_nodes(model: nn.Module, config: LinearizeConfig, nodes: Mapping[str, TT
         return build_graph(model, (), {}, config, nodes)
     runtime = runtime_for(model, config)
     runtime.report.capture = "saved: the first call is judged when it comes"
-    runtime.report.sites = [
-        Site(
-            fqn=key.rpartition(".")[0],
-            status="rewritten",
-            num_heads=node.num_heads,
-            head_dim=node.head_dim,
-        )
-        for key, node in nodes.items()
-    ]
+    runtime.report.sites = sites_of(nodes)
     install(runtime, model, nodes)
+    tell_library(model, config)
     count_parameters(runtime.report, model)
     return model
 

@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 # The libraries that the core tests may import; see `test-core` in pyproject.toml.
 CORE_LIBRARIES = {
     "accelerate",
+    "huggingface_hub",
     "hypothesis",
     "networkx",
     "numpy",

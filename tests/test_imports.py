@@ -15,10 +15,13 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "t5fx.errors",
     "t5fx.digest",
+    "t5fx.atomic",
     "t5fx.cache",
     "t5fx.config",
     "t5fx.reports",
     "t5fx.hooks",
+    "t5fx.wrappers",
+    "t5fx.checkpoint.description",
     "t5fx.checkpoint.files",
     "t5fx.graph",
     "t5fx.analysis.masks",

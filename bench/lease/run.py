@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from t5fx.atomic import replacing
 from t5fx.errors import T5Error
 
 from .. import assembler
@@ -129,9 +130,8 @@ class Lease:
 
     def summarise(self) -> None:
         text = summary.text(self.records, time.monotonic() - self.begun)
-        scratch = self.options.out / ".summary.txt"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(self.options.out / "summary.txt")
+        with replacing(self.options.out / "summary.txt") as scratch:
+            scratch.write_text(text, encoding="utf-8")
 
     def say(self, text: str, style: str | None = None) -> None:
         seconds = time.monotonic() - self.begun

@@ -29,6 +29,7 @@ from t5fx.config import LinearizeConfig
 from t5fx.errors import AdapterError
 from t5fx.kernels import TTT
 from t5fx.runtime.lookup import config_of, configs
+from t5fx.wrappers import plain_name
 
 
 class Place(NamedTuple):
@@ -190,7 +191,7 @@ class Adapter:
             )
         self.sites: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
-            match = re.match(r"((?:.*\.)?t5(?:_\d+)?)\.(.+)$", name.replace("_orig_mod.", ""))
+            match = re.match(r"((?:.*\.)?t5(?:_\d+)?)\.(.+)$", plain_name(name))
             if match is not None:
                 self.sites.setdefault(match[1], {})[match[2]] = tensor
         if not self.sites:
@@ -333,7 +334,7 @@ def _config_of(module: nn.Module) -> LinearizeConfig | None:
 
 
 def _clean(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", ""))
+    return plain_name(name).strip(".")
 
 
 def matches(node: TTT, config: LinearizeConfig) -> bool:

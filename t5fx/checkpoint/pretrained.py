@@ -12,29 +12,23 @@ from torch import Tensor, nn
 
 from t5fx.api import check_call, refuse_linearized
 from t5fx.backend.adapters import Parameters, adapter
-from t5fx.checkpoint.files import (
-    CALLABLE,
-    CONFIG_NAME,
-    Checkpoint,
-    Description,
-    check_shape,
-    differences,
-    site_of,
-    write,
-)
+from t5fx.checkpoint import hub
+from t5fx.checkpoint.card import CARD, base_of, write_card
+from t5fx.checkpoint.description import CONFIG_NAME, site_of
+from t5fx.checkpoint.files import Checkpoint, differences
+from t5fx.checkpoint.fit import check_originals, fill_meta, fitting_nodes
+from t5fx.checkpoint.save import index_of, write
 from t5fx.config import LinearizeConfig
 from t5fx.errors import CheckpointError
 from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
-from t5fx.kernels.module import SETTINGS
 from t5fx.pipeline import with_nodes
-from t5fx.rewrite.sites import parameter_dtype
-from t5fx.runtime.lookup import configs, nodes_in
+from t5fx.reports import Report
+from t5fx.runtime.describe import describe, sites_of
+from t5fx.runtime.lookup import configs, nodes_in, reports
+from t5fx.wrappers import module_at, plain_name, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
-
-#: The arguments of a node that are kept with it; its name, dtype and device are the model's.
-_SETTINGS = ("num_heads", "head_dim", "value_dim", "grid_ndim", *SETTINGS, "seed")
 
 
 def save_pretrained(
@@ -43,30 +37,54 @@ def save_pretrained(
     *,
     adapter_only: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
-    shard_bytes: int = 5 * 10**9,
-) -> None:
+    max_shard_size: int | str = "5GB",
+    base_model: str | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> str | None:
     """Save a linearized model as safetensors files and a JSON file, without pickle.
 
-    The directory then has what `from_pretrained` needs besides the original model's code. A
+    The directory then has what `from_pretrained` needs besides the original model's code, the index
+    that Hugging Face's libraries read, and a model card, unless somebody has written one. A
     checkpoint that was in it is replaced at once, when the new one is complete; a save that fails
-    leaves it as it was.
+    or is killed leaves it as it was.
 
     Args:
-        lin: what `linearize` returned, or torch.compile made of it. A model that was compiled with
-            backend="t5" without being linearized, or its `t5fx.adapter`, is saved the same way.
+        lin: what `linearize` returned, with wrappers around it or around modules in it (those of
+            torch.compile, DDP, FSDP and activation checkpointing) or without; tensors get the
+            names that they have without them. A model that was compiled with backend="t5" without
+            being linearized, or its `t5fx.adapter`, is saved the same way.
         directory: made where it does not exist.
         adapter_only: save the new parameters only (every key under a `.t5`).
         state_dict: what to save instead of `lin.state_dict()`, of a model that FSDP has split:
             `torch.distributed.checkpoint.state_dict.get_model_state_dict` with
             `StateDictOptions(full_state_dict=True)`. Save from one process.
-        shard_bytes: how large a file may become; larger models are cut into several.
+        max_shard_size: how large a file may become, in bytes or as "5GB"; larger models are cut
+            into several.
+        base_model: the original's repository on the Hugging Face Hub, for the model card; known
+            without it where transformers or diffusers loaded the original from there.
+        push_to_hub: upload the checkpoint to the Hub, too.
+        repo_id: the repository there; the directory's name, in the user's own space, without it.
+        private: whether a repository that is made can be seen by its owner only; as the owner has
+            set it on the Hub, without it.
+        token: the Hub's token, where it is not the one that `hf auth login` has stored.
+
+    Returns:
+        The address of the repository, or None where nothing is uploaded.
 
     Raises:
         CheckpointError: `lin` has no TTT nodes, or a tensor without values or split over devices.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused the upload; the directory is written.
     """
-    lin = getattr(lin, "_orig_mod", lin)
+    given, lin = lin, unwrapped(lin)
     nodes, config = _nodes_of(lin)
     tensors = dict(_whole_state(lin, nodes) if state_dict is None else state_dict)
+    tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
+    if given is not lin and all(name.startswith("module.") for name in tensors):  # DDP's own state
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    _bring(lin, tensors)
     if adapter_only or isinstance(lin, Parameters):
         tensors = {name: t for name, t in tensors.items() if site_of(name, nodes) is not None}
     _check_values(tensors)
@@ -77,20 +95,30 @@ def save_pretrained(
                 f"state_dict: expected the parameters of every node, "
                 f"{differences(expected, tensors)}"
             )
-    description = Description(
-        content="adapter" if adapter_only or isinstance(lin, Parameters) else "model",
-        model=type(lin).__name__,
-        config=config.to_dict(callables=CALLABLE),
-        sites={k: {name: getattr(n, name) for name in _SETTINGS} for k, n in nodes.items()},
-        made_with={"torch": torch.__version__},
+    content = "adapter" if adapter_only or isinstance(lin, Parameters) else "model"
+    description = describe(lin, nodes, config, content)
+    folder = Path(directory)
+    write(folder, tensors, description, max_shard_size)
+    base = base_of(lin) if base_model is None else base_model
+    told = next(reports(lin), None) or Report(type(lin).__name__, sites_of(nodes))
+    write_card(
+        folder,
+        description,
+        told,
+        name=folder.name if repo_id is None else repo_id,
+        base_model=base if hub.is_repository(base) else None,
     )
-    write(Path(directory), tensors, description, shard_bytes)
+    if not push_to_hub:
+        return None
+    files = [CONFIG_NAME, index_of(content), CARD, *description.files]
+    repository = folder.resolve().name if repo_id is None else repo_id
+    return hub.push(folder, files, repository, token=token, private=private)
 
 
 def _nodes_of(lin: nn.Module) -> tuple[dict[str, TTT], LinearizeConfig]:
     config = next(configs(lin), None)
     if config is not None:
-        return nodes_in(lin), config
+        return {plain_name(key): node for key, node in nodes_in(lin).items()}, config
     if not isinstance(lin, Parameters):
         lin = adapter(lin)
     return lin.nodes(), lin.linearize_config
@@ -101,6 +129,18 @@ def _whole_state(lin: nn.Module, nodes: Mapping[str, TTT]) -> dict[str, Tensor]:
     for key, node in nodes.items():  # those of an untouched compiled model are beside it
         state |= {f"{key}.{name}": t for name, t in node.state_dict().items()}
     return state
+
+
+def _bring(lin: nn.Module, tensors: dict[str, Any]) -> None:
+    """Put in the values that accelerate keeps elsewhere and brings when their module is called."""
+    for prefix, module in lin.named_modules():
+        hook = vars(module).get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            kept = getattr(one, "weights_map", None) or {}
+            for own in (*module._parameters, *module._buffers) if kept else ():
+                name = plain_name(f"{prefix}.{own}".strip("."))
+                if name in tensors and tensors[name].is_meta:
+                    tensors[name] = kept[own]
 
 
 def _check_values(tensors: Mapping[str, Any]) -> None:
@@ -128,6 +168,12 @@ def from_pretrained(
     config: LinearizeConfig | None = None,
     inplace: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> M:
     """Linearize a model as a saved one was, and give it the saved values.
 
@@ -136,9 +182,12 @@ def from_pretrained(
     of the model is then judged as `linearize` judges its example.
 
     Args:
-        directory: what `save_pretrained` wrote, adapter or whole.
+        directory: what `t5fx.save_pretrained` wrote, adapter or whole; what the `save_pretrained`
+            of a linearized model of transformers or diffusers wrote, or of a pipeline (then with
+            the component's `subfolder`); or a repository of such files on the Hugging Face Hub,
+            as "user/name".
         model: the original, of the class and configuration that were linearized. It gives the
-            code, dtypes and devices; from a whole checkpoint come all values, from an adapter the
+            code and devices; from a whole checkpoint come all values, from an adapter the
             new ones only. Parameters may be on the meta device (a whole checkpoint then gives
             them): build it with `accelerate.init_empty_weights()`, which leaves buffers their
             values.
@@ -146,120 +195,61 @@ def from_pretrained(
             `impl`); needed where the saved one had callables.
         inplace: change the model that is given, instead of a copy of it.
         device: where parameters go that were on the meta device.
+        dtype: of the floating-point tensors that are loaded. Without it each has the dtype in
+            which it was saved, whatever the model's was.
+        subfolder: where in the directory or repository the checkpoint is.
+        revision, cache_dir, token, local_files_only: of a repository on the Hub, as
+            `huggingface_hub.snapshot_download` takes them.
 
     Returns:
         What `linearize` returned before it was saved.
 
     Raises:
-        CheckpointError: names the file, tensor, shape, version or site that is not as expected.
+        CheckpointError: names the file, tensor, shape, version or site that is not as expected, or
+            the repository that cannot be had.
         RefusedCallError, CaptureError: in the first call of the result, where the model has other
             attention than the one that was saved.
     """
     check_call(model, (), None)
+    if unwrapped(model) is not model:
+        raise CheckpointError(
+            f"expected the model itself, got a {type(model).__name__} around it: load it first, "
+            f"then wrap or compile the result"
+        )
     refuse_linearized(model)
-    folder = Path(directory)
+    folder = hub.local_folder(
+        *(directory, subfolder),
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
     checkpoint = Checkpoint(folder)
     chosen = config or checkpoint.config()
-    nodes = _checked_nodes(checkpoint, model)
-    _check_originals(model, checkpoint)
+    nodes = fitting_nodes(checkpoint, model)
+    check_originals(checkpoint, model)
 
     result = model if inplace else duplicate(model)
     device = torch.device(device)
-    _fill_meta(result, device)
+    fill_meta(result, device)
     with torch.no_grad():
-        originals = result.state_dict(keep_vars=True)
+        originals = {plain_name(n): t for n, t in result.state_dict(keep_vars=True).items()}
         for name, value in checkpoint.tensors(lambda name: checkpoint.site(name) is None):
-            originals[name].copy_(value)
+            _put(originals[name], value, dtype)
         new = dict(checkpoint.tensors(lambda name: checkpoint.site(name) is not None))
         for key, node in nodes.items():
-            values = {n: new[f"{key}.{n}"] for n in node.state_dict()}
-            _place(node, key, result, device, next(iter(values.values())).dtype)
-            node.load_state_dict(values)
+            owner = module_at(result, key.rpartition(".")[0])
+            first = next(owner.parameters(), None)
+            node.to_empty(device=device if first is None else first.device)
+            for name, tensor in node.state_dict(keep_vars=True).items():
+                _put(tensor, new[f"{key}.{name}"], dtype)
     made: Any = with_nodes(result, chosen, nodes)
     return made  # type: ignore[no-any-return]
 
 
-def _checked_nodes(checkpoint: Checkpoint, model: nn.Module) -> dict[str, TTT]:
-    """A node on the meta device for each saved site, whose tensors are there in its shapes."""
-    where, about = checkpoint.folder / CONFIG_NAME, checkpoint.description
-    nodes: dict[str, TTT] = {}
-    for key, settings in about.sites.items():
-        try:
-            model.get_submodule(key.rpartition(".")[0])
-        except AttributeError as error:
-            raise CheckpointError(
-                f"'{checkpoint.folder}' has a node '{key}': expected its owner in "
-                f"{type(model).__name__}, found no such module"
-            ) from error
-        try:
-            nodes[key] = TTT(**settings, name=key, device="meta")
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"'{where}': site '{key}' has bad settings: {error}") from error
-    expected = {
-        f"{k}.{n}": t.shape for k, node in nodes.items() for n, t in node.state_dict().items()
-    }
-    stored = {name for name in checkpoint.shapes if checkpoint.site(name) is not None}
-    if stored != set(expected):
-        raise CheckpointError(
-            f"'{where}': expected the parameters of {len(nodes)} nodes, "
-            f"{differences(expected, stored)}"
-        )
-    for name, shape in expected.items():
-        check_shape(name, shape, checkpoint.shapes[name], checkpoint.folder)
-    return nodes
-
-
-def _check_originals(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Whether the checkpoint's other tensors are those of the model, in its shapes."""
-    stored = {name for name in checkpoint.shapes if checkpoint.site(name) is None}
-    state = model.state_dict()
-    content, folder = checkpoint.description.content, checkpoint.folder
-    if content == "model" and stored != set(state):
-        raise CheckpointError(
-            f"'{folder}' and {type(model).__name__} have different tensors: the model's, "
-            f"{differences(state, stored)}"
-        )
-    if content == "adapter" and stored:
-        raise CheckpointError(
-            f"'{folder}': expected parameters of TTT nodes only in an adapter, "
-            f"{differences((), stored)}"
-        )
-    for name in stored:
-        check_shape(name, state[name].shape, checkpoint.shapes[name], folder)
-    if content == "model":
-        state = {n: b for n, b in model.named_buffers() if n not in state}
-    empty = [name for name, tensor in state.items() if tensor.is_meta]
-    if empty:
-        raise CheckpointError(
-            f"expected values of {', '.join(map(repr, empty[:5]))}, which the checkpoint does not "
-            f"have, got tensors on the meta device: build the model with "
-            f"accelerate.init_empty_weights(), which leaves buffers on the CPU"
-        )
-
-
-def _fill_meta(template: nn.Module, device: torch.device) -> None:
-    """Give tensors on the meta device memory; tied ones stay tied."""
-    made: dict[int, Tensor] = {}
-    for module in template.modules():
-        kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in kinds:
-            for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                if id(tensor) not in made:
-                    empty = torch.empty_like(tensor, device=device)
-                    parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = (
-                        nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-                    )
-                tensors[name] = made[id(tensor)]
-
-
-def _place(
-    node: TTT, key: str, template: nn.Module, device: torch.device, saved: torch.dtype
-) -> None:
-    """Give a node memory, on the device and in the dtype of its owner's parameters."""
-    owner = key.rpartition(".")[0]
-    first = next(template.get_submodule(owner).parameters(), None)
-    node.to_empty(device=device if first is None else first.device)
-    node.to(parameter_dtype(template, owner, saved))
+def _put(tensor: Tensor, value: Tensor, dtype: torch.dtype | None) -> None:
+    """Give a tensor of a model its saved values and dtype, or another floating-point dtype."""
+    wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    if tensor.dtype != wanted:
+        tensor.data = torch.empty_like(tensor, dtype=wanted)
+    tensor.data.copy_(value)

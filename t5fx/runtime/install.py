@@ -15,6 +15,7 @@ from t5fx.reports import Tried
 from t5fx.runtime.hooks import After, Before, Entry, Origin
 from t5fx.runtime.owned import own, state_of
 from t5fx.runtime.state import Kind, Runtime
+from t5fx.wrappers import module_at
 
 
 @dataclass
@@ -41,7 +42,7 @@ def install(runtime: Runtime, model: nn.Module, nodes: Mapping[str, nn.Module]) 
     owners: dict[str, nn.Module] = {}
     for key, node in nodes.items():
         name, _, child = key.rpartition(".")
-        owner = owners[name] = model.get_submodule(name)
+        owner = owners[name] = module_at(model, name)
         if hasattr(owner, child):
             raise ConfigError(
                 f"'{key}': expected a free name for the node, got a module with an attribute of "
@@ -52,7 +53,7 @@ def install(runtime: Runtime, model: nn.Module, nodes: Mapping[str, nn.Module]) 
     inside = {name.rpartition(".")[0] for name in owners if name}
     around = {".".join(name.split(".")[:i]) for name in inside for i in range(name.count(".") + 2)}
     for name in sorted((around | set(owners)) - {""}):
-        model.get_submodule(name).register_forward_pre_hook(Entry(runtime, name), with_kwargs=True)
+        module_at(model, name).register_forward_pre_hook(Entry(runtime, name), with_kwargs=True)
     for name, owner in owners.items():
         if state_of(owner) is None:
             own(owner, runtime, name)
@@ -63,7 +64,7 @@ def install(runtime: Runtime, model: nn.Module, nodes: Mapping[str, nn.Module]) 
 def keep(runtime: Runtime, model: nn.Module, outcome: Outcome) -> None:
     """From now on calls of that kind are served."""
     for name, axes in outcome.origins.items():
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         hooks = [h for h in module._forward_hooks.values() if isinstance(h, Origin)]
         mine = next((h for h in hooks if h.runtime is runtime), None)
         if mine is None:

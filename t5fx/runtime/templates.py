@@ -12,6 +12,7 @@ from torch import nn
 
 from t5fx.kernels import TTT
 from t5fx.runtime.owned import disown, state_of
+from t5fx.wrappers import inside
 
 T = TypeVar("T")
 
@@ -30,10 +31,14 @@ def clean_thread(work: Callable[[], T]) -> T:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Take from a copy of a model (`duplicate`, with `share`) what was rewritten, in place; tensors
-    that are split over devices become whole. Returns the copy.
+    """Take from a copy of a model (`duplicate`, with `share`) what was rewritten and the wrappers
+    around its modules, in place; tensors that are split over devices become whole. Names in it are
+    plain ones (`t5fx.wrappers`). Returns the copy.
     """
     stand_ins: dict[int, Any] = {}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = child if child is None else inside(child)
     for module in list(model.modules()):
         if "_output_capturing_hooks_installed" in vars(module):
             # transformers puts its hooks for hidden states and attentions there again.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from t5fx.checkpoint.files import scratch_file, sync
+from t5fx.atomic import replacing, sync
 from t5fx.errors import TrainingError
 from t5fx.training.processes import barrier, is_first
 
@@ -20,11 +20,9 @@ from t5fx.training.processes import barrier, is_first
 def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write tensors, numbers, strings, lists and dicts; whole, or what was there before stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(path.parent) as scratch:
-        with scratch.open("wb") as file:  # torch.save itself refuses names that begin with a dot
-            torch.save({"settings": dict(settings), **state}, file)
-        sync(scratch)
-        os.replace(scratch, path)
+    # torch.save itself refuses names that begin with a dot.
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        torch.save({"settings": dict(settings), **state}, file)
 
 
 def load_state(
