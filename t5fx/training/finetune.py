@@ -71,7 +71,7 @@ class FineTune(Loop):
             number, a loss or a gradient that is not finite. The module then has the values of the
             last step that was in order. A checkpoint that is damaged, or of other settings; a
             sharded model with parameters that nobody averages; processes that accelerate does not
-            see, or a way of splitting models other than DDP and FSDP2.
+            see, or an accelerator that splits models in other ways than DDP.
     """
 
     loss: Callable[[nn.Module, Any], Tensor]

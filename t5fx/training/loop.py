@@ -82,7 +82,7 @@ class Loop:
         frozen: the new parameters only; training: in train mode.
         """
         accelerator = accelerator_on(device_of(module), self.accelerator)
-        _check_kind(accelerator)
+        _check_kind(accelerator, module)
         self.result = FineTuneResult()
         with kept(module):
             if frozen:
@@ -187,8 +187,10 @@ class Loop:
         if evaluated and self.evaluate is not None:
             with state.average.shown(), kept(model), torch.no_grad():
                 found = {n: float(v) for n, v in self.evaluate(model.eval()).items()}
-            values = torch.tensor(list(found.values()), device=accelerator.device)
             if accelerator.num_processes > 1:
+                values = torch.tensor(
+                    list(found.values()), dtype=torch.float64, device=accelerator.device
+                )
                 found = dict(zip(found, averaged(values).tolist(), strict=True))
             record |= found
         result.history.append(record)
@@ -205,7 +207,7 @@ class Loop:
 
 def _prepared(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> tuple[Any, Any]:
     """The model as accelerate wants it for training, and its optimizer."""
-    if is_sharded(module) and not getattr(accelerator, "is_fsdp2", False):
+    if is_sharded(module):
         # Its gradients are averaged already: of accelerate it gets mixed precision, and no DDP.
         model = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
         return model, accelerator.prepare(optimizer)
@@ -213,14 +215,19 @@ def _prepared(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> tu
     return model, prepared
 
 
-def _check_kind(accelerator: Accelerator) -> None:
-    """Raise for what splits a model in other ways than FSDP2."""
+def _check_kind(accelerator: Accelerator, module: nn.Module) -> None:
+    """Raise for what splits a model in other ways than `fully_shard`, or scales its gradients."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    fsdp = kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)
-    if fsdp or kind in ("DEEPSPEED", "MEGATRON_LM"):
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise TrainingError(
-            f"accelerator: expected one process, DDP or FSDP2 (fsdp_version 2), got {kind}: use "
-            f"t5fx.param_groups in a loop of your own"
+            f"accelerator: expected one of one process or of DDP, got one of {kind}: shard the "
+            f"model with torch.distributed.fsdp.fully_shard and give an Accelerator without "
+            f"plugins, or use t5fx.param_groups in a loop of your own"
+        )
+    if accelerator.scaler is not None and is_sharded(module):
+        raise TrainingError(
+            "accelerator: expected mixed_precision 'bf16' or 'no' for a model that FSDP2 has "
+            "sharded, got 'fp16', whose scale each process would choose for itself"
         )
 
 

@@ -22,7 +22,8 @@ SMALLER = {
     ),
     'AutoModelForImageClassification.from_pretrained("facebook/deit-tiny-patch16-224")': (
         "AutoModelForImageClassification.from_config(__import__('transformers').ViTConfig("
-        "hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64))"
+        "hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, "
+        "num_labels=1000))"
     ),
     "LinearizeConfig(min_tokens=0)": (
         'LinearizeConfig(min_tokens=0, neighborhood=0, coarse=0, impl="reference")'
