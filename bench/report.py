@@ -208,7 +208,7 @@ BRIEFLY = (
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A block of Markdown for a README: each device's models in brief, and whether the promise holds.
+    """A block of Markdown for a README: each device's models in brief.
 
     Raises `T5Error` where there are no rows of the suite `models`.
     """
@@ -219,8 +219,7 @@ def summary(rows: Sequence[Row]) -> str:
         _markdown(speed_table(own, f"Speed{_where(device, own)}")).strip()
         for device, own in _split(models, "device")
     ]
-    note = _plain(f"{BRIEFLY} {Promise.of(models)} {_when(models)}")
-    return "\n\n".join([*tables, note]) + "\n"
+    return "\n\n".join([*tables, _plain(f"{BRIEFLY} {_when(models)}")]) + "\n"
 
 
 def _where(device: str, rows: Sequence[Row]) -> str:
