@@ -16,7 +16,6 @@ REASONS = {
     "probabilities-used": "the attention probabilities are read elsewhere or changed",
     "grid-unknown": "the spatial grid of the tokens could not be proved",
     "scores-changed": "the scores are changed between the product and the softmax",
-    "packed-sequence": "several sequences are packed into one",
     "sliced": "it is computed in slices of batch and heads, each an attention of its own",
     "below-break-even": "too few tokens: softmax costs less than the node",
     "head-dim": "the size of a head is unsupported",
