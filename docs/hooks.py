@@ -16,6 +16,7 @@ def on_files(files: Any, config: Any) -> Any:
     pages = {
         "index.md": front_page((ROOT / "README.md").read_text(encoding="utf-8")),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "contributing.md": front_page((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")),
         "tutorial.md": tutorial((ROOT / "docs" / "tutorial.py").read_text(encoding="utf-8")),
     }
     for name, text in pages.items():
