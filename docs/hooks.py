@@ -26,7 +26,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def front_page(readme: str) -> str:
     """The README as a page of the manual: its links begin in docs/, files elsewhere have none."""
-    readme = re.sub(r"\]\(docs/", "](", readme)
+    readme = readme.replace("](docs/tutorial.py)", "](tutorial.md)").replace("](docs/", "](")
     return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[A-Z][A-Za-z.]*\)", r"\1", readme)
 
 
