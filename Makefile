@@ -45,7 +45,7 @@ classify: .venv/.demo-installed  ## a small classifier converted, aligned and fi
 	.venv/bin/python -m t5fx.bench.classify
 
 docs: .venv/.docs-installed  ## the manual, into build/site; a broken link or name is an error
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 bench: .venv/.test-installed  ## does it pay here: models, kernels, peers, the pass; docs/bench and the README
 	for suite in models kernels peers pass; do .venv/bin/t5fx bench $$suite || exit 1; done

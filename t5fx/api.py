@@ -49,8 +49,9 @@ def linearize(
 
     Args:
         model: an nn.Module, or a torch.fx.GraphModule from any tracer.
-        args, kwargs: example inputs of one call. Of a GraphModule whose nodes carry shapes
+        args: example inputs of one call. Of a GraphModule whose nodes carry shapes
             (`meta["val"]` or `meta["example_value"]`) none are needed.
+        kwargs: the keyword arguments of that call.
         config: what to rewrite and how; see `LinearizeConfig`.
         finetune: what to train the result with: a hook or several, called in turn with the
             linearized module and the report. A hook changes the module in place, or returns

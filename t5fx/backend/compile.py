@@ -71,7 +71,8 @@ def t5(
     kept beside the model (`t5fx.adapter`), the same ones in every compilation of it.
 
     Args:
-        gm, example_inputs: what Dynamo gives a backend.
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
         mode: Inductor's mode.
         options: fields of `LinearizeConfig`; "adapter": the path of a safetensors file, or a
             module, with trained parameters for all sites; "mode": Inductor's mode; "inductor": a

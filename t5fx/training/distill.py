@@ -69,9 +69,22 @@ class Distill(Loop):
         train: "new" the new parameters alone; "full" the old ones too, with `lr / lr_ratio`; "lora"
             the new ones and low-rank updates of the linear layers (by peft), merged at the end.
         rank: of these updates.
-        steps, lr, lr_ratio, weight_decay, warmup, optimizer, schedule, max_grad_norm, log_every,
-            on_step, ema, checkpoint, save_every, accelerator: as for `FineTune`.
-        evaluate, eval_every: as for `FineTune`, such as the agreement on inputs that are held out.
+        steps: as for `FineTune`.
+        lr: as for `FineTune`.
+        lr_ratio: as for `FineTune`.
+        weight_decay: as for `FineTune`.
+        warmup: as for `FineTune`.
+        optimizer: as for `FineTune`.
+        schedule: as for `FineTune`.
+        max_grad_norm: as for `FineTune`.
+        log_every: as for `FineTune`.
+        on_step: as for `FineTune`.
+        ema: as for `FineTune`.
+        checkpoint: as for `FineTune`.
+        save_every: as for `FineTune`.
+        accelerator: as for `FineTune`.
+        evaluate: as for `FineTune`, such as the agreement on inputs that are held out.
+        eval_every: as for `FineTune`.
 
     Raises:
         TrainingError: no such hidden state, nothing to train, data that ends, a loss that is not

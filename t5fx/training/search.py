@@ -133,7 +133,9 @@ def search(
     then built and measured whole. The model itself is not touched.
 
     Args:
-        model, args, kwargs: as for `linearize`: the call whose sizes the costs are of.
+        model: as for `linearize`.
+        args: of the call whose sizes the costs are of.
+        kwargs: its keyword arguments.
         data: batches, a list; as for `Align`. A few are enough.
         budget: the attentions of the whole model may cost this share of the softmax's, above 0.
             The choice with the least loss is taken.
