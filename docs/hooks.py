@@ -27,6 +27,7 @@ def on_files(files: Any, config: Any) -> Any:
 def front_page(readme: str) -> str:
     """The README as a page of the manual: its links begin in docs/, files elsewhere have none."""
     readme = readme.replace("](docs/tutorial.py)", "](tutorial.md)").replace("](docs/", "](")
+    readme = f"---\nhide: [navigation]\n---\n{readme}"
     return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[A-Z][A-Za-z.]*\)", r"\1", readme)
 
 
