@@ -1,7 +1,7 @@
 """Tables of results for people: `t5fx bench report results.csv --out docs/bench`.
 
-Writes `report.md`, a page of the manual, and the plots as PNG. Every number and name in them is read
-from the rows.
+Writes `report.md`, a page of the manual, and the plots as PNG. Every number and name in them is
+read from the rows.
 """
 
 from __future__ import annotations
@@ -201,9 +201,10 @@ def _plain(text: str) -> str:
 
 #: Below the README's table of the models.
 BRIEFLY = (
-    f"{QUARTILES} Softmax is the fastest backend of the model compiled with Inductor; t5 is the same "
-    'model compiled with `backend="t5"` and `policy="measure"`, which keeps softmax where softmax is '
-    "faster. At most: how many times faster the model would be if attention cost nothing."
+    f"{QUARTILES} Softmax is the fastest backend of the model compiled with Inductor; t5 is the "
+    'same model compiled with `backend="t5"` and `policy="measure"`, which keeps softmax where '
+    "softmax is faster. At most: how many times faster the model would be if attention cost "
+    "nothing."
 )
 
 

@@ -181,7 +181,7 @@ def example_inputs(
         handle.remove()
     raise T5Error(
         f"run: expected a function that calls the {type(model).__name__} (as model(...), not as "
-        f"model.forward(...)), got one that ended without"
+        f"model.forward(...)), got one that ended without such a call"
     )
 
 

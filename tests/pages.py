@@ -19,7 +19,7 @@ NOT_RUN = "<!-- not run -->\n"
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, the line it begins in, the heading it stands under."""
+    """A fenced block: its language, its text, its first line and the heading above it."""
 
     language: str
     text: str

@@ -137,7 +137,7 @@ class Compiled:
                     raise AdapterError(
                         f"'{site.name}': expected new parameters in {site.dtype} on "
                         f"{site.device}, as when the model was compiled, got {tensor.dtype} on "
-                        f"{tensor.device}; they are moved and cast with the model, not apart"
+                        f"{tensor.device}; move or cast the model, and they follow it"
                     )
             if active is not None:
                 average_gradients(active, node)

@@ -160,8 +160,9 @@ class Distill(Loop):
         if not is_linearized(module):
             if self.hidden:
                 raise TrainingError(
-                    "hidden: expected a linearized model, got one that was compiled without: its "
-                    "hidden states are inside of a compiled graph; use t5fx.linearize"
+                    "hidden: expected a linearized model, got one that was compiled without being "
+                    "linearized, whose hidden states are inside of a compiled graph; use "
+                    "t5fx.linearize first"
                 )
             return []
         names = [name for name, _ in module.named_modules() if name]
@@ -177,7 +178,7 @@ class Distill(Loop):
             if not matching:
                 raise TrainingError(
                     f"hidden: expected names of modules such as {names[:3]}, got {pattern!r}, "
-                    f"which none has"
+                    f"which is the name of no module"
                 )
             found += matching
         return list(dict.fromkeys(found))

@@ -347,8 +347,8 @@ def _fitting(
             return min(fitting, key=lambda p: p.loss)
         least = points[0].cost / softmax
         raise TrainingError(
-            f"budget: expected a share that some choice keeps, got {budget:g}; the least that any "
-            f"costs is {least:.3g} of the softmax's at these sizes"
+            f"budget: expected a share that at least one choice stays within, got {budget:g}; the "
+            f"cheapest choice costs {least:.3g} of the softmax's at these sizes"
         )
     assert loss is not None
     fitting = [p for p in points if p.loss <= loss]

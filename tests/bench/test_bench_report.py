@@ -238,7 +238,9 @@ class TestPromise:
 class TestReadme:
     def test_summary(self):
         text = report.summary([*models(), *models(0.9, **CPU), *coverage()])
-        line = "| timm/ViT 518 px | 1370 | 20.0 (19.6-20.4) | 14.3 (14.0-14.6) | 1.40x (1.37-1.43) |"
+        line = (
+            "| timm/ViT 518 px | 1370 | 20.0 (19.6-20.4) | 14.3 (14.0-14.6) | 1.40x (1.37-1.43) |"
+        )
         assert text.count(line) == 1 and text.count("| timm/ViT 518 px | 1370 |") == 2
         assert "**Speed, on GPU &lt;A>, torch 2.15.0, float32**" in text
         assert "**Speed, on CPU B, " in text
