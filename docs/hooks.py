@@ -14,9 +14,10 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     pages = {
-        "index.md": front_page((ROOT / "README.md").read_text(encoding="utf-8")),
+        "index.md": "---\nhide: [navigation]\n---\n"
+        + relinked((ROOT / "README.md").read_text(encoding="utf-8")),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "contributing.md": front_page((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")),
+        "contributing.md": relinked((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")),
         "tutorial.md": tutorial((ROOT / "docs" / "tutorial.py").read_text(encoding="utf-8")),
     }
     for name, text in pages.items():
@@ -24,11 +25,12 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def front_page(readme: str) -> str:
-    """The README as a page of the manual: its links begin in docs/, files elsewhere have none."""
-    readme = readme.replace("](docs/tutorial.py)", "](tutorial.md)").replace("](docs/", "](")
-    readme = f"---\nhide: [navigation]\n---\n{readme}"
-    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[A-Z][A-Za-z.]*\)", r"\1", readme)
+def relinked(text: str) -> str:
+    """A page of the repository's root as one of the manual: links into docs/ are its own, and those
+    to other files are plain text."""
+    text = text.replace("](docs/tutorial.py)", "](tutorial.md)").replace("](docs/", "](")
+    text = text.replace("](CONTRIBUTING.md)", "](contributing.md)")
+    return re.sub(r"\[([^\]]*)\]\([A-Z][A-Za-z.]*\)", r"\1", text)
 
 
 def tutorial(script: str) -> str:
