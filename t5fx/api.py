@@ -59,7 +59,7 @@ def linearize(
         inplace: change the model that is given, instead of a copy of it.
 
     Returns:
-        The model: the same class, code, methods, children, hooks and state_dict keys. Only the
+        The model, with the same class, code, methods, children, hooks and state_dict keys. Only the
         modules that own a rewritten attention have another forward, and their new parameters at
         `<owner>.t5`. `t5fx.report(model)` says what was done, `t5fx.softmax(model)` brings the
         original attention back for a while. A call of a kind that was not judged yet (other

@@ -150,8 +150,8 @@ def search(
         config: all other options. Its cost model is not asked: what pays is the search's to find.
 
     Returns:
-        A `SearchResult`: `.config` goes to `linearize`, `.draw(path)` draws the frontier. Where no
-        choice fits, the nearest one is an error that names it.
+        A `SearchResult`, whose `.config` goes to `linearize` and whose `.draw(path)` draws the
+        frontier.
 
     Raises:
         TrainingError: neither or both of `budget` and `loss`, no data, or none fits.
