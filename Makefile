@@ -30,7 +30,7 @@ endef
 export PYTHONUTF8 := 1
 , := ,
 
-.PHONY: help demo uses classify bench test test-newest test-oldest unit lint types format roofline gpu on-gpu nightly hooks clean
+.PHONY: help demo uses classify docs bench test test-newest test-oldest unit lint types format roofline gpu on-gpu nightly hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -44,20 +44,24 @@ uses: .venv/.demo-installed  ## nearest neighbours and saliency with the demo's 
 classify: .venv/.demo-installed  ## a small classifier converted, aligned and fine-tuned; writes docs/classify.*
 	.venv/bin/python -m t5fx.bench.classify
 
+docs: .venv/.docs-installed  ## the manual, into build/site; a broken link or name is an error
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+
 bench: .venv/.test-installed  ## does it pay here: models, kernels, peers, the pass; docs/bench and the README
 	for suite in models kernels peers pass; do .venv/bin/t5fx bench $$suite || exit 1; done
 	.venv/bin/t5fx bench report --readme README.md
 
-test: lint unit  ## ruff, mypy and every test, on the newest torch
+test: lint unit  ## linters, mypy and every test, on the newest torch
 
 test-newest: test  ## the same
 
 unit: .venv/.test-installed
 	.venv/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-lint: types  ## ruff (lint and format) and mypy
+lint: types  ## ruff (lint and format), codespell and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/codespell
 
 # The folders by the names they are installed under, for mypy.
 types: .venv/.test-installed
@@ -127,7 +131,11 @@ clean:  ## remove the environments and everything that tools left
 .venv/.test-installed: pyproject.toml | .venv/bin/python
 	$(call install,-e ".[test$(,)dev]")
 	$(call install,--no-deps $(DATA))
-	touch $@ .venv/.demo-installed
+	touch $@ .venv/.demo-installed .venv/.docs-installed
+
+.venv/.docs-installed: pyproject.toml | .venv/bin/python
+	$(call install,-e ".[docs]")
+	touch $@
 
 .venv-oldest/.test-installed: pyproject.toml | .venv-oldest/bin/python
 	$(call install,-e ".[test-core]" "torch==$(OLDEST_TORCH)")

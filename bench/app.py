@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         suite.add_argument("--again", action="store_true", help="also what is there already")
         suite.add_argument("--small", action="store_true", help="seconds-sized, to try it out")
         suite.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
-    report = commands.add_parser("report", help="tables, plots and one HTML page of results")
+    report = commands.add_parser("report", help="a page of tables and plots of results")
     where = Path("docs/bench")
     report.add_argument(
         "results",

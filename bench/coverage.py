@@ -279,9 +279,9 @@ def _totals(rows: Sequence[Row]) -> Table:
         rows=tuple(lines),
         note="Written by `python -m t5fx.bench.coverage`. Small models with random weights. "
         "Attentions: fused calls, and softmaxes between two products of computed tensors, counted "
-        "while the eager model runs, without the matcher. A match: as many sites found, and each "
-        "rewritten with the right token layout or skipped for the right reason, by a reading of "
-        f"the model's source. {', '.join(sorted(names))}.",
+        "while the eager model runs, without the matcher. A match: as many sites found as the "
+        "model's source has, and each rewritten with the right token layout or skipped for the "
+        f"right reason. {', '.join(sorted(names))}.",
     )
 
 

@@ -387,7 +387,7 @@ CASES = (
     ),
     case(
         "Qwen2VisionTransformerPretrainedModel",
-        "2 packed-sequence",
+        "2 masked",
         {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
         {"hidden_states": (24, 96), "grid_thw": torch.tensor([[1, 4, 6]])},
         module="qwen2_vl",
@@ -395,7 +395,7 @@ CASES = (
     ),
     case(
         "Qwen2_5_VisionTransformerPretrainedModel",
-        "3 packed-sequence",
+        "3 masked",
         {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "patch_size": 4}
         | {"intermediate_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
         {"hidden_states": (24, 96), "grid_thw": torch.tensor([[1, 4, 6]])},

@@ -103,6 +103,25 @@ def models_table(rows: Sequence[Row], title: str) -> Table:
     )
 
 
+def speed_table(rows: Sequence[Row], title: str) -> Table:
+    """The suite `models` in brief, a row a case: rows of one device."""
+    lines = []
+    for case, own in grouped(rows):
+        cells, softmax = Cells(own), Cells(own).best_softmax()
+        lines.append(
+            (
+                case,
+                f"{max(row.tokens for row in own)}",
+                number(softmax, MILLISECONDS) if softmax else NOTHING,
+                cells.cell(MEASURED, "latency", MILLISECONDS, unit=False),
+                cells.cell(MEASURED, "speed-up"),
+                cells.cell(BOUND, "speed-up"),
+            )
+        )
+    columns = ("case", "tokens", "softmax, ms", "t5, ms", "times faster", "at most")
+    return Table(title, columns, tuple(sorted(lines, key=lambda line: int(line[1]))))
+
+
 def _sites(cells: Cells) -> str:
     rewritten, sites = (cells.get(MEASURED, what) for what in ("sites rewritten", "sites"))
     if rewritten is None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .figure import COLOURS
 from .results import Row
 
 if TYPE_CHECKING:
@@ -20,21 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#333333"
-#: Colours that a page has its own for, light or dark: ink of text and axes, and the darkest line.
-OF_PAGE = {INK: "currentColor", COLOURS[0]: "var(--blue)"}
 
 STYLE = {
     **{f"{what}.color": INK for what in ("text", "xtick", "ytick")},
     **{f"axes.{what}color": INK for what in ("label", "edge")},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
     **{"axes.grid": True, "grid.alpha": 0.3, "grid.color": "#808080", "font.size": 10},
-    # Text stays text, so that a page can colour it; ids that do not change from run to run.
-    **{"svg.fonttype": "none", "svg.hashsalt": "t5fx", "legend.frameon": False},
-    **{"text.parse_math": False},  # a name with dollars is no formula
+    # A name with dollars is no formula.
+    **{"legend.frameon": False, "text.parse_math": False},
 }
-
-# No day and no address in an SVG.
-_SILENT = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 @dataclass(frozen=True)
@@ -46,25 +36,9 @@ class Plot:
     figure: Figure
 
     def save(self, folder: Path) -> None:
-        """Writes NAME.png and NAME.svg, on white."""
+        """Writes NAME.png, on white."""
         with style():
             self.figure.savefig(folder / f"{self.name}.png", dpi=200, metadata={"Software": None})
-            self.figure.savefig(folder / f"{self.name}.svg", metadata=_SILENT)
-
-    def svg(self) -> str:
-        """For a page: transparent, in the page's ink, without addresses, ids all its own."""
-        file = io.StringIO()
-        with style():
-            self.figure.savefig(file, format="svg", transparent=True, metadata=_SILENT)
-        text = file.getvalue()
-        text = text[text.index("<svg") :]
-        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", text)
-        for colour, name in OF_PAGE.items():
-            text = text.replace(colour.lower(), name)
-        label = f'<svg role="img" aria-label="{escape(self.text)}"'
-        return text.replace("<svg", label, 1).strip()
 
 
 def style() -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """Tables of results for people: `t5fx bench report results.csv --out docs/bench`.
 
-Writes `report.md`, the plots as PNG and SVG, and `index.html`, which holds all of it. Every number
-and name in them is read from the rows.
+Writes `report.md`, a page of the manual, and the plots as PNG. Every number and name in them is
+read from the rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from rich.console import Console
 
 from t5fx.errors import T5Error
 
-from .page import page
-from .pivots import NOTE, models_table, not_measured, pivots, remarks
+from .pivots import QUARTILES, models_table, not_measured, pivots, remarks, speed_table
 from .plot_style import Plot
 from .plots import plots
 from .promise import Promise
@@ -91,12 +90,9 @@ def run(paths: Sequence[Path], out: Path, console: Console, readme: Path | None 
     for plot in shown:
         plot.save(out)
     (out / "report.md").write_text(markdown(intro, devices), encoding="utf-8")
-    (out / "index.html").write_text(page(TITLE, intro, devices), encoding="utf-8")
     if readme is not None:
         fill_all(readme, rows, readme.parent / "docs")
-    console.print(
-        f"{out}: report.md, index.html and {len(shown)} plots", markup=False, highlight=False
-    )
+    console.print(f"{out}: report.md and {len(shown)} plots", markup=False, highlight=False)
     return 0
 
 
@@ -163,8 +159,8 @@ def _chapter(suite: str, slug: str, rows: Sequence[Row]) -> Chapter:
     )
 
 
-def _models_tables(rows: Sequence[Row], where: str = "") -> list[Table]:
-    return [models_table(own, f"models, {mode}{where}") for mode, own in _split(rows, "mode")]
+def _models_tables(rows: Sequence[Row]) -> list[Table]:
+    return [models_table(own, f"models, {mode}") for mode, own in _split(rows, "mode")]
 
 
 def _slug(text: str) -> str:
@@ -172,7 +168,7 @@ def _slug(text: str) -> str:
 
 
 def markdown(intro: Iterable[str], devices: Iterable[Device]) -> str:
-    """report.md: the same as the page, the plots beside it."""
+    """report.md: all devices and suites, the plots beside it."""
     parts = [f"# {TITLE}", *map(_plain, intro)]
     for device in devices:
         parts.append(f"## {_plain(device.name)}")
@@ -203,8 +199,17 @@ def _plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
 
 
+#: Below the README's table of the models.
+BRIEFLY = (
+    f"{QUARTILES} Softmax is the fastest backend of the model compiled with Inductor; t5 is the "
+    'same model compiled with `backend="t5"` and `policy="measure"`, which keeps softmax where '
+    "softmax is faster. At most: how many times faster the model would be if attention cost "
+    "nothing."
+)
+
+
 def summary(rows: Sequence[Row]) -> str:
-    """A block of Markdown for a README: each device's models, and whether the promise holds.
+    """A block of Markdown for a README: each device's models in brief.
 
     Raises `T5Error` where there are no rows of the suite `models`.
     """
@@ -212,11 +217,10 @@ def summary(rows: Sequence[Row]) -> str:
     if not models:
         raise T5Error(f"expected rows of the suite models, got {len(rows)} of other suites")
     tables = [
-        _markdown(replace(table, note="")).strip()  # once, below all of them
+        _markdown(speed_table(own, f"Speed{_where(device, own)}")).strip()
         for device, own in _split(models, "device")
-        for table in _models_tables(own, _where(device, own))
     ]
-    return "\n\n".join([*tables, NOTE, _plain(str(Promise.of(models)))]) + "\n"
+    return "\n\n".join([*tables, _plain(f"{BRIEFLY} {_when(models)}")]) + "\n"
 
 
 def _where(device: str, rows: Sequence[Row]) -> str:
@@ -229,30 +233,28 @@ def _where(device: str, rows: Sequence[Row]) -> str:
     return ", ".join(facts)
 
 
-def fill_all(readme: Path, rows: Sequence[Row], docs: Path) -> None:
-    """Puts everything that was measured into the README: nothing of it is typed.
+def _when(rows: Sequence[Row]) -> str:
+    days, commits = ({getattr(row, name) for row in rows} for name in ("date", "commit"))
+    return f"Measured on {', '.join(sorted(days))}, at commit {', '.join(sorted(commits))}."
 
-    rows: of all suites; docs: where the demos and the coverage suite wrote their tables.
+
+def fill_all(readme: Path, rows: Sequence[Row], docs: Path) -> None:
+    """Puts what was measured into the README: nothing of it is typed.
+
+    rows: of all suites; docs: where the recipe and the coverage suite wrote their tables.
 
     Raises `T5Error` where the README has no place for it, or a table is not there.
     """
-    fill(readme, "bench", summary(rows))
-    of_pass = [row for row in rows if row.suite == "pass"]
-    tables = [
-        _markdown(replace(table, title=table.title + _where(device, own))).strip()
-        for device, own in _split(of_pass, "device")
-        for table in pivots(own, "pass")
-    ]
-    if tables:
-        fill(readme, "pass", "\n\n".join(tables))
-    for name in ("demo", "classify", "coverage"):
-        path = docs / f"{name}.md"
-        if not path.exists():
-            raise T5Error(f"{path}: expected the tables of {name}, found no such file")
-        text = path.read_text(encoding="utf-8")
-        if name == "coverage":  # the totals; the rows of all models stay where they are
-            text = text.removeprefix("# Coverage").partition("**timm**")[0]
-        fill(readme, name, text)
+    fill(readme, "speed", summary(rows))
+    fill(readme, "quality", _table_of(docs / "recipe.md"))
+    coverage = _table_of(docs / "coverage.md").removeprefix("# Coverage")
+    fill(readme, "coverage", coverage.partition("**timm**")[0])  # the totals alone
+
+
+def _table_of(path: Path) -> str:
+    if not path.exists():
+        raise T5Error(f"{path}: expected the tables of {path.stem}, found no such file")
+    return path.read_text(encoding="utf-8")
 
 
 def fill(readme: Path, name: str, text: str) -> None:

@@ -27,7 +27,17 @@ PACKAGES = ("torch", "triton", "timm", "transformers", "diffusers")
 
 #: Modules of the harness that measure nothing.
 _SHOWING = {
-    *("app", "compare", "console", "figure", "page", "pivots", "plot_style", "plots", "promise"),
+    *(
+        "app",
+        "compare",
+        "console",
+        "figure",
+        "overview",
+        "pivots",
+        "plot_style",
+        "plots",
+        "promise",
+    ),
     *("report", "tables", "units"),
 }
 

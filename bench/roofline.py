@@ -247,7 +247,7 @@ def _introduction(found: Tables, gpu: Gpu) -> list[str]:
         "Counted, not measured: nothing here has run on a GPU. `make roofline` writes this page,",
         f"on any machine; this one with Triton {' and '.join(found)}.",
         "",
-        "Each kernel of [kernels/triton](../kernels/triton) is compiled for sm_90 and its loop",
+        "Each kernel of `kernels/triton` is compiled for sm_90 and its loop",
         "over tiles of tokens is read instruction by instruction. Figures are for one element of",
         "N x D of one head, bfloat16, a grid of two axes. *Tensors* are those of N x D that are",
         "read and written; *dots* the products of N x D x D; *instructions* those of a thread, in",

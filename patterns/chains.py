@@ -394,7 +394,8 @@ def _dropped(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Ch
     if p == 0 or (node.op != "call_module" and not view.arg(node, "train", True)):
         return chain
     if not probabilities or chain.dropout:
-        raise Refusal("dropout-active", f"'{node.name}' drops scores, which the node has not")
+        detail = f"'{node.name}' drops scores before the softmax, and the node has no scores"
+        raise Refusal("dropout-active", detail)
     return replace(chain, dropout=node if node.op == "call_module" else p)
 
 

@@ -49,8 +49,9 @@ def linearize(
 
     Args:
         model: an nn.Module, or a torch.fx.GraphModule from any tracer.
-        args, kwargs: example inputs of one call. Of a GraphModule whose nodes carry shapes
+        args: example inputs of one call. Of a GraphModule whose nodes carry shapes
             (`meta["val"]` or `meta["example_value"]`) none are needed.
+        kwargs: the keyword arguments of that call.
         config: what to rewrite and how; see `LinearizeConfig`.
         finetune: what to train the result with: a hook or several, called in turn with the
             linearized module and the report. A hook changes the module in place, or returns
@@ -58,7 +59,7 @@ def linearize(
         inplace: change the model that is given, instead of a copy of it.
 
     Returns:
-        The model: the same class, code, methods, children, hooks and state_dict keys. Only the
+        The model, with the same class, code, methods, children, hooks and state_dict keys. Only the
         modules that own a rewritten attention have another forward, and their new parameters at
         `<owner>.t5`. `t5fx.report(model)` says what was done, `t5fx.softmax(model)` brings the
         original attention back for a while. A call of a kind that was not judged yet (other
@@ -180,7 +181,7 @@ def example_inputs(
         handle.remove()
     raise T5Error(
         f"run: expected a function that calls the {type(model).__name__} (as model(...), not as "
-        f"model.forward(...)), got one that ended without"
+        f"model.forward(...)), got one that ended without such a call"
     )
 
 

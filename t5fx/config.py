@@ -53,52 +53,60 @@ Grid = tuple[int, ...] | Callable[..., tuple[int, ...]] | None
 
 @dataclass(frozen=True)
 class LinearizeConfig:
-    """All options of :func:`t5fx.linearize` and :func:`t5fx.explain`.
+    """All options of `t5fx.linearize` and `t5fx.explain`.
 
-    inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1". For comparison also
-        attention that is not trained on each input: "linear" (phi = elu + 1), "linear_projqk" (the
-        same on projected q and k), "hedgehog", "lit" and "performer" (`t5fx.kernels.inner`), and
-        "none": near attention alone, a sliding window.
-    inner_loss: "dot", -(s/N) sum v.f(k), or "l2", (s/2N) sum |f(k) - v|^2.
-    key_norm, key_norm_eps: normalisation of the keys before the inner step.
-    locality: where the depthwise convolutions sit: on q and k, on v, or nowhere. With "none" a site
-        whose tokens lie nobody knows how is rewritten too, without near attention.
-    neighborhood: side of the window of near tokens to which softmax attention is kept, odd (3, 5,
-        7, ...), or 0 for none; moved inwards at the borders, as in the natten package.
-    coarse: cells along each axis of a grid of two (on one axis or three there are as many in all)
-        whose mean keys and values are seen beside the window, or 0 for none.
-    mix: how this near attention a is joined with the node's output o: "gate", o + gate * a with a
-        learned gate a head, or "half", (o + a) / 2. Prefix and suffix tokens see every key.
-    qk_affine: a learned scale and offset for each channel of q and k, before key norm and
-        convolutions. DiT5 as published is inner "mlp2", inner_loss "l2", neighborhood 5, coarse 0,
-        mix "half" and this.
-    grid, prefix, suffix: the token layout: prefix tokens, then a row-major grid of one to three
-        axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
-        of the call's arguments that returns one (evaluated at capture).
-    min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
-        rewrites where the node needs fewer FLOPs than softmax (of a "swiglu" with K keys of near
-        attention N > 4.5 D + K), each counted at the estimated rate of what will run.
-    include, exclude: `fnmatch` patterns of owner names, e.g. ("blocks.[0-5].*",); exclude wins.
-    overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
-        where several patterns match, later ones win.
-    policy: how the cost of a site is judged, at the example's sizes. "flops": counted. "measure":
-        both forms are compiled and timed on the device (seconds for each shape that is new; kept
-        in a folder, $T5FX_CACHE_DIR), forward only unless the model is in training mode, and a
-        site is rewritten where the node is the faster one; where impl "auto" may be the Triton
-        kernels, these and the reference are timed and compared, and the faster one is taken.
-        min_tokens is asked first, either way.
-    impl: "auto", "reference" (ordinary operators) or "triton" (kernels for GPUs, unchecked; the
-        default inner model, loss and key norm, locality "dwc_qk" or "none"): see
-        `t5fx.kernels.ttt`. "auto" is decided by device: C++ on a CPU; on a GPU in 16 bits the
-        Triton kernels once a check of them there has passed, a minute or so for each kind of site,
-        remembered in $T5FX_CACHE_DIR (T5FX_TRITON=0: no check and no kernels); ordinary operators
-        else. `Site.impl` and `Site.impl_reason` say which it is and why.
-    seed: fresh parameters depend on this number and the site's name alone.
-    dynamic: whether the model is judged for all sizes of its arguments (True), for those of the
-        example (False; each further size is judged at its first call), or for all sizes where that
-        can be traced (None); the report says which it was.
+    Attributes:
+        inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1". For comparison also
+            attention that is not trained on each input: "linear" (phi = elu + 1), "linear_projqk"
+            (the same on projected q and k), "hedgehog", "lit" and "performer"
+            (`t5fx.kernels.inner`), and "none": near attention alone, a sliding window.
+        inner_loss: "dot", -(s/N) sum v.f(k), or "l2", (s/2N) sum |f(k) - v|^2.
+        key_norm: normalisation of the keys before the inner step.
+        key_norm_eps: what is added to the variance in it.
+        locality: where the depthwise convolutions sit: on q and k, on v, or nowhere. With "none" a
+            site is rewritten even where the layout of its tokens is unknown, without near attention
+            there.
+        neighborhood: side of the window of near tokens to which softmax attention is kept, odd (3,
+            5, 7, ...), or 0 for none; moved inwards at the borders, as in the natten package.
+        coarse: cells along each axis of a grid of two (on one axis or three there are as many in
+            all) whose mean keys and values are seen beside the window, or 0 for none.
+        mix: how this near attention a is joined with the node's output o: "gate", o + gate * a with
+            a learned gate a head, or "half", (o + a) / 2. Prefix and suffix tokens see every key.
+        qk_affine: a learned scale and offset for each channel of q and k, before key norm and
+            convolutions. DiT5 as published is inner "mlp2", inner_loss "l2", neighborhood 5, coarse
+            0, mix "half" and this.
+        grid: the sizes of the one to three axes on which the tokens lie in row-major order. None
+            infers them from the graph; otherwise a tuple, or a callable of the call's arguments
+            that returns one (evaluated at capture).
+        prefix: the number of tokens before the grid, as for `grid`.
+        suffix: the number of tokens after the grid, as for `grid`.
+        min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
+            rewrites where the node needs fewer FLOPs than softmax (of a "swiglu" with K keys of
+            near attention N > 4.5 D + K), each counted at the estimated rate of what will run.
+        include: `fnmatch` patterns of the names of owners that may be rewritten, such as
+            ("blocks.[0-5].*",).
+        exclude: patterns of owners that may not; it wins over `include`.
+        overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
+            where several patterns match, later ones win.
+        policy: how the cost of a site is judged, at the example's sizes. "flops": counted.
+            "measure": both forms are compiled and timed on the device (seconds for each shape that
+            is new; kept in a folder, $T5FX_CACHE_DIR), forward only unless the model is in training
+            mode, and a site is rewritten where the node is the faster one; where impl "auto" may be
+            the Triton kernels, these and the reference are timed and compared, and the faster one
+            is taken. min_tokens is asked first, either way.
+        impl: "auto", "reference" (ordinary operators) or "triton" (kernels for GPUs, unchecked; the
+            default inner model, loss and key norm, locality "dwc_qk" or "none"): see
+            `t5fx.kernels.ttt`. "auto" is decided by device: C++ on a CPU; on a GPU in 16 bits the
+            Triton kernels once a check of them there has passed, a minute or so for each kind of
+            site, remembered in $T5FX_CACHE_DIR (T5FX_TRITON=0: no check and no kernels); ordinary
+            operators else. `Site.impl` and `Site.impl_reason` say which it is and why.
+        seed: fresh parameters depend on this number and the site's name alone.
+        dynamic: whether the model is judged for all sizes of its arguments (True), for those of the
+            example (False; each further size is judged at its first call), or for all sizes where
+            that can be traced (None); the report says which it was.
 
-    Raises `ConfigError` for a value outside its domain.
+    Raises:
+        ConfigError: a value outside its domain.
     """
 
     inner: Inner = "swiglu"

@@ -59,7 +59,8 @@ class TrainingError(T5Error):
 class HookError(T5Error):
     """A fine-tune hook failed, or returned what is no module.
 
-    module: the linearized model as it was left, so that nothing that was trained is lost.
+    Attributes:
+        module: the linearized model as it was left, so that nothing that was trained is lost.
     """
 
     def __init__(self, message: str, module: nn.Module) -> None:
@@ -72,8 +73,8 @@ class UntrainedWarning(UserWarning):
 
 
 class SlowNodeWarning(UserWarning):
-    """The node runs without what makes it fast here."""
+    """The node runs, in an implementation that is slower than the one made for this device."""
 
 
 class NothingRewrittenWarning(UserWarning):
-    """backend="t5" left a graph as it is."""
+    """backend="t5" rewrote nothing in a graph, and compiled it as it is."""

@@ -16,7 +16,6 @@ REASONS = {
     "probabilities-used": "the attention probabilities are read elsewhere or changed",
     "grid-unknown": "the spatial grid of the tokens could not be proved",
     "scores-changed": "the scores are changed between the product and the softmax",
-    "packed-sequence": "several sequences are packed into one",
     "sliced": "it is computed in slices of batch and heads, each an attention of its own",
     "below-break-even": "too few tokens: softmax costs less than the node",
     "head-dim": "the size of a head is unsupported",
@@ -31,15 +30,32 @@ REASONS = {
 class Site:
     """One softmax over scores, found in the graph.
 
-    Token counts and FLOPs (a multiply-add is two; forward; whole batch, all heads) are those at
-    the example's sizes. `grid` is None where it is unknown or was not judged. seconds_before and
-    seconds_after are there where both forms were measured (policy "measure"). impl is what computes
-    the node on the example's device: "triton", "c++", "written-out" (one operator in PyTorch with
-    its own backward) or "reference", and impl_reason why; None where no node was considered.
+    Numbers are those at the example's sizes.
+
+    Attributes:
+        fqn: name of the module that owns the attention.
+        status: "rewritten" or "skipped".
+        reason: why it was skipped, one of `t5fx.reports.REASONS`; None where it was rewritten.
+        detail: a sentence on the reason, or on what was measured.
+        pattern: name of the pattern that recognised it.
+        num_tokens: N.
+        num_heads: H.
+        head_dim: D, the channels of a query's head.
+        prefix: tokens before the grid.
+        grid: sizes of its axes; None where they are unknown or were not judged.
+        suffix: tokens after the grid.
+        flops_before: of softmax; a multiply-add is two; forward, the whole batch, all heads.
+        flops_after: of the node, counted alike.
+        seconds_before: of softmax, where both forms were measured (policy "measure").
+        seconds_after: of the node.
+        impl: what computes the node on the example's device: "triton", "c++", "written-out" (one
+            operator in PyTorch with its own backward) or "reference"; None where no node was
+            considered.
+        impl_reason: why it is that one.
     """
 
     fqn: str
-    status: str  # "rewritten" | "skipped"
+    status: str
     reason: str | None = None
     detail: str = ""
     pattern: str = ""
@@ -76,9 +92,14 @@ class Tried:
 class Report:
     """The sites of a model and how it was captured.
 
-    trainable, total: numbers of trainable and of all parameters. `capture` says whether sizes are
-    dynamic or static, and why. patterns: what each pattern did, by name. opaque: where no site was
-    found, operators of other libraries that may be attention.
+    Attributes:
+        model: name of its class.
+        sites: in the order of the graph.
+        capture: whether sizes are dynamic or static, and why.
+        trainable: number of trainable parameters.
+        total: number of all parameters.
+        opaque: operators of other libraries that may be attention, where no site was found.
+        patterns: what each pattern did, by its name.
     """
 
     model: str
@@ -91,10 +112,12 @@ class Report:
 
     @property
     def rewritten(self) -> list[Site]:
+        """The sites that were or would be rewritten."""
         return [site for site in self.sites if site.status == "rewritten"]
 
     @property
     def skipped(self) -> list[Site]:
+        """The sites that stay softmax."""
         return [site for site in self.sites if site.status == "skipped"]
 
     def counts(self) -> dict[str, int]:

@@ -201,7 +201,7 @@ def _warn(found: Verdict, question: Question, device: torch.device, key: str) ->
         f'impl="auto" runs the PyTorch reference on {device} instead of the Triton kernels '
         f"({what}), whose check {'failed' if found.status == 'failed' else 'was impossible'}: "
         f"{found.reason}; {cure}, update the driver, torch or Triton, or give "
-        f'impl="reference" or {SWITCH}=0 to not be told',
+        f'impl="reference" or {SWITCH}=0, which silences this warning',
         SlowNodeWarning,
         stacklevel=2,
     )

@@ -11,7 +11,7 @@ from t5fx.kernels.variant import NAMES, Variant
 
 
 def variant_of(config: LinearizeConfig, *, axes: int) -> Variant:
-    """That of a site whose tokens lie on a grid of so many axes; 0, nobody knows how they lie.
+    """The node of a site whose tokens lie on a grid of so many axes; 0 where that is unknown.
 
     There are as many coarse cells in all on one axis or three as on two.
     """

@@ -71,7 +71,8 @@ def t5(
     kept beside the model (`t5fx.adapter`), the same ones in every compilation of it.
 
     Args:
-        gm, example_inputs: what Dynamo gives a backend.
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
         mode: Inductor's mode.
         options: fields of `LinearizeConfig`; "adapter": the path of a safetensors file, or a
             module, with trained parameters for all sites; "mode": Inductor's mode; "inductor": a
@@ -136,7 +137,7 @@ class Compiled:
                     raise AdapterError(
                         f"'{site.name}': expected new parameters in {site.dtype} on "
                         f"{site.device}, as when the model was compiled, got {tensor.dtype} on "
-                        f"{tensor.device}; they are moved and cast with the model, not apart"
+                        f"{tensor.device}; move or cast the model, and they follow it"
                     )
             if active is not None:
                 average_gradients(active, node)

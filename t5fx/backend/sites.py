@@ -108,8 +108,8 @@ def _refuse_sharded(tensor: torch.Tensor, name: str) -> None:
     if is_sharded(tensor):
         raise AdapterError(
             f"'{name}': expected a model whose parameters are whole, got one that is split over "
-            f"devices (FSDP, DTensor); new ones beside it would not be: linearize the model first, "
-            f"then shard and compile that"
+            f"devices (FSDP, DTensor), which new parameters beside it would not be; linearize the "
+            f"model first, then shard and compile it"
         )
 
 

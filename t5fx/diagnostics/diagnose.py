@@ -50,7 +50,9 @@ def diagnose(
     copied and the copy linearized, so that its maps show what `linearize` gives before training.
 
     Args:
-        model, args, kwargs: as for `linearize`. The model stays as it is.
+        model: as for `linearize`. It stays as it is.
+        args: as for `linearize`.
+        kwargs: as for `linearize`.
         config: what stands for the sites of a model that is not linearized; the default is
             LinearizeConfig(min_tokens=0), for which every site counts, whatever it costs.
         sites: of which sites there are maps: names or patterns (as of fnmatch) of the modules that
@@ -61,7 +63,7 @@ def diagnose(
             to its beginning.
 
     Returns:
-        A `Diagnosis`: print it, or `.save(folder)`.
+        A `Diagnosis`, which prints as a table and has `.save(folder)`.
 
     Raises:
         NothingRewrittenError: no site of the model can be linearized.

@@ -65,8 +65,10 @@ class SiteDiagnosis:
 class Diagnosis:
     """The attention sites of a model in one call, in the order in which they ran.
 
-    linearized: whether the model ran with TTT nodes, or with softmax attention. Sites that have
-    no node come last.
+    Attributes:
+        model: name of its class.
+        linearized: whether the model ran with TTT nodes, or with softmax attention.
+        sites: what was found at each; those that have no node come last.
     """
 
     model: str

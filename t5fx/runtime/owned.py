@@ -157,8 +157,8 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
     if kind is None:
         raise RefusedCallError(
             f"'{state.name}' was called alone, in a way in which no call of the whole model has "
-            f"called it yet: whether its attention may be rewritten then is not known; call the "
-            f"model so first, or use t5fx.softmax(model)"
+            f"called it yet, so that it is not known whether its attention may be rewritten then; "
+            f"call the whole model in this way first, or use t5fx.softmax(model)"
         )
     # The model's code is another one than when it was judged: it must prove itself.
     runtime.extend(runtime, module, state.name, structure, spec, leaves, kind, False)

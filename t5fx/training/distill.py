@@ -69,9 +69,22 @@ class Distill(Loop):
         train: "new" the new parameters alone; "full" the old ones too, with `lr / lr_ratio`; "lora"
             the new ones and low-rank updates of the linear layers (by peft), merged at the end.
         rank: of these updates.
-        steps, lr, lr_ratio, weight_decay, warmup, optimizer, schedule, max_grad_norm, log_every,
-            on_step, ema, checkpoint, save_every, accelerator: as for `FineTune`.
-        evaluate, eval_every: as for `FineTune`, such as the agreement on inputs that are held out.
+        steps: as for `FineTune`.
+        lr: as for `FineTune`.
+        lr_ratio: as for `FineTune`.
+        weight_decay: as for `FineTune`.
+        warmup: as for `FineTune`.
+        optimizer: as for `FineTune`.
+        schedule: as for `FineTune`.
+        max_grad_norm: as for `FineTune`.
+        log_every: as for `FineTune`.
+        on_step: as for `FineTune`.
+        ema: as for `FineTune`.
+        checkpoint: as for `FineTune`.
+        save_every: as for `FineTune`.
+        accelerator: as for `FineTune`.
+        evaluate: as for `FineTune`, such as the agreement on inputs that are held out.
+        eval_every: as for `FineTune`.
 
     Raises:
         TrainingError: no such hidden state, nothing to train, data that ends, a loss that is not
@@ -147,8 +160,9 @@ class Distill(Loop):
         if not is_linearized(module):
             if self.hidden:
                 raise TrainingError(
-                    "hidden: expected a linearized model, got one that was compiled without: its "
-                    "hidden states are inside of a compiled graph; use t5fx.linearize"
+                    "hidden: expected a linearized model, got one that was compiled without being "
+                    "linearized, whose hidden states are inside of a compiled graph; use "
+                    "t5fx.linearize first"
                 )
             return []
         names = [name for name, _ in module.named_modules() if name]
@@ -164,7 +178,7 @@ class Distill(Loop):
             if not matching:
                 raise TrainingError(
                     f"hidden: expected names of modules such as {names[:3]}, got {pattern!r}, "
-                    f"which none has"
+                    f"which is the name of no module"
                 )
             found += matching
         return list(dict.fromkeys(found))

@@ -37,8 +37,8 @@ def param_groups(
             `no_weight_decay()` says, which timm's models have.
 
     Returns:
-        Groups that are not empty, of "params", "lr", "weight_decay" and "name": "new", "new, no
-        decay", "old" or "old, no decay".
+        Groups that are not empty, of "params", "lr", "weight_decay" and "name", which is
+        "new", "new, no decay", "old" or "old, no decay".
 
     Raises:
         TrainingError: no node in the model, nothing that requires gradients, or a wrong number.

@@ -133,7 +133,9 @@ def search(
     then built and measured whole. The model itself is not touched.
 
     Args:
-        model, args, kwargs: as for `linearize`: the call whose sizes the costs are of.
+        model: as for `linearize`.
+        args: of the call whose sizes the costs are of.
+        kwargs: its keyword arguments.
         data: batches, a list; as for `Align`. A few are enough.
         budget: the attentions of the whole model may cost this share of the softmax's, above 0.
             The choice with the least loss is taken.
@@ -148,8 +150,8 @@ def search(
         config: all other options. Its cost model is not asked: what pays is the search's to find.
 
     Returns:
-        A `SearchResult`: `.config` goes to `linearize`, `.draw(path)` draws the frontier. Where no
-        choice fits, the nearest one is an error that names it.
+        A `SearchResult`, whose `.config` goes to `linearize` and whose `.draw(path)` draws the
+        frontier.
 
     Raises:
         TrainingError: neither or both of `budget` and `loss`, no data, or none fits.
@@ -345,8 +347,8 @@ def _fitting(
             return min(fitting, key=lambda p: p.loss)
         least = points[0].cost / softmax
         raise TrainingError(
-            f"budget: expected a share that some choice keeps, got {budget:g}; the least that any "
-            f"costs is {least:.3g} of the softmax's at these sizes"
+            f"budget: expected a share that at least one choice stays within, got {budget:g}; the "
+            f"cheapest choice costs {least:.3g} of the softmax's at these sizes"
         )
     assert loss is not None
     fitting = [p for p in points if p.loss <= loss]

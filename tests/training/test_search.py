@@ -115,7 +115,7 @@ def test_wrong_settings(model):
         ({}, "expected one of budget= .* got neither"),
         ({"budget": 1, "loss": 1}, "got both"),
         ({"budget": 0}, "budget: expected a number above 0"),
-        ({"budget": 1e-6}, "budget: expected a share that some choice keeps"),
+        ({"budget": 1e-6}, "budget: expected a share that at least one choice stays within"),
         ({"budget": 1, "cost": "seconds"}, "cost: expected 'flops' or 'measure'"),
     ):
         with pytest.raises(TrainingError, match=message):

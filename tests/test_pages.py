@@ -1,0 +1,59 @@
+"""The code of the README and of the manual's pages runs, in order, and prints what they show."""
+
+from pathlib import Path
+
+import pages
+import pytest
+import timm
+
+from t5fx.bench import dinov2
+
+ROOT = Path(__file__).parent.parent
+
+#: Pretrained weights come from a hub; two blocks and a step do where twelve and a hundred stand.
+SMALL = {"pretrained=True": "pretrained=False, depth=2"}
+PAGES = {
+    "README.md": {"pretrained=True": "pretrained=False"},
+    "docs/quickstart.md": SMALL
+    | {"518": "280", "1370": " 401", "37x37": "20x20", "steps=100": "steps=1"},
+    "docs/convert.md": SMALL,
+    "docs/compile.md": {},
+    "docs/training.md": SMALL | {"steps=100": "steps=1", "steps=50": "steps=1"},
+    "docs/diffusion.md": {},
+    "docs/how-it-works.md": SMALL,
+    "docs/extending.md": {},
+}
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_does_what_it_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pages.run(ROOT / page, PAGES[page])
+
+
+TUTORIAL = ROOT / "docs" / "tutorial.py"
+
+
+def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    """On two blocks with random weights, one step."""
+    model = timm.create_model(
+        dinov2.TIMM_NAME,
+        **{"img_size": 518, "dynamic_img_size": True, "num_classes": 0, "global_pool": ""},
+        depth=2,
+    )
+    monkeypatch.setattr(dinov2, "load_dinov2_small", model.eval)
+    monkeypatch.chdir(tmp_path)
+    script = TUTORIAL.read_text(encoding="utf-8")
+    assert "STEPS = 224, 30" in script
+    exec(compile(script.replace("224, 30", "224, 1"), str(TUTORIAL), "exec"), {"__name__": "t"})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("True torch.Size([1, 1025, 384])")
+
+
+@pytest.mark.slow
+def test_the_tutorial_comes_near_the_original(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(TUTORIAL.read_text(encoding="utf-8"), str(TUTORIAL), "exec"), {"__name__": "t"})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "class token" in line]
+    converted, distilled = (float(line.split("patches ")[1]) for line in lines)
+    assert 0.9 < converted < distilled
