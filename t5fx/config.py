@@ -60,7 +60,8 @@ class LinearizeConfig:
         mix "half" and this.
     grid, prefix, suffix: the token layout: prefix tokens, then a row-major grid of one to three
         axes, then suffix tokens. None infers it from the graph; otherwise a value, or a callable
-        of the call's arguments that returns one (evaluated at capture).
+        of the call's arguments that returns one, which is evaluated at each call. A value that
+        positions among the arguments, or the graph itself, contradict is refused.
     min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
         rewrites where the node needs fewer FLOPs than softmax (of a "swiglu" with K keys of near
         attention N > 4.5 D + K), each counted at the estimated rate of what will run.
@@ -184,6 +185,15 @@ class LinearizeConfig:
         """Whether the layout of any site is a callable of the call's arguments."""
         fields = ({"grid": self.grid, "prefix": self.prefix, "suffix": self.suffix},)
         return any(callable(v) for f in (*fields, *self.overrides.values()) for v in f.values())
+
+    @property
+    def layout_key(self) -> tuple[Any, ...]:
+        """What tells two configurations apart that differ in the values of layouts only."""
+        overrides = tuple(
+            (pattern, tuple(sorted((k, str(v)) for k, v in fields.items())))
+            for pattern, fields in self.overrides.items()
+        )
+        return (self.grid, self.prefix, self.suffix, overrides)
 
     def called(self, call: Callable[[Callable[..., Any]], Any]) -> LinearizeConfig:
         """The same with each layout that is a callable replaced by what `call` makes of it."""
