@@ -135,7 +135,8 @@ class Diagnosis:
             image: [3, H, W] in 0..1, what the first batch item shows, to lay the queries over.
             heads: whose maps, one or the mean of several; None is the mean of all.
 
-        Raises `T5Error` without matplotlib, and where there are no maps or no such head.
+        Raises `T5Error` without matplotlib, where there are no maps or no such head, and for an
+        image of another shape.
         """
         from t5fx.diagnostics.draw import draw_maps
 
