@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ def implicit_attention(
     node A may be negative, and its sum over j is not 1. The paper (arXiv 2605.02772) defines the
     implicit attention as d o_i / d v_j and leaves open how the matrix becomes a number.
 
-    A node's output is not linear in v (the trained weights multiply each other), so this is the
-    derivative at the values that are given. It takes Dv gradients for each query and memory for
+    A TTT node's output is not linear in v (the trained weights multiply each other), so this is
+    the derivative at the values that are given. It takes Dv gradients for each query and memory for
     one; nothing of size N x N is made.
 
     Args:
@@ -112,9 +113,9 @@ def node_attention(
     weights, conv, mixing, affine = ([t.detach().to(wide) for t in some] for some in lists)
     q, k, v = (x.detach().to(wide) for x in (q, k, v))
     place = {"grid": list(grid), "prefix": prefix}
-    settings = node.settings() | place
-    # It differentiates to the values alone, on every device and in every dtype.
-    settings |= {"impl": "reference", "neighborhood": 0, "coarse": 0}
+    alone = replace(node.variant, neighborhood=0, coarse=0)
+    # The reference differentiates to the values alone, on every device and in every dtype.
+    settings = {"scale": node.scale, "impl": "reference", **alone.settings(), **place}
 
     def attend(values: Tensor) -> Tensor:
         outputs: Tensor = torch.ops.t5fx.ttt(q, k, values, weights, conv, [], affine, **settings)
@@ -125,7 +126,7 @@ def node_attention(
     near = {"scale": node.scale, "neighborhood": node.neighborhood, "coarse": node.coarse, **place}
     found, shares = _near_attention(q, k, mixing, queries, near)
     reached = [i for i in range(len(queries)) if shares[:, :, i].any()]
-    if reached:
+    if reached and alone.is_anything:
         rest = implicit_attention(attend, v, [queries[i] for i in reached])
         found[:, :, reached] += shares[:, :, reached, None] * rest
     return found

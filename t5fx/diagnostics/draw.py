@@ -65,10 +65,13 @@ def draw_maps(
 ) -> Figure:
     """A row a site, two maps a query; one colour scale for all, linear up to 1/N and then log.
 
-    Raises `T5Error` without matplotlib, without sites, and where a site has no such head.
+    Raises `T5Error` without matplotlib, without sites, for an image of another shape, and where a
+    site has no such head.
     """
     if not sites:
         raise T5Error("expected sites with maps, got none: diagnose(..., sites=...) chooses them")
+    if image is not None and (image.dim() != 3 or image.shape[0] != 3):
+        raise T5Error(f"image: expected [3, H, W] in 0 to 1, got a shape {tuple(image.shape)}")
     rows = [_values(site, heads) for site in sites]
     count = max(len(row) for row in rows)
     widths = [1.0, GAP] * (image is not None) + [1.0, 1.0, GAP] * count

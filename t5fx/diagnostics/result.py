@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class Maps:
     """Where some queries of the first batch item look, in every head.
 
-    queries: Q positions of tokens. softmax: [H, Q, N], attention probabilities; node: [H, Q, N],
-    what the TTT node does on the same queries, keys and values: `implicit_attention`. Both are
-    on the CPU, in float32 or wider.
+    Attributes:
+        queries: Q positions of tokens.
+        softmax: attention probabilities [H, Q, N], on the CPU, in float32 or wider.
+        node: the TTT node's implicit attention on the same queries, keys and values, alike.
     """
 
     queries: tuple[int, ...]
@@ -43,10 +44,14 @@ class Maps:
 class SiteDiagnosis:
     """One attention site.
 
-    key: of its TTT node in the (linearized) model, or the name of the module that owns an
-    attention that has none. reason: why it was not measured, one of `t5fx.reports.REASONS` or "not
-    run in this call"; "" where it was. key_shift: of each head, the mean over the batch and the
-    runs (see `t5fx.diagnostics.attention.key_shift`). maps: None where none were asked for.
+    Attributes:
+        key: of its TTT node in the (linearized) model, or the name of the module that owns an
+            attention that has none.
+        reason: why it was not measured, one of `t5fx.reports.REASONS` or "not run in this call";
+            "" where it was.
+        layout: its tokens; None where it was not measured.
+        key_shift: of each head, the mean over the batch and over the runs of the site.
+        maps: None where none were asked for.
     """
 
     key: str
@@ -67,8 +72,10 @@ class Diagnosis:
 
     Attributes:
         model: name of its class.
-        linearized: whether the model ran with TTT nodes, or with softmax attention.
-        sites: what was found at each; those that have no node come last.
+        Attributes:
+        model: the name of its class.
+        linearized: whether it ran with TTT nodes, or with softmax attention.
+        sites: those that were not measured come last.
     """
 
     model: str
@@ -135,7 +142,8 @@ class Diagnosis:
             image: [3, H, W] in 0..1, what the first batch item shows, to lay the queries over.
             heads: whose maps, one or the mean of several; None is the mean of all.
 
-        Raises `T5Error` without matplotlib, and where there are no maps or no such head.
+        Raises `T5Error` without matplotlib, where there are no maps or no such head, and for an
+        image of another shape.
         """
         from t5fx.diagnostics.draw import draw_maps
 

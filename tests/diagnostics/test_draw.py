@@ -76,6 +76,8 @@ def test_maps_of_some_heads_and_the_image_beside_them(found):
     for wrong in (2, [0, 5], []):
         with pytest.raises(T5Error, match="heads: expected some of 0 to 1"):
             found.draw_maps(heads=wrong)
+    with pytest.raises(T5Error, match=r"image: expected \[3, H, W\] in 0 to 1, got .*\(1, 3, 8"):
+        found.draw_maps(image[None, :, :8])
 
 
 def site(tokens, grid, prefix, node=None, query=0):
