@@ -79,7 +79,8 @@ def given(options: argparse.Namespace, source: Source) -> dict[str, Any]:
 def help_texts(source: Source) -> dict[str, str]:
     """What the docstring of a dataclass or function says of each field: `a, b: text`.
 
-    "As for `Other`" is followed to what the docstring of t5fx's `Other` says of that field.
+    "As for `Other`" is followed to what the docstring of t5fx's `Other` says of that field. A field
+    without an entry has the one that mentions it.
     """
     names = [name for name, _, _ in _fields(source)]
     found: dict[str, str] = {}
@@ -89,13 +90,16 @@ def help_texts(source: Source) -> dict[str, str]:
         match = entry.match(line)
         if match is None or not set(match[2].split(", ")) <= set(names):
             continue
-        text, depth = [match[3]], len(match[1])
+        words, depth = [match[3]], len(match[1])
         for following in lines[index + 1 :]:
             if len(following) - len(following.lstrip()) <= depth:
                 break
-            text.append(following.strip())
+            words.append(following.strip())
         for name in match[2].split(", "):
-            found[name] = _followed(" ".join(text), name)
+            found[name] = _followed(" ".join(words), name)
+    for name in set(names) - set(found):
+        mentions = [text for text in found.values() if f"`{name}`" in text]
+        found |= {name: text for text in mentions[:1]}
     return found
 
 

@@ -18,6 +18,7 @@ from t5fx.errors import T5Error
 #: The least and the most of a photograph's area that a random crop has.
 SCALE = (0.4, 1.0)
 
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a model wants its photographs.

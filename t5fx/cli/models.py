@@ -28,7 +28,11 @@ class Loaded:
     kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.model.eval()
+        try:
+            inspect.signature(self.model.forward).bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            name = type(self.model).__name__
+            raise T5Error(f"expected the arguments of a call of {name}: {error}") from error
 
     @property
     def image(self) -> Tensor | None:

@@ -61,7 +61,7 @@ def without_labels(loaded: Loaded, pictures: Photographs, agreement: Agreement) 
     return {
         "data": pictures.training,
         "inputs": loaded.call,
-        "held_out": [loaded.call(batch) for batch in pictures.held_out],
+        "held_out": pictures.held_out,
         "evaluate": lambda model: {"agreement": agreement(model)},
     }
 

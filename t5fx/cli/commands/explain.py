@@ -27,4 +27,4 @@ def run(options: argparse.Namespace) -> Result:
     else:
         with doing("tracing and matching"):
             report = t5fx.explain(loaded.model, loaded.args, loaded.kwargs, config=config)
-    return Result({"model": str(options.model), **report.to_dict()}, (report,))
+    return Result({"model": str(options.model), "report": report.to_dict()}, (report,))
