@@ -99,7 +99,8 @@ def help_texts(source: Source) -> dict[str, str]:
             found[name] = _followed(" ".join(words), name)
     for name in set(names) - set(found):
         mentions = [text for text in found.values() if f"`{name}`" in text]
-        found |= {name: text for text in mentions[:1]}
+        if mentions:
+            found[name] = mentions[0]
     return found
 
 

@@ -173,7 +173,7 @@ def test_search_writes_what_convert_reads(run, tmp_path):
     assert code == 0
     found = json.loads(out)
     config = t5fx.LinearizeConfig.from_json((tmp_path / "found.json").read_text())
-    assert found["config"] == config.to_dict() and found["unit"] == "FLOP"
+    assert found["config"] == json.loads(config.to_json()) and found["unit"] == "FLOP"
     assert sum(point["fits"] for point in found["points"]) == 1
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
     assert run("explain", "model.py:vit", "--config", "found.json")[0] == 0
