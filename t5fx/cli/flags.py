@@ -140,6 +140,7 @@ def _form(annotation: Any) -> dict[str, Any] | None:
         forms = [form for form in map(_form, parts) if form is not None]
         if not forms:
             return None
+        forms.sort(key=lambda form: "nargs" not in form)  # a list, where one of a kind will do too
         if (
             len(parts) < len(get_args(annotation))
             and "type" in forms[0]

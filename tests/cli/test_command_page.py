@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"```console\n\$ t5fx (.+)\n((?:.|\n)*?)```", PAGE)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("page")
-    (name, source), = re.findall(r'```python title="(\S+)"\n((?:.|\n)*?)```', PAGE)
+    ((name, source),) = re.findall(r'```python title="(\S+)"\n((?:.|\n)*?)```', PAGE)
     (made / name).write_text(source)
     (made / "photographs").mkdir()
     for index in range(5):

@@ -140,7 +140,7 @@ def test_supplied_fields_are_left_out():
 
 SOURCES = [
     *(t5fx.LinearizeConfig, t5fx.Align, t5fx.Distill, t5fx.FineTune),
-    *(t5fx.search, t5fx.save_pretrained),
+    *(t5fx.search, t5fx.save_pretrained, t5fx.diagnose),
 ]
 
 

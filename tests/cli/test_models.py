@@ -166,3 +166,18 @@ def test_only_the_new_parameters_are_saved_where_that_is_asked_for(explain, tmp_
 def test_a_place_that_is_no_folder_is_refused_before_any_work(explain, capsys):
     assert main(["convert", f"{explain.path}:vit", "--out", str(explain.path)]) == 2
     assert "--out: expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.extras  # matplotlib draws
+def test_diagnose_measures_the_original_and_a_checkpoint(explain, tmp_path, capsys):
+    where, model = tmp_path / "out", f"{explain.path}:vit"
+    given = ["--out", str(where), "--sites", "blocks.0.*", "--json"]
+    assert main(["diagnose", model, *given]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["diagnosis"]["sites"]) == 2 and not found["diagnosis"]["linearized"]
+    assert all((where / name).exists() for name in ("diagnosis.json", "maps.png"))
+    lin = str(tmp_path / "lin")
+    assert main(["convert", model, "--out", lin, "--min-tokens", "0"]) == 0
+    capsys.readouterr()
+    assert main(["diagnose", model, *given, "--checkpoint", lin]) == 0
+    assert json.loads(capsys.readouterr().out)["diagnosis"]["linearized"]
