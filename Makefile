@@ -67,6 +67,7 @@ lint: types  ## ruff (lint and format), codespell and mypy
 types: .venv/.test-installed
 	rm -rf build/types
 	mkdir -p build/types/t5fx/kernels
+	ln -s $(CURDIR)/t5fx_command.py build/types
 	ln -s $(CURDIR)/t5fx/* $(CURDIR)/patterns $(CURDIR)/bench build/types/t5fx
 	ln -s $(CURDIR)/kernels/ops/* build/types/t5fx/kernels
 	ln -s $(CURDIR)/kernels/cpp build/types/t5fx/kernels/cpp

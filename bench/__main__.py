@@ -2,6 +2,6 @@
 
 import sys
 
-from t5fx.__main__ import main
+from t5fx_command import main
 
 sys.exit(main(["bench", *sys.argv[1:]]))

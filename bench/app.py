@@ -6,10 +6,8 @@ import argparse
 import gc
 import importlib
 import itertools
-import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,26 +40,22 @@ run again, so that an interrupted run is taken up where it stopped.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 where a case was refused or a ratio got worse, 2 for wrong usage."""
-    options = _parser().parse_args(arguments)
+def start(options: argparse.Namespace) -> int:
+    """Do what `add_arguments` has parsed: 0, or 1 where a case was refused or a ratio got worse.
+
+    2 where results cannot be rendered or compared. Raises `T5Error` for a file that is no results.
+    """
     console = Console()
-    try:
-        if options.command == "report":
-            from . import report
+    if options.suite == "report":
+        from . import report
 
-            paths = list(
-                itertools.chain.from_iterable(map(_tables, options.results or [options.out]))
-            )
-            return report.run(paths, options.out, console, options.readme)
-        if options.command == "compare":
-            from . import compare
+        paths = list(itertools.chain.from_iterable(map(_tables, options.results or [options.out])))
+        return report.run(paths, options.out, console, options.readme)
+    if options.suite == "compare":
+        from . import compare
 
-            return compare.run(options.before, options.after, console)
-        return run(options, console)
-    except T5Error as error:
-        console.print(f"t5fx bench: {error}", style="red", markup=False, highlight=False)
-        return 2
+        return compare.run(options.before, options.after, console)
+    return run(options, console)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -69,12 +63,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.small and not options.out:
-        raise T5Error("--small: expected --out FILE, so that tiny runs stay out of the results")
+        options.parser.error(
+            "--small: expected --out FILE, so that tiny runs stay out of the results"
+        )
     results = Results(options.out or default_results())
     columns = here()
     bad = 0
     start = time.perf_counter()
-    suites = list(SUITES) if options.command == "all" else [options.command]
+    suites = list(SUITES) if options.suite == "all" else [options.suite]
     for suite in suites:
         module = importlib.import_module(f"{__package__}.{SUITES[suite]}")
         for experiment in module.experiments(small=options.small):
@@ -132,16 +128,13 @@ def default_results() -> Path:
     return Path("docs/bench") / f"{name}.csv"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="t5fx bench",
-        description=__doc__.partition("\n")[0],
-        epilog=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suites, `report` and `compare`, as subcommands of `t5fx bench`."""
+    parser.epilog = ABOUT
+    commands = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     for name in (*SUITES, "all"):
         suite = commands.add_parser(name, help="every suite" if name == "all" else "a suite")
+        suite.set_defaults(parser=suite)
         suite.add_argument("--out", type=Path, help=f"results (default: {default_results()})")
         suite.add_argument("--only", nargs="+", metavar="PART", help="cases with this in the name")
         suite.add_argument("--again", action="store_true", help="also what is there already")
@@ -160,8 +153,3 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="what got faster or slower from A to B")
     compare.add_argument("before", type=Path, metavar="A")
     compare.add_argument("after", type=Path, metavar="B")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

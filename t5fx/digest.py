@@ -16,7 +16,7 @@ _ROOTS = (
 )
 
 #: The packages of t5fx whose code decides nothing of what a model becomes.
-_OTHERS = ("t5fx.bench",)
+_OTHERS = ("t5fx.bench", "t5fx.cli")
 
 
 @functools.cache

@@ -33,6 +33,7 @@ CORE_LIBRARIES = {
     "rich",
     "safetensors",
     "t5fx",
+    "t5fx_command",
     "torch",
     "triton",  # comes with torch
 }

@@ -49,9 +49,10 @@ ORDER = [
     "t5fx.checkpoint",
     "t5fx.training",
     "t5fx.diagnostics",
-    "t5fx.__main__",
     "t5fx",  # the public names, resolved on first use
     "t5fx.bench",
+    "t5fx.cli",
+    "t5fx.__main__",
 ]
 
 # Stricter than the order: everything under the name imports nothing of ours but these places.

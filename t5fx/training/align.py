@@ -138,8 +138,8 @@ class Align:
         steps: how many batches.
         lr: peak learning rate of Muon for the inner model's matrices; AdamW has twice that for the
             convolutions and gates. None is 1e-2, or 2e-3 where the nodes have near attention, which
-            leaves them little to learn. Linear warm-up over a fraction `warmup` of the steps, then
-            a cosine.
+            leaves them little to learn.
+        warmup: the fraction of the steps in which the rate rises linearly; a cosine follows.
         own: the fraction of the steps, the last ones, in which the nodes' own outputs go on to the
             layers behind instead of the original's: so that later nodes learn on what they will
             get. Their targets are the softmax attention's on that.
@@ -150,6 +150,7 @@ class Align:
         checkpoint: a file that keeps the state every `save_every` steps. An alignment that finds it
             goes on from there, to the same values on a CPU, with the random numbers and the place
             in the data that `t5fx.training.batches` describes; at the end the file is removed.
+        save_every: steps from one such state to the next.
         until: stop early, once the mean loss over 50 steps is lower than over the 50 before it by
             less than this share, such as 0.01.
 

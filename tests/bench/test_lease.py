@@ -13,13 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from t5fx.bench import app, assembler, results, tune
+from t5fx.bench import assembler, results, tune
 from t5fx.bench.lease import __main__, compiling, exactness, plan, records, run, summary, tools
 from t5fx.bench.lease.__main__ import main
 from t5fx.bench.lease.plan import Item, Step
 from t5fx.bench.results import Experiment, Row
 from t5fx.errors import T5Error
 from t5fx.kernels.triton_kernels import configs
+from t5fx_command import main as command
 
 WRONG = (sys.executable, str(Path(__file__).with_name("lease_worker.py")))
 FAKE = (sys.executable, str(Path(__file__).with_name("lease_fake.py")))
@@ -81,7 +82,7 @@ def test_a_second_call_skips_what_is_done(rehearsed, monkeypatch, capsys):
 
 
 def test_the_report_shows_a_lease(rehearsed, tmp_path, capsys):
-    assert app.main(["report", str(rehearsed), "--out", str(tmp_path)]) == 0
+    assert command(["bench", "report", str(rehearsed), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report.md").read_text()
     for text in ("query_output", "1 x 1 heads x 16 tokens x 16, forward", "timm/tiny, rehearsal"):
         assert text in page

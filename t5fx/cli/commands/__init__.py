@@ -1,0 +1,1 @@
+"""The commands of `t5fx`: a module each, found by discovery."""

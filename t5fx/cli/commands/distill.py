@@ -1,0 +1,19 @@
+"""Teach the whole converted model what the original does, without labels (t5fx.Distill)."""
+
+from __future__ import annotations
+
+import argparse
+
+import t5fx
+from t5fx.cli.flags import add_flags
+from t5fx.cli.running import Result
+from t5fx.cli.training import add_road, hook_of, travel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_road(parser, data=True, checkpoint=True)
+    add_flags(parser, t5fx.Distill)
+
+
+def run(options: argparse.Namespace) -> Result:
+    return travel(options, {"distilled": hook_of(options, t5fx.Distill)})
