@@ -198,8 +198,10 @@ def from_pretrained(
         dtype: of the floating-point tensors that are loaded. Without it each has the dtype in
             which it was saved, whatever the model's was.
         subfolder: where in the directory or repository the checkpoint is.
-        revision, cache_dir, token, local_files_only: of a repository on the Hub, as
-            `huggingface_hub.snapshot_download` takes them.
+        revision: of a repository on the Hub, as `huggingface_hub.snapshot_download` takes it.
+        cache_dir: as there.
+        token: as there.
+        local_files_only: as there.
 
     Returns:
         What `linearize` returned before it was saved.
