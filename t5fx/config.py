@@ -77,7 +77,8 @@ class LinearizeConfig:
             0, mix "half" and this.
         grid: the sizes of the one to three axes on which the tokens lie in row-major order. None
             infers them from the graph; otherwise a tuple, or a callable of the call's arguments
-            that returns one (evaluated at capture).
+            that returns one, asked at each call. What positions or sides among the arguments, or
+            the graph itself, contradict is refused.
         prefix: the number of tokens before the grid, as for `grid`.
         suffix: the number of tokens after the grid, as for `grid`.
         min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
@@ -206,6 +207,15 @@ class LinearizeConfig:
         """Whether the layout of any site is a callable of the call's arguments."""
         fields = ({"grid": self.grid, "prefix": self.prefix, "suffix": self.suffix},)
         return any(callable(v) for f in (*fields, *self.overrides.values()) for v in f.values())
+
+    @property
+    def layout_key(self) -> tuple[Any, ...]:
+        """What tells two configurations apart that differ in the values of layouts only."""
+        overrides = tuple(
+            (pattern, tuple(sorted((k, str(v)) for k, v in fields.items())))
+            for pattern, fields in self.overrides.items()
+        )
+        return (self.grid, self.prefix, self.suffix, overrides)
 
     def called(self, call: Callable[[Callable[..., Any]], Any]) -> LinearizeConfig:
         """The same with each layout that is a callable replaced by what `call` makes of it."""

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch import fx, nn
 from t5fx.analysis.opaque import opaque_operators
 from t5fx.analysis.policy import Plan, plan
 from t5fx.config import LinearizeConfig
-from t5fx.errors import CaptureError, NothingRewrittenError, RefusedCallError
+from t5fx.errors import CaptureError, ConfigError, NothingRewrittenError, RefusedCallError
 from t5fx.frontend.calls import Signature
 from t5fx.frontend.capture import capture, first_line
 from t5fx.frontend.copies import duplicate
+from t5fx.frontend.positions import is_coarser, objection, positions_in
 from t5fx.frontend.record import Recorded
 from t5fx.frontend.shapes import add_shapes
 from t5fx.graph.view import View
@@ -96,7 +98,7 @@ def _judge(
     template = bare(duplicate(model, share=True))
     args, kwargs = runtime.signature.bind(args, kwargs)
     given = runtime.given(args, kwargs)
-    config = runtime.config.called(lambda f: f(*args, **kwargs))
+    config = runtime.config
     dynamic = False if config.gives_layout else config.dynamic
     looked = _look(template, args, kwargs, config, existing, dynamic, bool(runtime.kinds))
     if looked.captured.dynamic and dynamic is None and _lacks_proofs(looked.plans):
@@ -117,6 +119,8 @@ def _judge(
     places = Places(looked, recorded)
     verdicts, layouts = verdicts_of(looked, places)
     structure, _, leaves = flatten(args, kwargs)
+    listed = positions_in(leaves) if config.gives_layout else ()
+    grids = {entry.site.grid for entry in chosen if config.gives_layout and entry.site.grid}
     kind = Kind(
         structure=structure,
         constants=constants_of(leaves),
@@ -127,6 +131,7 @@ def _judge(
         verdicts=verdicts,
         calls={n: calls_of(looked.recorded, n, template.get_submodule(n)) for n in verdicts},
         arguments=tuple(places.arguments),
+        positions={grid: tuple(p for p in listed if is_coarser(grid, p.sides)) for grid in grids},
     )
     make_forms(runtime, template, looked.recorded, kind)
     origins = {name: tuple(axes) for name, axes in places.origins.items()}
@@ -165,8 +170,27 @@ def _look(
             handle.remove()
     view = View(captured.graph, template, captured.constants)
     tried: dict[str, Tried] = {}
-    plans = plan(view, config, lambda m: m.key in existing if existing else None, tried=tried)
+    plans = plan(
+        view,
+        config.called(lambda f: f(*args, **kwargs)),
+        lambda m: m.key in existing if existing else None,
+        tried=tried,
+        objection=objector(config, args, kwargs),
+    )
     return Looked(captured, view, plans, tried, recorded)
+
+
+def objector(
+    config: LinearizeConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[str, tuple[int, ...]], str | None]:
+    """Says of a grid that is given for an owner why it is not that of a call, or None."""
+    leaves = flatten(args, kwargs)[2]
+
+    @functools.cache
+    def against(owner: str, grid: tuple[int, ...]) -> str | None:
+        return objection(leaves, grid, constant=not callable(config.at(owner).grid))
+
+    return against
 
 
 def _lacks_proofs(plans: list[Plan]) -> bool:
@@ -292,7 +316,8 @@ def explained(
         told.capture = captured.note
         view = View(captured.graph, template, captured.constants)
         resolved = config.called(lambda f: f(*bound[0], **bound[1]))
-        _tell(told, view, plan(view, resolved, tried=told.patterns))
+        against = objector(config, *bound)
+        _tell(told, view, plan(view, resolved, tried=told.patterns, objection=against))
     count_parameters(told, model)
     return told
 
@@ -304,7 +329,15 @@ def build_graph(
     config: LinearizeConfig,
     nodes: Mapping[str, TTT],
 ) -> fx.GraphModule:
-    """The same graph with TTT nodes in it; of nodes and errors, what `build` says."""
+    """The same graph with TTT nodes in it; of nodes and errors, what `build` says.
+
+    Raises `ConfigError` for a layout that is a callable: the graph has no place to call it.
+    """
+    if config.has_callables:
+        raise ConfigError(
+            "grid, prefix, suffix: expected values for a GraphModule, whose graph keeps the layout "
+            "of the example, got a callable of the call's arguments; linearize a module instead"
+        )
     told = Report(type(gm).__name__)
     view, plans = _plan_graph(gm, args, kwargs, config, nodes, told)
     refuse_calls(view, plans, nodes)
@@ -332,7 +365,13 @@ def _plan_graph(
     view = View(gm.graph, gm)
     settle(view)
     resolved = config.called(lambda f: f(*args, **kwargs))
-    plans = plan(view, resolved, lambda m: m.key in nodes if nodes else None, tried=told.patterns)
+    plans = plan(
+        view,
+        resolved,
+        lambda m: m.key in nodes if nodes else None,
+        tried=told.patterns,
+        objection=objector(config, args, kwargs),
+    )
     _tell(told, view, plans)
     return view, plans
 

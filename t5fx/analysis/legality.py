@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from t5fx.analysis.axis import Axis, Cat, Chosen, Merge, Repeat, Unit, made_by, runs_of
@@ -10,6 +11,7 @@ from t5fx.analysis.layout import Axes
 from t5fx.analysis.tokens import layout_of
 from t5fx.analysis.variant import variant_of
 from t5fx.config import LinearizeConfig
+from t5fx.frontend.positions import is_coarser
 from t5fx.graph.sizes import same
 from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Refusal
@@ -129,8 +131,15 @@ def in_words(axis: Axis) -> str:
 
 
 def find_layout(
-    tokens: Axis, site: Site, config: LinearizeConfig
+    tokens: Axis,
+    site: Site,
+    config: LinearizeConfig,
+    objection: Callable[[tuple[int, ...]], str | None],
 ) -> tuple[tuple[Axis | int, ...], tuple[Axis | int, ...], tuple[Axis | int, ...]]:
+    """prefix, grid and suffix of a site: as the graph proves them, or as they are given.
+
+    objection: says of a given grid why it is not that of the call, or None. Raises `Refusal`.
+    """
     found = layout_of(tokens)
     if config.grid is None and config.prefix is None and config.suffix is None:
         if isinstance(found, str):
@@ -142,14 +151,40 @@ def find_layout(
         site.grid = tuple(a.count for a in found.grid)
         return found.prefix, found.grid, found.suffix
     assert site.num_tokens is not None
-    grid = config.grid
-    if grid is None:
-        if isinstance(found, str):
-            raise Refusal("grid-unknown", f"{found}; give `grid` too")
-        grid = tuple(a.count for a in found.grid)
-    assert not callable(grid) and not callable(config.prefix) and not callable(config.suffix)
-    rest = site.num_tokens - math.prod(grid)
+    proved = None if isinstance(found, str) else tuple(a.count for a in found.grid)
+    if config.grid is None and proved is None:
+        raise Refusal("grid-unknown", f"{found}; give `grid` too")
+    prefix, grid, suffix = given_layout(site.num_tokens, config, proved)
+    if not isinstance(found, str) and proved is not None:
+        before = sum(a.count for a in found.prefix)
+        if prefix != before or not is_coarser(grid, proved):
+            raise Refusal(
+                "grid-unknown",
+                f"expected the layout that the graph shows, {before} + "
+                f"{'x'.join(map(str, proved))} + {sum(a.count for a in found.suffix)}, got "
+                f"{prefix} + {'x'.join(map(str, grid))} + {suffix}",
+            )
+        if config.grid is None:
+            site.prefix, site.grid, site.suffix = prefix, grid, suffix
+            return found.prefix, found.grid, found.suffix
+    elif (against := objection(grid)) is not None:
+        raise Refusal("grid-unknown", against)
+    site.prefix, site.grid, site.suffix = prefix, grid, suffix
+    return (prefix,), grid, (suffix,)
+
+
+def given_layout(
+    tokens: int, config: LinearizeConfig, proved: tuple[int, ...] | None
+) -> tuple[int, tuple[int, ...], int]:
+    """(prefix, grid, suffix) of so many tokens where the configuration gives some of the three.
+
+    proved: the grid where it does not give that. Raises `Refusal` where they do not add up.
+    """
+    grid = proved if config.grid is None else config.grid
     prefix, suffix = config.prefix, config.suffix
+    assert grid is not None
+    assert not callable(grid) and not callable(prefix) and not callable(suffix)
+    rest = tokens - math.prod(grid)
     if prefix is None:
         prefix = rest - (suffix or 0)
     if suffix is None:
@@ -157,8 +192,7 @@ def find_layout(
     if prefix < 0 or suffix < 0 or prefix + suffix != rest:
         raise Refusal(
             "grid-unknown",
-            f"expected prefix + grid + suffix = {site.num_tokens} tokens, got "
+            f"expected prefix + grid + suffix = {tokens} tokens, got "
             f"{prefix} + {'x'.join(map(str, grid))} + {suffix}",
         )
-    site.prefix, site.grid, site.suffix = prefix, grid, suffix
-    return (prefix,), grid, (suffix,)
+    return prefix, grid, suffix

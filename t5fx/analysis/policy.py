@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from t5fx.analysis.legality import (
 )
 from t5fx.analysis.match import Match, find
 from t5fx.analysis.measure import Cost, Shape, cost
+from t5fx.analysis.tokens import layout_of
 from t5fx.analysis.variant import variant_of
 from t5fx.config import LinearizeConfig
 from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
@@ -62,6 +64,10 @@ def _same_name(name: str) -> str:
     return name
 
 
+def _no_objection(owner: str, grid: tuple[int, ...]) -> str | None:
+    return None
+
+
 def plan(
     view: View,
     config: LinearizeConfig,
@@ -69,6 +75,7 @@ def plan(
     public: Callable[[str], str] = _same_name,
     tried: dict[str, Tried] | None = None,
     owner: Callable[[str], nn.Module | None] | None = None,
+    objection: Callable[[str, tuple[int, ...]], str | None] = _no_objection,
 ) -> list[Plan]:
     """Judge every attention of a graph.
 
@@ -79,6 +86,8 @@ def plan(
     decided: what an earlier graph of the same model decided about a site: True, it is rewritten
     (and judged again for legality and layout, but not for selection and cost); False, it is left;
     None, nothing yet.
+
+    objection: says of a grid that is given for an owner why it is not that of the call, or None.
     """
     matches = find(view, tried, owner)
     axes = Axes(view) if matches else None
@@ -91,7 +100,7 @@ def plan(
         plans.append(entry)
         assert axes is not None
         try:
-            _judge(view, axes, entry, decided(match), owner)
+            _judge(view, axes, entry, decided(match), owner, objection)
             site.status = "rewritten"
         except Refusal as refusal:
             site.reason, site.detail = refusal.reason, refusal.detail
@@ -147,6 +156,7 @@ def _judge(
     entry: Plan,
     decided: bool | None,
     owner: Callable[[str], nn.Module | None] | None,
+    objection: Callable[[str, tuple[int, ...]], str | None],
 ) -> None:
     match, site, config = entry.match, entry.site, entry.config
     if match.binding is None:
@@ -165,7 +175,11 @@ def _judge(
     if decided is False:
         raise Refusal("excluded", "not one of the sites that were rewritten before")
     tokens = axes[binding.q.like][binding.q.token]
-    entry.prefix, entry.grid, entry.suffix = find_layout(tokens, site, config)
+    entry.prefix, entry.grid, entry.suffix = find_layout(
+        tokens, site, config, partial(objection, site.fqn)
+    )
+    if config.grid is not None:
+        _fix_sizes(view, (binding.q.like, binding.q.token), tokens)
     for axis in (*entry.prefix, *entry.grid):
         if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
             if axis.size not in view.sizes:
@@ -188,6 +202,19 @@ def _judge(
         _pays(site, rate(call, choice))
     if decided is None and config.policy == "measure":
         _is_faster(view, entry, trained)
+
+
+def _fix_sizes(view: View, at: tuple[fx.Node, int], tokens: Axis) -> None:
+    """Make constants of the sizes that numbers given as the grid are those of.
+
+    Where they are symbolic, that is a guard: other sizes are another graph.
+    """
+    found = layout_of(tokens)
+    sides = () if isinstance(found, str) else found.grid
+    for node, axis in (at, *(side.at for side in sides if side.at is not None)):
+        value = view.val(node)
+        assert value is not None
+        int(value.shape[axis])
 
 
 def _is_trained(view: View, match: Match, owner: Callable[[str], nn.Module | None] | None) -> bool:

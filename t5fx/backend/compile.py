@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from t5fx.analysis.policy import plan
 from t5fx.backend import adapters as adapters
 from t5fx.backend.adapters import Place
 from t5fx.backend.ddp import average_gradients
+from t5fx.backend.layouts import SITE, Layouts, Variants, set_layouts
 from t5fx.backend.notices import summary_of, trace_artifact, warn_nothing, warn_untrained
 from t5fx.backend.options import Options
 from t5fx.backend.sharing import share_nodes
@@ -32,6 +32,7 @@ from t5fx.backend.sites import (
     choose_anchor,
     objection_to,
 )
+from t5fx.config import LinearizeConfig
 from t5fx.digest import code_digest
 from t5fx.errors import AdapterError
 from t5fx.frontend.dynamo import (
@@ -42,6 +43,7 @@ from t5fx.frontend.dynamo import (
     read,
     resolve,
 )
+from t5fx.frontend.positions import Unchanged
 from t5fx.graph.blocks import close_checkpoints
 from t5fx.graph.view import View
 from t5fx.kernels import TTT
@@ -92,7 +94,9 @@ def t5(
     if region is None or _in_linearized(region):
         log.info("a linearized model: lowered as it is")
         return compile_graph(_shared(gm), example_inputs)
-    report, sites = _rewrite(region, chosen)
+    layouts = Layouts(chosen.config, region)
+    config = layouts.resolved()
+    report, sites = _rewrite(region, chosen, config, layouts)
     log.info("%s", summary_of(report))
     log.debug("%s", report)
     trace_artifact("t5fx_report", lambda: str(report))
@@ -100,10 +104,24 @@ def t5(
         warn_nothing(report, region)
         return compile_graph(gm, example_inputs)
     lowered, fakes = _lower(gm, region, sites)
-    trace_artifact("t5fx_rewritten_graph", lambda: lowered.print_readable(print_output=False))
-    log.debug("%s", lowered.graph)
-    function = compile_graph(lowered, [*fakes, *example_inputs])
-    return Compiled(function, sites, chosen, region.numbers.read)
+    checkpoints = region.checkpoints
+
+    def make(config: LinearizeConfig, inputs: list[Any]) -> Callable[..., Any]:
+        """The graph with the layouts of a configuration, compiled."""
+        ready = _copy(gm, lowered, _graph_copy(lowered.graph))
+        set_layouts(ready.graph, _TTT, config)
+        if not any(isinstance(x, int) for x in inputs):  # which Inductor's subgraphs do not take
+            share_nodes(ready)
+        close_checkpoints(ready, checkpoints)
+        ready.recompile()
+        trace_artifact("t5fx_rewritten_graph", lambda: ready.print_readable(print_output=False))
+        log.debug("%s", ready.graph)
+        return compile_graph(ready, inputs)
+
+    function = make(config, [*fakes, *example_inputs])
+    if chosen.config.has_callables:
+        function = Variants(layouts, config, function, make)
+    return Compiled(function, sites, chosen, region.numbers.read, layouts)
 
 
 class Compiled:
@@ -115,16 +133,18 @@ class Compiled:
         sites: list[Site],
         options: Options,
         numbers: dict[int, torch.Tensor],
+        layouts: Layouts,
     ) -> None:
         self.function = function
+        self.layouts = layouts
         self.sites = sites
         self.options = options
-        self.numbers: dict[int, tuple[torch.Tensor, Any]] = {
-            position: (value, None) for position, value in numbers.items()
-        }
+        self.numbers = numbers
+        self._read = Unchanged()
 
     def __call__(self, *args: Any) -> Any:
         self._check_numbers(args)
+        self.layouts.check()
         fresh: list[torch.Tensor] = []
         active = DistributedDataParallel._active_ddp_module
         for site in self.sites:
@@ -162,17 +182,16 @@ class Compiled:
 
     def _check_numbers(self, args: tuple[Any, ...]) -> None:
         """The scales that were read from a model's buffers must still be what they were."""
-        for position, (value, seen) in self.numbers.items():
+        for position, value in self.numbers.items():
             tensor = args[position]
-            version = None if tensor.is_inference() else tensor._version
-            if version is None or seen is None or seen[0]() is not tensor or seen[1] != version:
+            if not self._read(position, [tensor]):
                 if not torch.equal(tensor.detach().cpu(), value.cpu()):
                     raise AdapterError(
                         f"expected the constant {value.item()}, which a rewritten attention was "
                         f"compiled with, in a buffer of the model, got {tensor.item()}: call "
                         f"torch.compiler.reset()"
                     )
-                self.numbers[position] = (value, (weakref.ref(tensor), version))
+                self._read.note(position, [tensor])
 
 
 def _is_linearized(gm: fx.GraphModule) -> bool:
@@ -196,8 +215,13 @@ def _in_linearized(region: Region) -> bool:
     return any(id(tensor.value) in own for tensor in region.tensors.values())
 
 
-def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
-    """Rewrite a graph in place; afterwards the nodes of its sites exist, beside the model."""
+def _rewrite(
+    region: Region, options: Options, resolved: LinearizeConfig, layouts: Layouts
+) -> tuple[Report, list[Site]]:
+    """Rewrite a graph in place; afterwards the nodes of its sites exist, beside the model.
+
+    resolved: the configuration with the layouts of the call that is being compiled.
+    """
     anchors: dict[str, tuple[fx.Node, Place]] = {}
     config, adapter = options.config, options.adapter
 
@@ -216,7 +240,14 @@ def _rewrite(region: Region, options: Options) -> tuple[Report, list[Site]]:
         anchor, owner = region.tensors[node].value, region.owner(match.owner)
         return adapters.was_rewritten(owner, anchor, place, config) or None
 
-    plans = plan(region.view, config, decided, region.public, owner=region.owner)
+    plans = plan(
+        region.view,
+        resolved,
+        decided,
+        region.public,
+        owner=region.owner,
+        objection=layouts.objection(),
+    )
     report = Report("this graph", sites=[entry.site for entry in plans])
     report.opaque = [] if plans else opaque_operators(region.view)
     for entry in plans:
@@ -294,12 +325,10 @@ def _lower(
                 keywords = {"grid": [], **call.kwargs, **node.settings()}
                 keywords["impl"] = _impl(arguments, keywords)
                 new = graph.call_function(_TTT, arguments, keywords)
-            new.meta = call.meta
+            new.meta = {**call.meta, SITE: region.public(call.target)}
             call.replace_all_uses_with(new)
             graph.erase_node(call)
-    share_nodes(owner)
-    close_checkpoints(owner, region.checkpoints)
-    return _copy(gm, owner, graph), fakes
+    return owner, fakes
 
 
 def _impl(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
@@ -312,17 +341,20 @@ def _impl(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
 
 def _shared(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a linearized model's graph, its equal nodes compiled once."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    copy = _copy(gm, gm, graph)
-    for old, new in zip(
-        gm.graph.find_nodes(op="placeholder"),
-        copy.graph.find_nodes(op="placeholder"),
-        strict=True,
-    ):
-        new._dynamo_source = old._dynamo_source
+    copy = _copy(gm, gm, _graph_copy(gm.graph))
     share_nodes(copy)
     copy.recompile()
+    return copy
+
+
+def _graph_copy(graph: fx.Graph) -> fx.Graph:
+    """The same graph, also of what Dynamo said of its inputs."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for old, new in zip(
+        graph.find_nodes(op="placeholder"), copy.find_nodes(op="placeholder"), strict=True
+    ):
+        new._dynamo_source = old._dynamo_source
     return copy
 
 

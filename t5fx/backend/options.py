@@ -49,11 +49,4 @@ class Options:
         base = LinearizeConfig() if adapter is None else adapter.config or LinearizeConfig()
         config = dataclasses.replace(base, **given)
         check_variants(config)
-        for fields in (dataclasses.asdict(config), *config.overrides.values()):
-            for name, value in fields.items():
-                if callable(value):
-                    raise ConfigError(
-                        f"{name}: a graph does not know the arguments of the call; expected a "
-                        f"value, got a callable, which t5fx.linearize takes"
-                    )
         return cls(config, adapter, mode, inductor)

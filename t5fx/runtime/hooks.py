@@ -28,6 +28,7 @@ class Before:
             _judge(runtime, module, args, kwargs)
             found = runtime.kind_of(args, kwargs, module.training)
             assert found is not None
+        runtime.check(found[0], args, kwargs)
         runtime.begin(*found)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from t5fx.config import LinearizeConfig
-from t5fx.errors import LayoutUnknownError
+from t5fx.errors import LayoutUnknownError, RefusedCallError
 from t5fx.frontend.calls import Guards, Signature
+from t5fx.frontend.positions import Positions, Unchanged, may_list, objection
 from t5fx.reports import Report
 from t5fx.rewrite.forms import Verdict, constants_of, flatten
 
@@ -59,7 +60,8 @@ class Kind:
 
     structure, constants, training: what calls of the kind have in common, with `guards`; given:
     the values of layouts that are callables. layouts: by owner, one for each of its attentions;
-    arguments: formulas of the guards' symbols, for sizes that no module's output shows.
+    arguments: formulas of the guards' symbols, for sizes that no module's output shows. positions:
+    for each grid that was given, the arguments that list its positions.
     """
 
     structure: str
@@ -71,6 +73,7 @@ class Kind:
     verdicts: Mapping[str, Verdict]
     calls: Mapping[str, frozenset[tuple[str, tuple[Any, ...]]]]
     arguments: tuple[Callable[..., int], ...] = ()
+    positions: Mapping[tuple[int, ...], tuple[Positions, ...]] = field(default_factory=dict)
 
 
 class Records(threading.local):
@@ -116,9 +119,10 @@ class Runtime:
         self.kind: Kind | None = None
         self.sizes: dict[str, torch.Tensor] = {}
         self.entered: OrderedDict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = OrderedDict()
+        self.checked = Unchanged()
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("local", "kind", "sizes", "entered", "kinds", "forms")
+        left = ("local", "kind", "sizes", "entered", "checked", "kinds", "forms")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,16 +182,39 @@ class Runtime:
         Raises `LayoutUnknownError` where it is not known, or is not that of so many tokens.
         """
         kind, sizes = self.running()
-        kinds = self.kinds[::-1] if kind is None else [kind]
-        for judged in kinds:
+        found: list[Layout] = []
+        for judged in self.kinds[::-1] if kind is None else [kind]:
             layouts = judged.layouts.get(owner)
             wanted = None if layouts is None else layouts[index]
             if wanted is not None and all(t.module in sizes for t in _sources(wanted)):
-                return self._checked(wanted, sizes, owner, tokens)
+                found += [] if wanted in found else [wanted]
+        if found:
+            return self._only(found, sizes, owner, tokens)
         raise LayoutUnknownError(
             f"'{owner}' was called on {tokens} tokens, and where they lie on a grid is not known: "
             f"expected a call of the whole model, or of the module before it whose output shows "
             f"the grid ({', '.join(self._origins(owner)) or 'there is none'}), in the same thread"
+        )
+
+    def _only(
+        self, found: list[Layout], sizes: dict[str, torch.Tensor], owner: str, tokens: int
+    ) -> tuple[int, ...]:
+        """What of several layouts is that of so many tokens; raises where it is not one."""
+        fitting: list[tuple[int, ...]] = []
+        for wanted in found:
+            try:
+                layout = self._checked(wanted, sizes, owner, tokens)
+            except LayoutUnknownError:
+                if len(found) == 1:
+                    raise
+                continue
+            fitting += [] if layout in fitting else [layout]
+        if len(fitting) == 1:
+            return fitting[0]
+        shown = " or ".join(f"{p} + {' x '.join(map(str, grid))}" for p, *grid in fitting)
+        raise LayoutUnknownError(
+            f"'{owner}' was called on {tokens} tokens outside of a call of the whole model, and "
+            f"calls of it have shown {shown or 'no such number'} of them; call the whole model"
         )
 
     def _checked(
@@ -260,7 +287,10 @@ class Runtime:
                 self._resume(*found[1])
                 return
         known = [state for reference, state in self.entered.values() if not reference.expired()]
-        layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in s.items())) for _, s in known}
+        layouts = {
+            (id(kind), *sorted((n, tuple(t.shape)) for n, t in sizes.items()))
+            for kind, sizes in known
+        }
         kind, sizes = self.running()
         if kind is not None or sizes:  # set by a module around this one, in the same recomputation
             return
@@ -282,6 +312,27 @@ class Runtime:
         if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel():
             return None
         return (module, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
+
+    def check(self, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `RefusedCallError` where a call's positions are not those of a grid that was given.
+
+        In compiled code, where values cannot be looked at, a check is part of the graph.
+        """
+        if not kind.positions or torch.jit.is_tracing():
+            return
+        leaves = flatten(*self.signature.bind(args, kwargs))[2]
+        if torch.compiler.is_compiling():
+            for known in kind.positions.values():
+                for one in known:
+                    shown = " x ".join(map(str, one.sides))
+                    torch._assert_async(one.kept(leaves[one.leaf]), f"expected positions {shown}")
+            return
+        lists = [leaf for leaf in leaves if may_list(leaf)]
+        for grid in kind.positions:
+            if not self.checked(grid, lists):
+                if (against := objection(lists, grid, constant=False)) is not None:
+                    raise RefusedCallError(against)
+                self.checked.note(grid, lists)
 
     # --- kinds ----------------------------------------------------------------------------------
 
@@ -306,12 +357,7 @@ class Runtime:
         """The layouts that are callables, evaluated for a call; None where none is."""
         if not self.config.has_callables:
             return None
-        resolved = self.config.called(lambda f: f(*args, **kwargs))
-        overrides = tuple(
-            (pattern, tuple(sorted((k, str(v)) for k, v in fields.items())))
-            for pattern, fields in resolved.overrides.items()
-        )
-        return (resolved.grid, resolved.prefix, resolved.suffix, overrides)
+        return self.config.called(lambda f: f(*args, **kwargs)).layout_key
 
     def keep(self, kind: Kind) -> None:
         self.kinds = [*self.kinds[-KEPT + 1 :], kind]

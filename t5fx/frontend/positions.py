@@ -1,0 +1,152 @@
+"""What the arguments of a call tell of the grid of its tokens: lists of positions, and its sides.
+
+A grid that is given beside the call can contradict them: a transposed image has as many tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import is_fake
+
+from t5fx.graph.axes import regroup
+
+
+@dataclass(frozen=True)
+class Positions:
+    """An argument that lists the positions of a grid, row-major: [..., N, 2 to 4].
+
+    leaf: its number among the leaves of the arguments; sides: of the grid, those of more than one
+    position; columns: where the last axis has the position along each side.
+    """
+
+    leaf: int
+    sides: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    def kept(self, value: torch.Tensor) -> torch.Tensor:
+        """Whether a tensor lists the same positions, as a tensor without axes."""
+        ranges = [torch.arange(n, device=value.device) for n in self.sides]
+        grids = torch.meshgrid(*ranges, indexing="ij")
+        kept = torch.ones((), dtype=torch.bool, device=value.device)
+        for column, wanted in zip(self.columns, grids, strict=True):
+            found = value[..., column]
+            kept = kept & (found - found[..., :1] == wanted.flatten()).all()
+        return kept
+
+
+def positions_in(leaves: Sequence[Any]) -> tuple[Positions, ...]:
+    """The lists of positions among the leaves of a call's arguments. Reads their values.
+
+    In each at least two columns vary, by whole steps from their first value; all items of a batch
+    are alike.
+    """
+    found = (_listed(i, leaf) for i, leaf in enumerate(leaves) if may_list(leaf))
+    return tuple(one for one in found if one is not None)
+
+
+def _listed(leaf: int, value: torch.Tensor) -> Positions | None:
+    rows = value.detach().flatten(0, -3)[0] if value.dim() > 2 else value.detach()
+    rows = rows.double().cpu()
+    steps = rows - rows[0]
+    varying = [i for i in range(steps.shape[1]) if bool(steps[:, i].any())]
+    if len(varying) < 2 or not bool((steps >= 0).all()):
+        return None
+    # The first row in which a column moves is later the further out its side is.
+    varying.sort(key=lambda i: -int(steps[:, i].nonzero()[0]))
+    sides = tuple(int(steps[:, i].max()) + 1 for i in varying)
+    if math.prod(sides) != len(rows):
+        return None
+    found = Positions(leaf, sides, tuple(varying))
+    return found if bool(found.kept(value.detach())) else None
+
+
+def may_list(value: Any) -> bool:
+    """Whether a leaf of the arguments has the shape of a list of positions, and values."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() >= 2
+        and value.shape[-2] > 1
+        and 2 <= value.shape[-1] <= 4
+        and value.numel() > 0
+        and not (value.is_meta or value.is_complex() or is_fake(value))
+        and value.dtype != torch.bool
+    )
+
+
+def objection(leaves: Sequence[Any], grid: tuple[int, ...], *, constant: bool) -> str | None:
+    """A sentence on why a grid that is given is not that of a call with these leaves, or None.
+
+    constant: it was not computed from the arguments. Integers among these that are its sides in
+    another order speak against such a one.
+    """
+    shown, listed = _shown(grid), positions_in(leaves)
+    others = [one for one in listed if not is_coarser(grid, one.sides)]
+    alike = [one for one in others if math.prod(one.sides) == math.prod(grid)]
+    if others and (alike or len(others) == len(listed)):
+        told = (
+            f"the positions among the arguments are those of {_shown((alike or others)[0].sides)}"
+        )
+        return f"expected the grid of the call, got {shown}: {told}"
+    if constant and (sides := _turned(leaves, tuple(n for n in grid if n > 1))):
+        return (
+            f"expected the grid of the call, got {shown}: the integers "
+            f"{', '.join(map(str, sides))} among the arguments are its sides in another order; "
+            f"give it as a callable of the arguments"
+        )
+    return None
+
+
+def _turned(leaves: Sequence[Any], grid: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Neighbouring integers that are the sides of a grid in another order than its own.
+
+    Of three sides a turn will do, such as (height, width, frames).
+    """
+    count, i = len(grid), 0
+    if count < 2:
+        return None
+    turns = {grid} if count == 2 else {grid[j:] + grid[:j] for j in range(count)}
+    while i + count <= len(leaves):
+        window = tuple(leaves[i : i + count])
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in window)
+        if whole and sorted(window) == sorted(grid):
+            if window not in turns:
+                return window
+            i += count
+        else:
+            i += 1
+    return None
+
+
+def is_coarser(grid: Sequence[int], sides: Sequence[int]) -> bool:
+    """Whether a grid is another one, or that with neighbouring axes taken together."""
+    groups = regroup([n for n in sides if n > 1], [n for n in grid if n > 1])
+    return groups is not None and all(len(outs) == 1 for _, outs in groups)
+
+
+def _shown(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
+
+
+class Unchanged:
+    """Remembers tensors that were looked at, so that each is read once for every change of it."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, list[tuple[weakref.ref[torch.Tensor], int]]] = {}
+
+    def __call__(self, key: Any, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether they are those last noted under `key`, and unchanged since."""
+        seen = self._seen.get(key, [])
+        return len(seen) == len(tensors) and all(
+            known() is tensor and version == tensor._version
+            for (known, version), tensor in zip(seen, tensors, strict=True)
+        )
+
+    def note(self, key: Any, tensors: Sequence[torch.Tensor]) -> None:
+        if not any(tensor.is_inference() for tensor in tensors):  # which count no changes
+            self._seen[key] = [(weakref.ref(tensor), tensor._version) for tensor in tensors]

@@ -1,0 +1,122 @@
+"""backend="t5" with layouts that are given: callables are asked, and numbers checked, each call."""
+
+import packed
+import pytest
+import torch
+from packed import call, grid_of, trained
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+import t5fx
+from t5fx.backend import compile as backend
+from t5fx.errors import NothingRewrittenWarning, RefusedCallError
+
+pytestmark = pytest.mark.filterwarnings("ignore::t5fx.errors.UntrainedWarning")
+
+CALLED = {"min_tokens": 0, "grid": grid_of}
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Lower without Inductor, which takes seconds a graph."""
+    monkeypatch.setattr(backend, "_inductor", lambda options, more: aot_eager)
+
+
+def whole(model, options):
+    return torch.compile(model, backend="t5", options=options)
+
+
+def in_place(model, options):
+    model.compile(backend="t5", options=options)
+    return model
+
+
+def blocks(model, options):
+    for block in model.blocks:
+        block.compile(backend="t5", options=options)
+    return model
+
+
+def wanted(size, batch):
+    config = t5fx.LinearizeConfig(**CALLED)
+    lin = trained(t5fx.linearize(packed.model(), (), call(3, 4), config=config))
+    return lin(**call(*size, batch))
+
+
+@pytest.mark.parametrize("compiled", [whole, in_place, blocks])
+def test_a_callable_is_asked_at_each_call(eager, compiled):
+    model = packed.model()
+    fast = compiled(model, dict(CALLED))
+    with torch.no_grad():
+        fast(**call(3, 4))
+        trained_values(model)
+        graphs = counters["stats"]["unique_graphs"]
+        for size, batch in (((3, 4), 2), ((4, 3), 2), ((2, 6), 2), ((4, 3), 2)):
+            torch.testing.assert_close(fast(**call(*size, batch)), wanted(size, batch))
+        assert counters["stats"]["unique_graphs"] == graphs  # of Dynamo
+        for size, batch in (((4, 3), 3), ((4, 4), 2), ((2, 8), 2)):
+            torch.testing.assert_close(fast(**call(*size, batch)), wanted(size, batch))
+
+
+def trained_values(model):
+    """Give the new parameters beside a model the values of `trained`."""
+    lin = t5fx.linearize(packed.model(), (), call(3, 4), config=t5fx.LinearizeConfig(**CALLED))
+    known = dict(trained(lin).named_parameters())
+    with torch.no_grad():
+        for name, parameter in t5fx.adapter(model).named_parameters():
+            parameter.copy_(known[name])
+
+
+def test_gradients_are_those_of_the_call(eager):
+    model = packed.model()
+    fast = whole(model, dict(CALLED))
+    fast(**call(3, 4))
+    trained_values(model)
+    fast(**call(4, 3)).square().sum().backward()
+    config = t5fx.LinearizeConfig(**CALLED)
+    lin = trained(t5fx.linearize(packed.model(), (), call(3, 4), config=config))
+    lin(**call(4, 3)).square().sum().backward()
+    expected = {name: p.grad for name, p in lin.named_parameters()}
+    for some in (model, t5fx.adapter(model)):
+        for name, parameter in some.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_each_grid():
+    model = packed.model()
+    fast = whole(model, dict(CALLED))
+    with torch.no_grad():
+        fast(**call(3, 4))
+        trained_values(model)
+        for size in ((4, 3), (4, 4), (2, 8)):
+            torch.testing.assert_close(fast(**call(*size)), wanted(size, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_that_positions_contradict_are_refused(eager):
+    options = {"min_tokens": 0, "grid": (3, 4)}
+    fast = whole(packed.model(), options)
+    fast(**call(3, 4))
+    with pytest.raises(RefusedCallError, match=r"positions .* of 4 x 3"):
+        fast(**call(4, 3))
+    fast(**call(3, 4))
+    torch._dynamo.reset()
+    with pytest.warns(NothingRewrittenWarning, match="grid-unknown"):
+        whole(packed.model(), options)(**call(4, 3))
+
+
+def test_a_grid_of_other_axes_is_refused(eager):
+    options = {"min_tokens": 0, "grid": lambda text, **_: (12,) if text[0, 0, 0] > 9 else (3, 4)}
+    fast = whole(packed.model(), options)
+    fast(**call(3, 4))
+    other = call(3, 4)
+    other["text"][0, 0, 0] = 10.0
+    with pytest.raises(RefusedCallError, match="grid of 2 axes"):
+        fast(**other)
+
+
+def test_a_function_has_no_arguments_of_a_model(eager):
+    model = packed.model()
+    with pytest.raises(BackendCompilerFailed, match="expected the call of a compiled module"):
+        torch.compile(lambda x: model(**x), backend="t5", options=dict(CALLED))(call(3, 4))
