@@ -129,17 +129,20 @@ def _resampled(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     return (batch if kept else made, axes.fresh(node, 1, Feature), *spatial)
 
 
-@rule("im2col")
+@rule("im2col", "unfold")
 def _unfolded(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
-    """F.unfold: [B, C, H, W] to [B, C * kernel, rows * columns of blocks]."""
+    """F.unfold: [B, C, H, W] to [B, C * kernel, rows * columns of blocks].
+
+    Tensor.unfold, whose result has more axes than its input, is none.
+    """
     source = axes.view.inputs(node)[0]
     if rank_of(axes, node) != 3 or len(axes[source]) != 4:
         return None
     value, sides = axes.view.val(source), []
+    options = {"kernel_size": None, "dilation": 1, "padding": 0, "stride": 1}
+    given = [axes.view.arg(node, key, default) for key, default in options.items()]
     for i, name in enumerate(("rows", "columns")):
-        kernel, dilation, padding, stride = (
-            axes.view.arg(node, key)[i] for key in ("kernel_size", "dilation", "padding", "stride")
-        )
+        kernel, dilation, padding, stride = (n if isinstance(n, int) else n[i] for n in given)
         assert value is not None
         count = (value.shape[i + 2] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         sides.append(Spatial(expr(count), (node.name, name), example=hint(count)))
@@ -147,7 +150,14 @@ def _unfolded(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     return (axes[source][0], axes.fresh(node, 1, Feature), blocks)
 
 
+def _is_floating(view: View, node: fx.Node) -> bool:
+    value = view.val(node)
+    return value is not None and value.is_floating_point()
+
+
 @rule("embedding")
 def _embedding(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
-    indices = axes[axes.view.inputs(node)[1]]
+    # torch.nn.functional's takes the indices first, ATen's the table.
+    numbers = (n for n in axes.view.inputs(node)[:2] if not _is_floating(axes.view, n))
+    indices = axes[next(numbers)]
     return (*indices, axes.fresh(node, len(indices), Feature))

@@ -38,6 +38,11 @@ _NAMES = {
     "split": ("input", "split_size", "dim"),
     "select": ("input", "dim", "index"),
     "slice": ("input", "dim", "start", "end", "step"),
+    "slice_scatter": ("input", "src", "dim", "start", "end", "step"),
+    "pad_sequence": ("sequences", "batch_first", "padding_value"),
+    **dict.fromkeys(
+        ("im2col", "unfold"), ("input", "kernel_size", "dilation", "padding", "stride")
+    ),
     "flex_attention": ("query", "key", "value"),
     "scaled_dot_product_attention": (
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),

@@ -1,5 +1,7 @@
 """backend="t5" with layouts that are given: callables are asked, and numbers checked, each call."""
 
+import warnings
+
 import packed
 import pytest
 import torch
@@ -120,3 +122,39 @@ def test_a_function_has_no_arguments_of_a_model(eager):
     model = packed.model()
     with pytest.raises(BackendCompilerFailed, match="expected the call of a compiled module"):
         torch.compile(lambda x: model(**x), backend="t5", options=dict(CALLED))(call(3, 4))
+
+
+def test_names_of_arguments_in_the_graph_of_dynamo(eager):
+    """Functions of torch that have no schema: what they do depends on arguments by position."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, tokens):
+            super().__init__()
+            self.tokens, self.embed = tokens, torch.nn.Conv2d(3, 16, 4, 4)
+            self.qkv = torch.nn.Linear(16, 48)
+
+        def forward(self, x):
+            x = self.tokens(self, x)
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def row_major(model, x):
+        return model.embed(x).flatten(2).mT
+
+    def padded(model, x):
+        return torch.nn.utils.rnn.pad_sequence(list(row_major(model, x).unbind(0)), True)
+
+    def filled(model, x):
+        tokens = row_major(model, x)
+        return torch.slice_scatter(tokens.new_zeros(2, 29, 16), tokens, 1, 5, 29)
+
+    def blocks(_model, x):
+        return torch.nn.functional.unfold(x[:, :1], 4, stride=4).mT
+
+    for tokens in (padded, filled, blocks):
+        torch._dynamo.reset()
+        model = Model(tokens)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", NothingRewrittenWarning)
+            whole(model, {"min_tokens": 0})(torch.randn(2, 3, 16, 24))
+        assert t5fx.adapter(model), tokens
