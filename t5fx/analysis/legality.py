@@ -78,7 +78,9 @@ def check_same_tokens(view: View, axes: Axes, binding: Binding) -> None:
             raise Refusal("sliced", detail)
     for name in ("keys", "values"):
         pairs = zip(outer["queries"], outer[name], strict=False)
-        if len(outer[name]) != len(outer["queries"]) or not all(_together(*pair) for pair in pairs):
+        if len(outer[name]) != len(outer["queries"]) or not all(
+            _together(view, *pair) for pair in pairs
+        ):
             if any(_one_head(view, axis) for axis in (*outer["queries"], *outer[name])):
                 raise Refusal("sliced", "the heads are worked through one by one")
             theirs = ", ".join(map(in_words, outer[name]))
@@ -91,15 +93,21 @@ def check_same_tokens(view: View, axes: Axes, binding: Binding) -> None:
             raise Refusal("masked", f"{detail}, which depends on the input")
 
 
+def _picked_out(view: View, axis: Unit) -> bool:
+    """Whether an axis of size one is one of several positions."""
+    chosen = bool(axis.made) and axis.made[0] in ("from", "chosen by", "moved by")
+    return chosen or _one_head(view, axis)
+
+
 def _one_head(view: View, axis: Axis) -> bool:
     """Whether an outer axis is one position that was sliced off."""
     if not isinstance(axis, Unit) or not axis.made:
         return False
     node = next((n for n in view.order if n.name == axis.made[0]), None)
-    return node is not None and view.op(node) in ("slice", "getitem")
+    return node is not None and view.op(node) in ("slice", "getitem", "index", "index_select")
 
 
-def _together(query: Axis, other: Axis) -> bool:
+def _together(view: View, query: Axis, other: Axis) -> bool:
     """Whether position i of one outer axis meets position i of the other for the same item.
 
     Heads come from different projections; there only their number has to fit, which the product
@@ -107,9 +115,13 @@ def _together(query: Axis, other: Axis) -> bool:
     """
     if query == other:
         return True
+    if isinstance(query, Unit) and isinstance(other, Unit):  # one item, or one head
+        return not (_picked_out(view, query) or _picked_out(view, other))
     if isinstance(query, Merge) and isinstance(other, Merge):
         if len(query.parts) == len(other.parts):
-            return all(map(_together, query.parts, other.parts))
+            return all(
+                _together(view, *pair) for pair in zip(query.parts, other.parts, strict=True)
+            )
     if query.features or isinstance(other, Repeat):
         return query.features and (other.features or isinstance(other, Repeat | Unit))
     return False

@@ -22,7 +22,7 @@ def _slice(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     bounds = (axes.view.arg(node, "start"), axes.view.arg(node, "end"))
     result = list(axes[source])
     if axes.view.arg(node, "step", 1) not in (1, None):
-        result[dim] = axes.plain(node, dim)
+        result[dim] = axes.fresh(node, dim, Feature if result[dim].features else Plain)
         return tuple(result)
     result[dim] = _cut(axes, node, dim, axes[source][dim], *bounds)
     return tuple(result)
@@ -64,10 +64,13 @@ def _between(runs: tuple[Axis, ...], begin: Size, size: Size) -> slice | None:
 
 @rule("slice_scatter")
 def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
-    """What is written takes the place of the runs that were there."""
+    """What is written takes the place of the runs that were there.
+
+    Every axis but the one that is written along stays; so does that one where it counts channels.
+    """
     whole, written = (axes[n] for n in axes.view.inputs(node)[:2])
     dim = (axes.view.arg(node, "dim", 0) or 0) % len(whole)
-    if len(written) != len(whole) or axes.view.arg(node, "step", 1) != 1:
+    if len(written) != len(whole):
         return None
     result = [
         a if a == b or (a.features and b.features) or not b.data else b if not a.data else None
@@ -75,7 +78,10 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     ]
     axis, new = whole[dim], written[dim]
     result[dim] = None
-    if not axis.features:
+    if axes.view.arg(node, "step", 1) != 1:  # between the others, as rotary embeddings do it
+        if new.features:
+            result[dim] = axes.fresh(node, dim, Feature)
+    elif not axis.features:
         runs = runs_of(axis)
         start = _position(axes.view, axes.view.arg(node, "start"), axis.size)
         found = _between(runs, start, new.size)
@@ -157,6 +163,9 @@ def _index(axes: Axes, node: fx.Node, source: fx.Node, key: Any) -> tuple[Axis, 
         axis = axes[source][position]
         if isinstance(k, slice) and k.step in (None, 1):
             result.append(_cut(axes, node, len(result), axis, k.start, k.stop))
+        elif isinstance(k, slice):  # every other one, say
+            kind = Feature if axis.features else Plain
+            result.append(axes.fresh(node, len(result), kind))
         elif isinstance(k, int):
             picks.append((axis, k))
         else:

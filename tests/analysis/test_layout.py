@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import t5fx
+from t5fx.analysis.layout import Axes
+from t5fx.frontend.shapes import add_shapes
+from t5fx.graph.view import View
 
 CONFIG = t5fx.LinearizeConfig(min_tokens=0)
 
@@ -297,6 +300,70 @@ def test_interleaved_rotary_embedding():
     model = Model(lambda _, x: row_major(x)).eval()
     (site,) = t5fx.explain(model, (torch.randn(2, 3, 16, 24),), config=CONFIG).sites
     assert (site.status, site.grid) == ("rewritten", (4, 6))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary_embedding_written_between(batch):
+    """Even and odd channels, turned and written into an empty tensor, for one image too."""
+
+    class Model(Tokens):
+        def attend(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).unbind(2)
+            q, k, v = (t.transpose(1, 2) for t in (self.turned(q), self.turned(k), v))
+            return F.scaled_dot_product_attention(q, k, v)
+
+        def turned(self, t):
+            out = torch.empty_like(t)
+            out[..., 0::2] = -t[..., 1::2]
+            out[..., 1::2] = t[..., 0::2]
+            return out
+
+    model = Model(lambda _, x: row_major(x)).eval()
+    (site,) = t5fx.explain(model, (torch.randn(batch, 3, 16, 24),), config=CONFIG).sites
+    assert (site.status, site.grid) == ("rewritten", (4, 6))
+
+
+def test_tokens_written_between_others_are_no_grid():
+    def mixed(_model, x):
+        tokens = row_major(x)
+        out = torch.empty_like(tokens)
+        out[:, 0::2] = tokens[:, 12:]
+        out[:, 1::2] = tokens[:, :12]
+        return out
+
+    assert site_of(mixed, 16, 24).reason == "grid-unknown"
+
+
+@pytest.mark.parametrize(
+    "item", [lambda t, i: t[i : i + 1], lambda t, i: t.index_select(0, torch.tensor([i]))]
+)
+def test_items_of_a_batch_are_not_the_same_for_being_one(item):
+    class Model(Tokens):
+        def attend(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+            return F.scaled_dot_product_attention(item(q, 0), item(k, 1), item(v, 1))
+
+    model = Model(lambda _, x: row_major(x)).eval()
+    (site,) = t5fx.explain(model, (torch.randn(2, 3, 16, 24),), config=CONFIG).sites
+    assert site.status == "skipped"
+
+
+def test_looked_up_tokens_are_those_of_the_indices():
+    """torch.nn.functional's embedding takes the indices first, ATen's the table."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 16))
+
+        def forward(self, ids):
+            return F.embedding(ids, self.table)
+
+    traced = torch.fx.symbolic_trace(Model())
+    add_shapes(traced, (torch.ones(2, 24, dtype=torch.long),), {})
+    ids, _, tokens, _ = traced.graph.nodes
+    axes = Axes(View(traced.graph, traced))
+    assert axes[tokens][:2] == axes[ids]
 
 
 def test_frames_modulated_one_by_one():
