@@ -18,7 +18,7 @@ from torch import fx
 from t5fx.analysis.axis import Axis, Batch, Feature, Leaf, Plain, Repeat, Side, Unit, made_by
 from t5fx.analysis.tokens import Layout, layout_of
 from t5fx.graph.sizes import Size, hint, same
-from t5fx.graph.view import View
+from t5fx.graph.view import CONSTANT, View
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Axes:
             value = view.val(node)
             sized = isinstance(View.meta(node), int | torch.SymInt)
             inputs = (self._data[n] for n in node.all_input_nodes)
-            computed = not sized and view.op(node) not in _FILLED
-            self._data[node] = node.op == "placeholder" or (computed and any(inputs))
+            constant = sized or view.op(node) in _FILLED or CONSTANT in node.meta
+            self._data[node] = not constant and (node.op == "placeholder" or any(inputs))
             if value is not None:
                 self.known[node] = self._infer(node, value)
 
@@ -112,6 +112,8 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     Only [B, N, C] has its channels last for sure; of [B, C, H, W], [B, H, W, C], [B, T, N, C] the
     operators that read them tell: a convolution, or what cuts two sides into equal patches.
     """
+    if not axes.data(node):
+        return _parameter(axes, node)
     rank = len(axes.view.shape(node))
     value = axes.view.val(node)
     floating = value is not None and value.is_floating_point()

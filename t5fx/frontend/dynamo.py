@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.source import NNModuleSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from t5fx.frontend.breaks import Break, breaks
 from t5fx.graph.blocks import Checkpoint, open_checkpoints, open_multi_head_attention
 from t5fx.graph.modules import module_name
-from t5fx.graph.view import View
+from t5fx.graph.view import CONSTANT, View
 from t5fx.graph.writes import settle
 
 _STEP = r"\._(?:modules|parameters|buffers)\[['\"]?([^'\"\]]+)['\"]?\]"
@@ -130,6 +131,8 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
         tensor = found.get(node)
         if tensor is None:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if node.op == "placeholder" and _is_of_module(getattr(node, "_dynamo_source", None)):
+                copies[node].meta[CONSTANT] = True
         else:
             tensor.name = _joined(names[tensor.root], tensor.name)
             copy = graph.create_node("get_attr", labels[tensor.root] + tensor.name, name=node.name)
@@ -164,6 +167,13 @@ def _tensors(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[fx
             parts = re.findall(_STEP, match["path"])
             parts += [match["attribute"]] if match["attribute"] else []
             yield node, Tensor(i, match["root"], clean(parts), value)
+
+
+def _is_of_module(source: Any) -> bool:
+    """Whether an input of a Dynamo graph is a module's attribute, or in one: a list of tables."""
+    while source is not None and not isinstance(source, NNModuleSource):
+        source = getattr(source, "base", None)
+    return source is not None
 
 
 def clean(parts: list[str]) -> str:

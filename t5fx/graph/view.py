@@ -54,6 +54,10 @@ _SYNONYMS = {
 }
 
 
+#: Key of the metadata of a placeholder that is a constant of the model, not an argument.
+CONSTANT = "t5fx_constant"
+
+
 class View:
     """Canonical reading of a graph.
 

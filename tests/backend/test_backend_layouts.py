@@ -124,6 +124,39 @@ def test_a_function_has_no_arguments_of_a_model(eager):
         torch.compile(lambda x: model(**x), backend="t5", options=dict(CALLED))(call(3, 4))
 
 
+class Tables(torch.nn.Module):
+    """Packed tokens with a rotary table that is no buffer, or made for the size at hand."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.qkv, self.made = torch.nn.Linear(16, 48), made
+        self.table, self.tables = torch.rand(24, 8), [torch.rand(24, 8)]
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        table = self.made(self, x.shape[1])
+        return torch.nn.functional.scaled_dot_product_attention(table * q, table * k, v)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda model, count: model.table[:count],
+        lambda model, count: model.tables[0][:count],
+        lambda model, count: torch.arange(count)[:, None] * torch.arange(8.0).cos(),
+    ],
+)
+def test_constants_and_sizes_that_are_inputs_are_no_data(eager, made):
+    fast = whole(Tables(made), {"min_tokens": 0, "grid": lambda x: (x.shape[1] // 4, 4)})
+    for count in (24, 16, 12):  # from the second size on it is symbolic
+        before = len(list(fast.parameters()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", NothingRewrittenWarning)
+            fast(torch.randn(2, count, 16))
+        assert len(list(fast.parameters())) == before
+    assert t5fx.adapter(fast)
+
+
 def test_names_of_arguments_in_the_graph_of_dynamo(eager):
     """Functions of torch that have no schema: what they do depends on arguments by position."""
 
