@@ -24,6 +24,7 @@ class Case:
     expected: how many sites of each kind (`outcome_of`), as in `"2 1+4x6+0, 1 causal"`: two that
         are rewritten, with one prefix token, a grid of 4 x 6 and no suffix, and a causal one.
     cause: why the tool is known not to give that, in a few words, where it does not.
+    batch: items in the call; fixed: the model takes no other number of them.
     """
 
     library: str
@@ -31,6 +32,28 @@ class Case:
     build: Callable[[], Call] = field(compare=False)
     expected: str
     cause: str = ""
+    batch: int = 1
+    fixed: bool = False
+
+    def call(self, batch: int | None = None) -> Call:
+        """The model, and its call for one item or two; None: for as many as the case has."""
+        model, args, kwargs = self.build()
+        if batch not in (None, self.batch) and not self.fixed:
+            args, kwargs = _resized((args, kwargs), self.batch, batch)
+        return model, args, kwargs
+
+
+def _resized(value: Any, before: int, after: int) -> Any:
+    """Arguments with the first items of a batch, or with the batch so often that it is as large."""
+    if isinstance(value, dict):
+        return {key: _resized(inner, before, after) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_resized(inner, before, after) for inner in value)
+    if isinstance(value, list) and len(value) == before and isinstance(value[0], tuple):
+        return (value * after)[:after]
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == before:
+        return torch.cat([value] * after)[:after]
+    return value
 
 
 def parse(text: str) -> Counter[str]:

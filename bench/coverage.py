@@ -77,15 +77,18 @@ def cases(library: str) -> tuple[Case, ...]:
     return tuple(sorted(found, key=lambda case: case.name.lower()))
 
 
-def examine(case: Case, fast: bool = False) -> Row:
-    """Run one model; with `fast`, without its linearized form. Raises nothing."""
+def examine(case: Case, fast: bool = False, batch: int | None = None) -> Row:
+    """Run one model; with `fast`, without its linearized form. Raises nothing.
+
+    batch: items of the call, 1 or 2; None: as many as the case has.
+    """
     row = Row(case.library, case.name, expected=show(parse(case.expected)))
     row.versions = ", ".join(
         f"{name} {metadata.version(name).partition('+')[0]}" for name in ("torch", case.library)
     )
     torch.manual_seed(0)
     try:
-        model, args, kwargs = prepare(case)
+        model, args, kwargs = prepare(case, batch)
         executed, outputs = count(model, args, kwargs)
     except Exception as error:
         row.cause = f"the model itself: {type(error).__name__}: {first_line(error)}"
@@ -114,12 +117,12 @@ def examine(case: Case, fast: bool = False) -> Row:
     return row
 
 
-def prepare(case: Case) -> Call:
+def prepare(case: Case, batch: int | None = None) -> Call:
     """The model in eval mode and its call. Parameters that start at zero get other values.
 
     A bias table that is all zero is one that adds nothing.
     """
-    model, args, kwargs = case.build()
+    model, args, kwargs = case.call(batch)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and not parameter.any():
@@ -162,13 +165,15 @@ def _try_linearized(
         raise t5fx.T5Error("expected finite outputs, got others")
 
 
-def run(chosen: Sequence[Case], fast: bool, limit: float) -> Iterator[Row]:
+def run(
+    chosen: Sequence[Case], fast: bool, limit: float, batch: int | None = None
+) -> Iterator[Row]:
     """Rows of the cases, each within `limit` seconds, in a process that is replaced if it fails."""
     worker = None
     for case in chosen:
         if worker is None or not worker.process.is_alive():
             worker = Worker()
-        row = worker.examine(case, fast, limit)
+        row = worker.examine(case, fast, limit, batch)
         if row is None:
             worker.stop()
             worker = None
@@ -189,10 +194,10 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def examine(self, case: Case, fast: bool, limit: float) -> Row | None:
+    def examine(self, case: Case, fast: bool, limit: float, batch: int | None) -> Row | None:
         """The row, or None where there is none in `limit` seconds, imports included."""
         try:
-            self.pipe.send((case.library, case.name, fast))
+            self.pipe.send((case.library, case.name, fast, batch))
             return self.pipe.recv() if self.pipe.poll(limit) else None
         except (EOFError, OSError):
             return None
@@ -206,9 +211,9 @@ def _serve(pipe: Any) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     while True:
-        library, name, fast = pipe.recv()
+        library, name, fast, batch = pipe.recv()
         case = next(case for case in cases(library) if case.name == name)
-        pipe.send(examine(case, fast))
+        pipe.send(examine(case, fast, batch))
 
 
 def read(path: Path) -> list[Row]:

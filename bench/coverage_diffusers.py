@@ -19,7 +19,12 @@ NOW = torch.full((B,), 0.5)
 
 
 def case(
-    name: str, expected: str, options: dict[str, Any], inputs: dict[str, Any], cause: str = ""
+    name: str,
+    expected: str,
+    options: dict[str, Any],
+    inputs: dict[str, Any],
+    cause: str = "",
+    fixed: bool = False,
 ) -> Case:
     """A class by name (what follows a space is a variant), its options, its inputs by name."""
 
@@ -27,7 +32,7 @@ def case(
         model = getattr(diffusers, name.partition(" ")[0])(**options)
         return model, (), tensors(inputs)
 
-    return Case("diffusers", name, build, expected, cause)
+    return Case("diffusers", name, build, expected, cause, batch=B, fixed=fixed)
 
 
 def heads(number: int, size: int, layers: int = 2, **more: Any) -> dict[str, Any]:
@@ -305,6 +310,7 @@ CASES = (
             "timesteps": STEP,
         },
         cause="torch.export: .numpy() in the mixture of experts",
+        fixed=True,
     ),
     case(
         "PRXTransformer2DModel",

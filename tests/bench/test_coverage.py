@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from t5fx.bench import coverage
-from t5fx.bench.cases import parse, show
+from t5fx.bench.cases import Case, parse, show
 from t5fx.bench.executed import Executed, count
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -200,13 +200,26 @@ def check(row):
 @pytest.mark.filterwarnings("ignore")
 def test_models_are_read_right(library, name):
     case = next(case for case in coverage.cases(library) if case.name == name)
-    check(coverage.examine(case, fast=True))
+    check(coverage.examine(case, fast=True, batch=1))
+
+
+def test_a_call_is_made_for_one_item_or_two():
+    def build():
+        return nn.Identity(), (torch.ones(2, 3),), {"ids": torch.ones(6, 3), "sides": [(1, 4)] * 2}
+
+    case = Case("timm", "a", build, "", batch=2)
+    for batch in (1, 2):
+        _, (x,), kwargs = case.call(batch)
+        assert (len(x), len(kwargs["ids"]), len(kwargs["sides"])) == (batch, 6, batch)
+    case = Case("timm", "a", lambda: (nn.Identity(), (torch.ones(1, 3),), {}), "")
+    assert [len(case.call(batch)[1][0]) for batch in (None, 1, 2)] == [1, 1, 2]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("library", coverage.LIBRARIES)
-def test_what_matched_still_matches(library):
+def test_what_matched_still_matches(library, batch):
     matched = {r.model for r in coverage.read(DOCS / "coverage.csv") if r.result == "match"}
     cases = [case for case in coverage.cases(library) if case.name in matched]
-    for row in coverage.run(cases, fast=True, limit=120.0):
+    for row in coverage.run(cases, fast=True, limit=120.0, batch=batch):
         check(row)
