@@ -533,6 +533,7 @@ CASES = (
             "encoder_hidden_states": (B, 7, 16),
             "encoder_attention_mask": torch.ones(B, 7, dtype=torch.bool),
         },
+        fixed=True,  # one attention an item
     ),
     case(
         "MotifVideoTransformer3DModel",

@@ -112,9 +112,9 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     Only [B, N, C] has its channels last for sure; of [B, C, H, W], [B, H, W, C], [B, T, N, C] the
     operators that read them tell: a convolution, or what cuts two sides into equal patches.
     """
-    if not axes.data(node):
-        return _parameter(axes, node)
     rank = len(axes.view.shape(node))
+    if not axes.data(node):  # a constant of the model
+        return tuple(axes.plain(node, i) for i in range(rank))
     value = axes.view.val(node)
     floating = value is not None and value.is_floating_point()
     kinds: list[type[Leaf]] = [Side if floating and rank > 3 else Plain] * rank
