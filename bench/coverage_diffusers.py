@@ -667,6 +667,7 @@ CASES = (
             "timestep": torch.tensor([10]),
             "encoder_hidden_states": (B * 3, 7, 16),
         },
+        fixed=True,  # a prompt a frame
     ),
     case(
         "UNetSpatioTemporalConditionModel",
