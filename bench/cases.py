@@ -24,7 +24,7 @@ class Case:
     expected: how many sites of each kind (`outcome_of`), as in `"2 1+4x6+0, 1 causal"`: two that
         are rewritten, with one prefix token, a grid of 4 x 6 and no suffix, and a causal one.
     cause: why the tool is known not to give that, in a few words, where it does not.
-    batch: items in the call; fixed: the model takes no other number of them.
+    batch: items in the call; fixed: what is expected holds for no other number.
     """
 
     library: str

@@ -533,6 +533,7 @@ CASES = (
             "encoder_hidden_states": (B, 7, 16),
             "encoder_attention_mask": torch.ones(B, 7, dtype=torch.bool),
         },
+        fixed=True,  # one attention an item
     ),
     case(
         "MotifVideoTransformer3DModel",
@@ -666,6 +667,7 @@ CASES = (
             "timestep": torch.tensor([10]),
             "encoder_hidden_states": (B * 3, 7, 16),
         },
+        fixed=True,  # a prompt a frame
     ),
     case(
         "UNetSpatioTemporalConditionModel",

@@ -77,8 +77,8 @@ class LinearizeConfig:
             0, mix "half" and this.
         grid: the sizes of the one to three axes on which the tokens lie in row-major order. None
             infers them from the graph; otherwise a tuple, or a callable of the call's arguments
-            that returns one, which is evaluated at each call. A value that positions among the
-            arguments, or the graph itself, contradict is refused.
+            that returns one, asked at each call. What positions or sides among the arguments, or
+            the graph itself, contradict is refused.
         prefix: the number of tokens before the grid, as for `grid`.
         suffix: the number of tokens after the grid, as for `grid`.
         min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which

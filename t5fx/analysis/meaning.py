@@ -115,6 +115,8 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if not axes.data(node):
         return _parameter(axes, node)
     rank = len(axes.view.shape(node))
+    if not axes.data(node):  # a constant of the model
+        return tuple(axes.plain(node, i) for i in range(rank))
     value = axes.view.val(node)
     floating = value is not None and value.is_floating_point()
     kinds: list[type[Leaf]] = [Side if floating and rank > 3 else Plain] * rank
