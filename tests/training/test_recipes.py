@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers  # noqa: F401  imported by the page
+from accelerate.state import AcceleratorState
 
 import t5fx
 
@@ -67,7 +68,9 @@ def run(tmp_path, monkeypatch):
 
     for block in blocks(""):
         run(block)
-    return run
+    AcceleratorState._reset_state(reset_partial_state=True)  # one a process, which a script is
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def values(module):
@@ -139,6 +142,7 @@ def test_accelerate(run):
     assert int(names["average"].n_averaged) == 4
     for start in blocks(""):
         run(start)
+    AcceleratorState._reset_state(reset_partial_state=True)
     names = run(block)  # finished: it loads and trains no more
     assert names["lin"] is not lin
     assert not moved(ended, names["lin"]) and not moved(average, names["average"])
