@@ -1,5 +1,6 @@
 """backend="t5" with layouts that are given: callables are asked, and numbers checked, each call."""
 
+import functools
 import warnings
 
 import packed
@@ -40,10 +41,14 @@ def blocks(model, options):
     return model
 
 
-def wanted(size, batch):
+@functools.cache
+def converted():
     config = t5fx.LinearizeConfig(**CALLED)
-    lin = trained(t5fx.linearize(packed.model(), (), call(3, 4), config=config))
-    return lin(**call(*size, batch))
+    return trained(t5fx.linearize(packed.model(), (), call(3, 4), config=config))
+
+
+def wanted(size, batch):
+    return converted()(**call(*size, batch))
 
 
 @pytest.mark.parametrize("compiled", [whole, in_place, blocks])
@@ -63,8 +68,7 @@ def test_a_callable_is_asked_at_each_call(eager, compiled):
 
 def trained_values(model):
     """Give the new parameters beside a model the values of `trained`."""
-    lin = t5fx.linearize(packed.model(), (), call(3, 4), config=t5fx.LinearizeConfig(**CALLED))
-    known = dict(trained(lin).named_parameters())
+    known = dict(converted().named_parameters())
     with torch.no_grad():
         for name, parameter in t5fx.adapter(model).named_parameters():
             parameter.copy_(known[name])
@@ -76,10 +80,8 @@ def test_gradients_are_those_of_the_call(eager):
     fast(**call(3, 4))
     trained_values(model)
     fast(**call(4, 3)).square().sum().backward()
-    config = t5fx.LinearizeConfig(**CALLED)
-    lin = trained(t5fx.linearize(packed.model(), (), call(3, 4), config=config))
-    lin(**call(4, 3)).square().sum().backward()
-    expected = {name: p.grad for name, p in lin.named_parameters()}
+    wanted((4, 3), 2).square().sum().backward()
+    expected = {name: p.grad for name, p in converted().named_parameters()}
     for some in (model, t5fx.adapter(model)):
         for name, parameter in some.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], msg=name)

@@ -8,6 +8,7 @@ from packed import call, grid_of, trained
 import t5fx
 from t5fx.errors import ConfigError, LayoutUnknownError, NothingRewrittenError, RefusedCallError
 from t5fx.frontend.positions import objection, positions_in
+from t5fx.runtime.lookup import runtimes
 
 CALLED = t5fx.LinearizeConfig(min_tokens=0, grid=grid_of, suffix=0)
 GIVEN = t5fx.LinearizeConfig(min_tokens=0, grid=(3, 4))
@@ -37,9 +38,13 @@ def test_a_module_alone_does_not_guess_between_grids():
 def test_what_is_computed_again_does_not_guess_between_grids():
     lin = linearized(3, 4)
     lin.checkpointed = True
-    first, second = lin(**call(3, 4)), lin(**call(4, 3))
-    with pytest.raises(LayoutUnknownError, match=r"different grids|or 5 \+ 3 x 4"):
-        (first.sum() + second.sum()).backward()
+    (runtime,) = runtimes(lin)
+    alive = [lin(**call(3, 4))]
+    runtime._again("blocks.0", [])  # of tensors that were not seen before; there was one call
+    runtime.end()
+    alive.append(lin(**call(4, 3)))
+    with pytest.raises(LayoutUnknownError, match="2 calls with different grids"):
+        runtime._again("blocks.0", [])
 
 
 def test_numbers_that_positions_contradict_are_refused():
