@@ -36,11 +36,8 @@ class Packed(nn.Module):
         rope = (places.sum(-1, keepdim=True) * 0.1 * torch.arange(8.0)).cos()[None, None]
         x = torch.cat([text, self.embed(hidden)], dim=1)
         for block in self.blocks:
-            if self.checkpointed:
-                again = lambda x, rope, block=block: block(x.clone(), rope.clone())  # noqa: E731
-                x = x + checkpoint(again, x, rope, use_reentrant=False)
-            else:
-                x = x + block(x, rope)
+            on = self.checkpointed
+            x = x + (checkpoint(block, x, rope, use_reentrant=False) if on else block(x, rope))
         return x[:, text.shape[1] :]
 
 

@@ -106,14 +106,12 @@ class Axes:
 
 
 @rule("placeholder")
-def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
+def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     """The first axis counts batch items, the same in all inputs; the others are undecided.
 
     Only [B, N, C] has its channels last for sure; of [B, C, H, W], [B, H, W, C], [B, T, N, C] the
     operators that read them tell: a convolution, or what cuts two sides into equal patches.
     """
-    if not axes.data(node):
-        return _parameter(axes, node)
     rank = len(axes.view.shape(node))
     if not axes.data(node):  # a constant of the model
         return tuple(axes.plain(node, i) for i in range(rank))

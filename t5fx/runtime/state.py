@@ -288,7 +288,10 @@ class Runtime:
                 return
         known = [state for reference, state in self.entered.values() if not reference.expired()]
         layouts = {
-            (id(kind), *sorted((n, tuple(t.shape)) for n, t in sizes.items()))
+            (
+                kind and tuple(kind.layouts.items()),
+                *sorted((n, tuple(t.shape)) for n, t in sizes.items()),
+            )
             for kind, sizes in known
         }
         kind, sizes = self.running()
