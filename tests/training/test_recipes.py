@@ -82,8 +82,8 @@ def moved(before, module):
 
 
 def learning(names):
-    """All but the convolutions' biases, whose gradients are about nothing where a model begins."""
-    return {name for name in names if not re.search(r"dwc_.\.bias", name)}
+    """All but the convolutions, whose gradients are about nothing where a model begins."""
+    return {name for name in names if ".dwc_" not in name}
 
 
 def loaded():
