@@ -40,6 +40,7 @@ SMALLER = {
         "per_device_train_batch_size=2, save_steps=2, disable_tqdm=True, seed=0, use_cpu=True"
     ),
     "steps=5000": "steps=4",
+    "accelerator = Accelerator()\n": "accelerator = Accelerator(cpu=True)\n",
 }
 
 
