@@ -88,7 +88,7 @@ def accelerator_on(device: torch.device, given: Accelerator | None = None) -> Ac
         raise TrainingError(
             f"expected accelerate to see the {process_count()} processes of torch.distributed, got "
             f"an Accelerator of {accelerator.num_processes}: start them with torchrun or "
-            f"accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE, and make the "
-            f"Accelerator after torch.distributed is initialised"
+            f"accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE, make the "
+            f"Accelerator after torch.distributed is initialised, and say cpu=True on CPUs"
         )
     return accelerator
