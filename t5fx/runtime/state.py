@@ -289,7 +289,7 @@ class Runtime:
         known = [state for reference, state in self.entered.values() if not reference.expired()]
         layouts = {
             (
-                kind and tuple(kind.layouts.items()),
+                self._constants(kind),
                 *sorted((n, tuple(t.shape)) for n, t in sizes.items()),
             )
             for kind, sizes in known
@@ -305,6 +305,16 @@ class Runtime:
             )
         if known:
             self._resume(*known[-1])
+
+    def _constants(self, kind: Kind | None) -> frozenset[tuple[str, Layout]]:
+        """The layouts of a kind of calls, or of all, that no module's output shows."""
+        return frozenset(
+            (owner, layout)
+            for judged in (self.kinds if kind is None else (kind,))
+            for owner, layouts in judged.layouts.items()
+            for layout in layouts
+            if layout is not None and not list(_sources(layout))
+        )
 
     def _resume(self, kind: Kind | None, sizes: dict[str, torch.Tensor]) -> None:
         self._set(kind, sizes)
