@@ -3,11 +3,15 @@
 import dataclasses
 
 import pytest
+import torch
 
 import t5fx
 from t5fx.bench.ablation import __main__ as ablation
 from t5fx.bench.ablation import rows, show
+from t5fx.bench.ablation.classifier import RATE, _optimizer
+from t5fx.bench.ablation.cpe import encodings, with_encodings
 from t5fx.bench.results import Row
+from t5fx.bench.vit import new_vit
 from t5fx.errors import T5Error
 
 pytestmark = pytest.mark.extras
@@ -15,7 +19,8 @@ pytestmark = pytest.mark.extras
 
 def test_rows_are_configurations_of_their_own():
     names = [one.name for one in rows.variants()]
-    assert len(set(names)) == len(names) == len({str(one.config) for one in rows.variants()})
+    different = {(str(one.config), one.encoded) for one in rows.variants()}
+    assert len(set(names)) == len(names) == len(different)
     assert set(rows.SMALL) <= set(names)
     twice = [one for one in rows.VARIANTS if one.name == "convolved queries and keys"]
     assert len(twice) == 2 and twice[0].config == twice[1].config
@@ -37,6 +42,31 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert all(f"| {name} |" in table for name in rows.SMALL)
     assert "Performer" not in table
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
+
+
+def test_encodings_stand_in_front_of_blocks_and_learn_fast():
+    model = new_vit().eval()
+    encoded = with_encodings(model)
+    images = torch.randn(2, 1, 28, 28)
+    found = encodings(encoded)
+    assert len(found) == 2 * len(model.blocks) and not encodings(model)
+    assert not torch.equal(encoded(images), model(images))
+    with torch.no_grad():
+        for parameter in found:
+            parameter.zero_()
+        torch.testing.assert_close(encoded(images), model(images))
+        x = torch.randn(2, 50, 96)
+        found[1].fill_(1.0)  # the first one's bias: on patches alone
+        moved = encoded.blocks[0][0](x) - x
+    assert not moved[:, 0].any() and torch.allclose(moved[:, 1:], torch.ones(1))
+    (variant,) = [one for one in rows.variants() if one.encoded]
+    lin = t5fx.linearize(encoded, (images,), config=variant.config)
+    groups = _optimizer(encodings(lin), t5fx.param_groups(lin, RATE, lr_ratio=20)).param_groups
+    own = set(map(id, encodings(lin)))
+    rates = {group["lr"] for group in groups for p in group["params"] if id(p) in own}
+    assert rates == {RATE}
+    trained = [id(p) for group in groups for p in group["params"]]
+    assert sorted(trained) == sorted({id(p) for p in lin.parameters()})
 
 
 def _row(case, measure, value):
