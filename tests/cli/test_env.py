@@ -47,9 +47,10 @@ def test_packages_that_are_not_there(found, monkeypatch, capsys):
     assert lines["timm"] == "not installed"
 
 
-def test_without_a_compiler(found, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    compiler = found()["compiler"]
+def test_without_a_compiler(found):
+    # Not by monkeypatch, which deletes a setting of Inductor's instead of putting it back.
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        compiler = found()["compiler"]
     assert compiler["path"] is None and compiler["version"]
 
 

@@ -30,13 +30,14 @@ HALF = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize(
     "file",
     [
-        pytest.param("triton_interpreted", marks=pytest.mark.extras),
+        # Its six minutes are for the night; by day `test_trust` runs the kernels' own check.
+        pytest.param("triton_interpreted", marks=[pytest.mark.extras, pytest.mark.slow]),
         pytest.param("triton_near", marks=pytest.mark.extras),
         *("triton_races", "triton_tiles"),
     ],
 )
 def test_in_the_interpreter(file, slow):
-    """A file of tests in a process of its own; of two of them what is slow at night, and the first
+    """A file of tests in a process of its own; of two of them what is slow at night, and the second
     takes so long that the oldest torch has it at night, too.
     """
     path = Path(__file__).with_name(f"{file}.py")

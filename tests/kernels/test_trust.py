@@ -509,6 +509,7 @@ class TestMeasured:
         assert {m.impl for m in lin.modules() if isinstance(m, TTT)} == {"reference"}
         lin(images)
 
+    @pytest.mark.slow  # a minute, and what it holds is held by the tests of each part
     @pytest.mark.filterwarnings("ignore::t5fx.errors.UntrainedWarning")
     def test_the_choice_stays_in_a_compiled_model(self, as_gpu, monkeypatch):
         """For graphs of other sizes too, which nothing is measured for."""
