@@ -62,7 +62,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         "tenth of the steps of the training from scratch. DINOv2-S at 224 px: mean cosine of the "
         "patch tokens with the original's on held-out photographs, as converted and aligned, and "
         "the mean squared error of the attentions after alignment, relative to softmax's. Mean and "
-        f"standard deviation of up to {found.seeds} seeds, on {found.device}, torch {found.torch}."
+        f"standard deviation of the seeds, {found.seeds} at most, on {found.device}, torch "
+        f"{found.torch}."
     )
     made = [table for table in (_table(group, found) for group in groups) if table.rows]
     if not made:
@@ -94,39 +95,51 @@ def _table(group: str, found: Found) -> Table:
     return Table(title=group.capitalize(), columns=(group, *columns), rows=rows)
 
 
+#: Of each part: its title, its unit, the factor to it, and what is drawn of it in which colour.
+_PANELS: dict[str, tuple[str, str, float, dict[str, str]]] = {
+    _CLASSIFIER: (
+        "classifier, a tenth of the training",
+        "accuracy, %",
+        100.0,
+        {"freeze": COLOURS[1], "full": COLOURS[0]},
+    ),
+    _DINOV2: (
+        "DINOv2-S, 224 px",
+        "mean cosine of patches with the original's",
+        1.0,
+        {"patches, converted": COLOURS[4], "patches, aligned": COLOURS[2]},
+    ),
+}
+
+
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A dot a seed: accuracy by protocol beside the paper's, and DINOv2-S's patches; as a PNG."""
+    """A dot a seed: accuracy by protocol, and agreement of DINOv2-S's patches; as a PNG."""
     from matplotlib.figure import Figure
 
     found = Found(rows)
     shown = [one for one in _once() if found.has(one.name)]
-    places = range(len(shown))
-    figure = Figure(figsize=(11, 0.36 * len(shown) + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    kinds = (
-        (left, _CLASSIFIER, "freeze", 100.0, COLOURS[1]),
-        (left, _CLASSIFIER, "full", 100.0, COLOURS[0]),
-        (right, _DINOV2, "patches, converted", 1.0, COLOURS[4]),
-        (right, _DINOV2, "patches, aligned", 1.0, COLOURS[2]),
-    )
-    for axis, part, measure, scale, colour in kinds:
-        points = [(scale * v, y) for y in places for v in found.of(part, shown[y].name, measure)]
-        label = measure.removeprefix("patches, ")
-        axis.plot(
-            *zip(*points, strict=True) if points else ((), ()), ".", color=colour, ms=9, label=label
-        )
-    for axis, title, unit in (
-        (left, "classifier, a tenth of the training", "accuracy, %"),
-        (right, "DINOv2-S, 224 px", "mean cosine of patches with the original's"),
+    parts = [part for part in _PANELS if any(key[0] == part for key in found.values)]
+    figure = Figure(figsize=(4 + 4 * len(parts), 0.36 * len(shown) + 1.6), layout="constrained")
+    for axis, part in zip(
+        figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], parts, strict=True
     ):
+        title, unit, scale, measures = _PANELS[part]
+        for measure, colour in measures.items():
+            points = [
+                (scale * value, place)
+                for place, one in enumerate(shown)
+                for value in found.of(part, one.name, measure)
+            ]
+            across, down = zip(*points, strict=True) if points else ((), ())
+            label = measure.removeprefix("patches, ")
+            axis.plot(across, down, ".", color=colour, ms=9, label=label)
         axis.set_title(title)
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.has_data():
-            axis.legend(frameon=False, loc="lower left")
-    left.set_yticks(places, [one.name for one in shown])
-    left.invert_yaxis()
+        axis.legend(frameon=False, loc="lower left")
+    figure.axes[0].set_yticks(range(len(shown)), [one.name for one in shown])
+    figure.axes[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

@@ -85,7 +85,7 @@ def test_tables_have_means_spreads_and_what_diverged(tmp_path):
     assert inner.rows == local.rows
     assert inner.rows == (("SwiGLU", "67.33", "69.25", "-", "-", "60.0 ± 10.0", "-", "-", "-"),)
     assert norm.rows == (("no norm", "-", "0.37", "-", "-", "-", "0.250", "-", "diverged"),)
-    assert "3 seeds, on a machine, 2 threads" in norm.note
+    assert "of the seeds, 3 at most, on a machine, 2 threads" in norm.note
     show.draw(tmp_path / "picture.png", found)
     assert (tmp_path / "picture.png").exists()
 
