@@ -61,6 +61,7 @@ def test_the_picture_needs_its_tables(tmp_path):
         overview.searched(tmp_path, "patches")
 
 
+@pytest.mark.extras
 def test_the_picture_is_drawn(tmp_path):
     overview.draw(tmp_path / "a.png", DOCS)
     assert (tmp_path / "a.png").stat().st_size > 10_000
@@ -80,6 +81,7 @@ def test_links_lead_to_files(page):
             assert (ROOT / link.partition("#")[0]).exists(), link
 
 
+@pytest.mark.extras
 def test_the_manual_is_built_without_a_warning(tmp_path):
     """Links, anchors, the navigation, the names and the sections of docstrings."""
     built = subprocess.run(
