@@ -22,7 +22,7 @@ import t5fx
 from . import demo, dinov2, photos
 from .console import step
 from .features import agreement, tokens
-from .tables import Table, machine, save_tables
+from .tables import Table, machine, mean_and_spread, save_tables
 
 SIZES = (224, 518, 1036)
 
@@ -84,10 +84,6 @@ def recipe_table(found: Found, seconds: Mapping[str, Sequence[float]], steps: in
     """A row a way: mean and, of several seeds, the standard deviation."""
     sizes = list(next(iter(found.values())))
 
-    def shown(values: Sequence[float]) -> str:
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{spread}"
-
     seeds = max(len(values) for ways in found.values() for values in ways.values())
     return Table(
         title="What each part of a recipe adds",
@@ -99,7 +95,11 @@ def recipe_table(found: Found, seconds: Mapping[str, Sequence[float]], steps: in
         rows=tuple(
             (
                 name,
-                *(shown(part) for size in sizes for part in zip(*by_size[size], strict=True)),
+                *(
+                    mean_and_spread(part, 3)
+                    for size in sizes
+                    for part in zip(*by_size[size], strict=True)
+                ),
                 f"{statistics.mean(seconds[name]):.0f}",
             )
             for name, by_size in found.items()

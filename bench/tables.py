@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,12 @@ def save_tables(path: Path, *tables: Table) -> None:
     """Writes tables one below the other, as Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """The mean and, of several values, their standard deviation: "0.978 ± 0.002"."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def agreement_table(

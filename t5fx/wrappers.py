@@ -1,6 +1,9 @@
-"""The wrappers that torch puts around modules, and the names of tensors without them."""
+"""What torch puts around modules and makes of tensors: wrappers, names with them, split tensors."""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 from torch import nn
 
@@ -41,3 +44,9 @@ def plain_name(name: str) -> str:
     'blocks.0.attn.qkv.weight'
     """
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor: this process has a part of it."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    return isinstance(tensor, kind)

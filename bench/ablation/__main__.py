@@ -8,6 +8,7 @@ one begins; a run that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,17 +63,16 @@ def run(
     console: Console,
 ) -> None:
     """Measure what is not in the results yet, variant by variant."""
-    measure: Measure | None = None
+    load = functools.cache(partial(_measure, part, options))  # what is there needs no model
     for variant in chosen:
         case = f"{part}: {variant.name}"
-        experiment = Experiment(SUITE, case, partial(_rows, variant), mode="training")
+        run = partial(_rows, variant, load, options.seeds)
+        experiment = Experiment(SUITE, case, run, mode="training")
         if results.done(experiment, here()):
             console.print(f"{case}: there already", style="dim")
             continue
-        if measure is None:
-            measure = _measure(part, options)
         with step(console, case):
-            rows = list(experiment.run(experiment, measure, options.seeds))  # type: ignore[call-arg]
+            rows = list(experiment.run(experiment))
         results.replace(experiment, rows, here())
 
 
@@ -82,7 +82,10 @@ def _measure(part: str, options: argparse.Namespace) -> Measure:
     return Alignment.load(2, 112) if options.small else Alignment.load()
 
 
-def _rows(variant: Variant, experiment: Experiment, measure: Measure, seeds: int) -> Iterator[Row]:
+def _rows(
+    variant: Variant, load: Callable[[], Measure], seeds: int, experiment: Experiment
+) -> Iterator[Row]:
+    measure = load()
     for seed in range(seeds):
         for what, value in measure(variant, seed):
             more = {} if value is not None else {"status": "failed", "detail": "it diverged"}

@@ -14,7 +14,7 @@ from t5fx.errors import TrainingError
 
 from .. import demo, dinov2, photos
 from ..features import agreement, tokens
-from .rows import Variant
+from .rows import Variant, is_trainable
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,9 @@ class Alignment:
         """
         if variant.encoded:
             return  # the encodings would have to be trained, with what is not the attention's
-        fresh = t5fx.LinearizeConfig(**{**variant.config.__dict__, "seed": seed})
-        linear = t5fx.linearize(self.model, (self.images[:2],), config=fresh)
+        linear = t5fx.linearize(self.model, (self.images[:2],), config=variant.config(seed))
         yield from self._agreement("converted", linear)
-        if not any(True for _ in t5fx.adapter(linear).parameters()):
+        if not is_trainable(linear):
             return
         crops = photos.RandomCrops(photos.OTHERS, self.size, demo.BATCH, seed)
         align = t5fx.Align(

@@ -17,7 +17,7 @@ from .. import mnist
 from ..classify import Shuffled
 from ..vit import accuracy, load_vit, shipped
 from .cpe import encodings, with_encodings
-from .rows import Variant
+from .rows import Variant, is_trainable
 
 PROTOCOLS = ("freeze", "full")
 #: Of the new parameters; the others get a twentieth, as the method's authors have it.
@@ -55,18 +55,17 @@ class Classifier:
     def __call__(self, variant: Variant, seed: int) -> Iterator[tuple[str, float]]:
         """("converted", "freeze" or "full", accuracy) of a variant, trained with that seed."""
         images = self.data.train.images[:2]
-        fresh = t5fx.LinearizeConfig(**{**variant.config.__dict__, "seed": seed})
 
         torch.manual_seed(seed)
         model = with_encodings(self.model) if variant.encoded else self.model
 
         def converted() -> nn.Module:
-            return t5fx.linearize(model, (images,), config=fresh)
+            return t5fx.linearize(model, (images,), config=variant.config(seed))
 
         yield "converted", accuracy(converted().eval(), *self.data.test)
         for protocol in PROTOCOLS[variant.encoded :]:
             linear = converted()
-            if protocol == "full" or any(True for _ in t5fx.adapter(linear).parameters()):
+            if protocol == "full" or is_trainable(linear):
                 torch.manual_seed(seed)
                 t5fx.FineTune(
                     Shuffled(self.data.train, seed),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 import t5fx
 
 
@@ -29,10 +31,10 @@ class Variant:
     full: float | None = None
     encoded: bool = False
 
-    @property
-    def config(self) -> t5fx.LinearizeConfig:
+    def config(self, seed: int = 0) -> t5fx.LinearizeConfig:
+        """With fresh parameters that depend on the seed."""
         # min_tokens=0: 50 tokens are too few to gain anything, and enough to show the quality.
-        return t5fx.LinearizeConfig(**{**PUBLISHED, **self.options}, min_tokens=0)
+        return t5fx.LinearizeConfig(**{**PUBLISHED, **self.options}, min_tokens=0, seed=seed)
 
 
 #: The published node: near attention is a row of its own.
@@ -83,6 +85,11 @@ VARIANTS = (
 
 #: The four that tests run, and `--small`.
 SMALL = ("linear", "two layers", "SwiGLU", "convolved queries and keys")
+
+
+def is_trainable(linear: nn.Module) -> bool:
+    """Whether a converted model has new parameters."""
+    return next(t5fx.adapter(linear).parameters(), None) is not None
 
 
 def variants(names: tuple[str, ...] = ()) -> list[Variant]:

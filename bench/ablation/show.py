@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from t5fx.errors import T5Error
 
 from ..figure import COLOURS
 from ..results import Row
-from ..tables import Table
+from ..tables import Table, mean_and_spread
 from .rows import VARIANTS, Variant
 
 _CLASSIFIER, _DINOV2 = "classifier", "dinov2"
@@ -43,8 +42,7 @@ class Found:
         if None in values:
             return "diverged"
         numbers = [scale * value for value in values if value is not None]
-        spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-        return f"{statistics.mean(numbers):.{digits}f}{spread}"
+        return mean_and_spread(numbers, digits)
 
     @property
     def seeds(self) -> int:

@@ -26,7 +26,7 @@ from t5fx.pipeline import with_nodes
 from t5fx.reports import Report
 from t5fx.runtime.describe import describe, sites_of
 from t5fx.runtime.lookup import configs, nodes_in, reports
-from t5fx.wrappers import module_at, plain_name, unwrapped
+from t5fx.wrappers import is_split, module_at, plain_name, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -150,7 +150,7 @@ def _check_values(tensors: Mapping[str, Any]) -> None:
                 f"state_dict: expected tensors, got a {type(tensor).__name__} for '{name}': what "
                 f"get_extra_state returns has no place in a checkpoint without pickle"
             )
-        if type(tensor).__name__ == "DTensor":
+        if is_split(tensor):
             raise CheckpointError(
                 f"'{name}' is split over devices (a DTensor): pass state_dict=, as "
                 f"torch.distributed.checkpoint.state_dict.get_model_state_dict gives it with "

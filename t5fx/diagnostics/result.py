@@ -71,8 +71,6 @@ class Diagnosis:
     """The attention sites of a model in one call, in the order in which they ran.
 
     Attributes:
-        model: name of its class.
-        Attributes:
         model: the name of its class.
         linearized: whether it ran with TTT nodes, or with softmax attention.
         sites: those that were not measured come last.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from torch import nn
 
 from t5fx.kernels import TTT
 from t5fx.runtime.owned import disown, state_of
-from t5fx.wrappers import inside
+from t5fx.wrappers import inside, is_split
 
 T = TypeVar("T")
 
@@ -103,8 +102,7 @@ def _elsewhere(tensor: torch.Tensor, device: Any, dtype: torch.dtype | None) -> 
 
 def _whole(tensor: Any, stand_ins: dict[int, Any]) -> Any:
     """A tensor, or for one that FSDP has split an empty one of its full size, to trace with."""
-    split = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    if not isinstance(tensor, split):
+    if not is_split(tensor):
         return tensor
     if id(tensor) not in stand_ins:
         empty = torch.empty_strided(

@@ -16,12 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from t5fx.errors import TrainingError
-
-
-def is_split(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor: this process has a part of it."""
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    return isinstance(tensor, kind)
+from t5fx.wrappers import is_split
 
 
 def shards(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,8 @@ from torch.nn import functional
 from t5fx.errors import TrainingError
 from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
-from t5fx.training.sharding import gather, is_split, like, whole
+from t5fx.training.sharding import gather, like, whole
+from t5fx.wrappers import is_split
 
 
 class Student:

@@ -2,18 +2,12 @@
 
 import copy
 
+import dits
 import pytest
 import timm
 import torch
 from accelerate import cpu_offload
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    ModelMixin,
-)
+from diffusers import FluxTransformer2DModel, ModelMixin
 from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
@@ -135,9 +129,7 @@ def test_transformers(kind, way):
 
 def dit():
     torch.manual_seed(0)
-    options = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
-    sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 8}
-    return DiTTransformer2DModel(**options, **sizes).eval()
+    return dits.dit()
 
 
 DIT = {
@@ -148,15 +140,7 @@ DIT = {
 
 
 def test_a_pipeline_runs_saves_and_moves_with_a_converted_transformer(tmp_path):
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    pipe = DiTPipeline(transformer=dit(), vae=vae.eval(), scheduler=DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = dits.pipeline(dit())
 
     def images(guidance=4.0):
         seed = torch.Generator().manual_seed(0)

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.extras
 
 def test_rows_are_configurations_of_their_own():
     names = [one.name for one in rows.variants()]
-    different = {(str(one.config), one.encoded) for one in rows.variants()}
+    different = {(str(one.config()), one.encoded) for one in rows.variants()}
     assert len(set(names)) == len(names) == len(different)
     assert set(rows.SMALL) <= set(names)
     twice = [one for one in rows.VARIANTS if one.name == "convolved queries and keys"]
-    assert len(twice) == 2 and twice[0].config == twice[1].config
+    assert len(twice) == 2 and twice[0].config() == twice[1].config()
 
 
 def test_a_run_is_taken_up_where_it_stopped(tmp_path, capsys, monkeypatch):
@@ -60,7 +60,7 @@ def test_encodings_stand_in_front_of_blocks_and_learn_fast():
         moved = encoded.blocks[0][0](x) - x
     assert not moved[:, 0].any() and torch.allclose(moved[:, 1:], torch.ones(1))
     (variant,) = [one for one in rows.variants() if one.encoded]
-    lin = t5fx.linearize(encoded, (images,), config=variant.config)
+    lin = t5fx.linearize(encoded, (images,), config=variant.config())
     groups = _optimizer(encodings(lin), t5fx.param_groups(lin, RATE, lr_ratio=20)).param_groups
     own = set(map(id, encodings(lin)))
     rates = {group["lr"] for group in groups for p in group["params"] if id(p) in own}
@@ -109,7 +109,7 @@ def test_no_results_are_no_tables():
 
 def test_a_peer_of_the_table_is_a_window_alone():
     (window,) = [one for one in rows.VARIANTS if "CLEAR" in one.name]
-    assert window.config == t5fx.LinearizeConfig(
+    assert window.config() == t5fx.LinearizeConfig(
         **{"inner": "none", "key_norm": "none", "locality": "none", "neighborhood": 5},
         **{"coarse": 0, "min_tokens": 0},
     )

@@ -1,9 +1,9 @@
 """The code of the manual's page on diagnostics runs, and the command that makes its pictures."""
 
-import re
 import shutil
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 from test_demo import tiny_vit
@@ -17,7 +17,7 @@ from t5fx.kernels import TTT
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
 
 
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shape = Shape(depth=3, heads=4, grid=(4, 5))
     q, k, v = torch.randn(3, 1, 4, 21, 8).unbind()
@@ -26,12 +26,11 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
         **{"q": q, "k": k, "v": v, "node": TTT(4, 8, 8, 2, scale=1.0, neighborhood=3)},
         "attend": lambda values: scaled_dot_product_attention(q, k, values),
     }
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    for block in blocks:
-        exec(block, names)
+    blocks = [block for block in pages.blocks(PAGE) if block.language == "python"]
+    printed = [pages.execute(PAGE, block, names) for block in blocks]
     assert len(blocks) == 4 and len(names["found"].mapped) == 2
     assert len(list((tmp_path / "diagnosis").iterdir())) == 4
-    assert "run with its softmax attention" in capsys.readouterr().out
+    assert "run with its softmax attention" in "".join(printed)
 
 
 @pytest.mark.slow  # it converts and saves a model first

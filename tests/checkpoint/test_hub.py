@@ -17,14 +17,6 @@ SHAPE = Shape(depth=1)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(scope="module")
-def lin():
-    torch.manual_seed(0)
-    return t5fx.linearize(
-        SHAPE.model(), (SHAPE.images(),), config=t5fx.LinearizeConfig(min_tokens=0)
-    )
-
-
 @pytest.fixture
 def cache(lin, tmp_path):
     """A cache with one revision of one repository, and the checkpoint also in a folder of it."""

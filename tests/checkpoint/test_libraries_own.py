@@ -2,9 +2,10 @@
 
 import json
 
+import dits
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 import t5fx
@@ -18,23 +19,12 @@ SIZES |= {"image_size": 24, "patch_size": 8, "intermediate_size": 32}
 
 
 def dit():
-    options = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
-    sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 8}
-    return DiTTransformer2DModel(**options, **sizes).eval()
+    return dits.dit(layers=1)
 
 
 def pipeline():
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    pipe = DiTPipeline(transformer=dit(), vae=vae.eval(), scheduler=DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return dits.pipeline(dit())
 
 
 def images(pipe):

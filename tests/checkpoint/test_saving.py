@@ -23,14 +23,6 @@ SHAPE = Shape(depth=1)
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def lin():
-    torch.manual_seed(0)
-    return t5fx.linearize(
-        SHAPE.model(), (SHAPE.images(),), config=t5fx.LinearizeConfig(min_tokens=0)
-    )
-
-
 def names(folder):
     return {path.name for path in folder.iterdir()}
 

@@ -39,19 +39,6 @@ def test_linear_attention_is_the_weighted_mean_of_all_pairs(inner, key_norm, loc
         close([g / size for g in grads], [w / size for w in wanted], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("inner", nodes.LINEAR)
-def test_gradcheck(inner):
-    args, settings = nodes.arguments(
-        batch=1, head_dim=2, value_dim=2, grid=(3,), suffix=0, inner=inner, requires_grad=True
-    )
-
-    def flat(q, k, v, *rest):
-        count = len(args[3])
-        return ttt(q, k, v, rest[:count], rest[count:], **settings)
-
-    assert torch.autograd.gradcheck(flat, nodes.tensors(args), fast_mode=True)
-
-
 @given(inner=st.sampled_from(nodes.LINEAR), item=st.integers(0, 2))
 def test_batch_items_do_not_mix(inner, item):
     (q, k, v, *rest), settings = nodes.arguments(batch=3, inner=inner)

@@ -50,10 +50,11 @@ def test_one_token(key_norm):
     assert_equals_naive(args, settings)
 
 
-@pytest.mark.parametrize("inner", nodes.INNERS)
+@pytest.mark.parametrize("inner", nodes.INNERS + nodes.LINEAR)
 def test_gradcheck(inner):
+    grid = (2,) if inner in nodes.INNERS else (3,)
     args, settings = nodes.arguments(
-        batch=1, head_dim=2, value_dim=2, grid=(2,), suffix=0, inner=inner, requires_grad=True
+        batch=1, head_dim=2, value_dim=2, grid=grid, suffix=0, inner=inner, requires_grad=True
     )
 
     def flat(q, k, v, *rest):

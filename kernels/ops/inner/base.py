@@ -79,6 +79,35 @@ class LinearAttention(TokenMixer):
         return 4 * num_tokens * features * value_dim
 
 
+class ProjectedAttention(LinearAttention):
+    """Linear attention on q and k times a square weight each, both the identity at the start.
+
+    A subclass has `weight_names`, of q and of k, and `phi`.
+    """
+
+    #: Features for each channel of a head.
+    expansion = 1
+
+    @abstractmethod
+    def phi(self, x: Tensor, scale: float) -> Tensor:
+        """The features of projected queries or keys."""
+
+    def weight_shapes(self, head_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        return (head_dim, head_dim), (head_dim, head_dim)
+
+    def initial(self, weight: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return torch.eye(shape[-1], device="cpu").expand(*shape).clone()
+
+    def features(
+        self, q: Tensor, k: Tensor, weights: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.phi(q @ weights[0], scale), self.phi(k @ weights[1], scale)
+
+    def flops(self, num_tokens: int, head_dim: int, value_dim: int) -> int:
+        products = 4 * num_tokens * head_dim * head_dim
+        return products + self.feature_flops(num_tokens, self.expansion * head_dim, value_dim)
+
+
 class InnerModel(TokenMixer):
     """The small network f_W that the TTT node trains for one step on each input, per head.
 

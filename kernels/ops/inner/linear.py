@@ -1,9 +1,8 @@
 """Linear attention with phi = elu + 1, plain and on projected queries and keys."""
 
-import torch
 from torch.nn.functional import elu
 
-from .base import LinearAttention
+from .base import LinearAttention, ProjectedAttention
 
 
 class Linear(LinearAttention):
@@ -21,21 +20,11 @@ class Linear(LinearAttention):
         return self.feature_flops(num_tokens, head_dim, value_dim)
 
 
-class ProjectedLinear(Linear):
+class ProjectedLinear(ProjectedAttention):
     """The same on q Pq and k Pk, both the identity at the start (arXiv 2605.02772, "ProjQK")."""
 
     name = "linear_projqk"
     weight_names = ("pq", "pk")
 
-    def weight_shapes(self, head_dim, value_dim):
-        return (head_dim, head_dim), (head_dim, head_dim)
-
-    def initial(self, weight, shape, generator):
-        return torch.eye(shape[-1], device="cpu").expand(*shape).clone()
-
-    def features(self, q, k, weights, scale):
-        return super().features(q @ weights[0], k @ weights[1], (), scale)
-
-    def flops(self, num_tokens, head_dim, value_dim):
-        products = 4 * num_tokens * head_dim * head_dim
-        return products + super().flops(num_tokens, head_dim, value_dim)
+    def phi(self, x, scale):
+        return elu(x) + 1
