@@ -5,6 +5,8 @@ WORKERS ?= 2
 GPU_WORKERS ?= 12
 # Of the benches, such as --out FILE.
 BENCH_ARGS ?=
+# Where release-check puts the sdist and the wheel that passed; nowhere by default.
+DIST ?=
 # Where the results of a GPU's first ten minutes go, more for what finds them (--seconds 240), and
 # whether that is all.
 LEASE ?= build/lease
@@ -30,7 +32,7 @@ endef
 export PYTHONUTF8 := 1
 , := ,
 
-.PHONY: help demo uses classify docs bench test test-newest test-oldest unit lint types format roofline gpu on-gpu nightly hooks clean
+.PHONY: help demo uses classify docs bench test test-newest test-oldest unit lint types format roofline gpu on-gpu nightly release-check hooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -109,6 +111,9 @@ nightly: .venv/.test-installed .venv-oldest/.test-installed  ## slow tests too, 
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
 	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) tests/kernels/test_triton.py
 
+release-check: .venv-release/.installed  ## what a release would publish, built, checked and installed; changes nothing
+	.venv-release/bin/python .ci/release_check.py $(DIST)
+
 format: .venv/.test-installed  ## put the code in ruff's format
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
@@ -117,11 +122,11 @@ hooks: .venv/.test-installed  ## install the pre-commit hooks
 	.venv/bin/pre-commit install
 
 clean:  ## remove the environments and everything that tools left
-	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-release build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The default build of torch, for a GPU, is what the registry has for everyone; it runs on a CPU too.
 # A stamp file stands for a finished installation, so that an interrupted one is taken up again.
-.venv/bin/python .venv-oldest/bin/python:
+.venv/bin/python .venv-oldest/bin/python .venv-release/bin/python:
 	$(PYTHON) -m venv $(@:%/bin/python=%)
 
 .venv/.demo-installed: pyproject.toml | .venv/bin/python
@@ -140,4 +145,8 @@ clean:  ## remove the environments and everything that tools left
 
 .venv-oldest/.test-installed: pyproject.toml | .venv-oldest/bin/python
 	$(call install,-e ".[test-core]" "torch==$(OLDEST_TORCH)")
+	touch $@
+
+.venv-release/.installed: | .venv-release/bin/python
+	$(call install,build cffconvert twine)
 	touch $@

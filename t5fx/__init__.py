@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 # It registers the operators of the node, for programs that were exported or traced and saved.
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from t5fx.training.groups import freeze, param_groups
     from t5fx.training.search import search
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = [
     "AdapterError",
     "Align",
@@ -124,10 +126,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use: what `import t5fx` adds to that of torch is little."""
+    if name == "__version__":
+        return importlib.metadata.version("t5fx")
     if name in _HOMES:
         return getattr(importlib.import_module(f"t5fx.{_HOMES[name]}"), name)
     raise AttributeError(f"module 't5fx' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -73,7 +73,7 @@ def _expected_data() -> set[str]:
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy: a build leaves files behind, which a later wheel would take in."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "t5fx_command.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "t5fx_command.py"):
         shutil.copy(ROOT / name, source)
     for folder in {folder.partition("/")[0] for folder in FOLDERS.values()}:
         shutil.copytree(
@@ -149,8 +149,14 @@ def test_model_libraries_do_not_take_our_folder_for_kernels(library):
         assert _run("-c", code, cwd=ROOT).strip() == "False"
 
 
-def test_version_is_the_distribution_s():
-    assert t5fx.__version__ == importlib.metadata.version("t5fx")
+def test_a_wheel_of_a_tree_without_git_has_the_version_of_the_changelog(wheel):
+    specification = importlib.util.spec_from_file_location(
+        "release_check", ROOT / ".ci" / "release_check.py"
+    )
+    release_check = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(release_check)
+    assert wheel.name.split("-")[1] == release_check.agreed_version(ROOT)
+    assert t5fx.__version__ == importlib.metadata.version("t5fx") != "0.0.0"
 
 
 def test_the_digest_of_the_code_covers_every_package():
