@@ -67,7 +67,8 @@ def built(version: str, folder: Path) -> tuple[Path, Path]:
     """The sdist, and the wheel that is built from it and equals the one built from the tree."""
     if changed := git("status", "--porcelain", cwd=ROOT):
         raise Wrong(f"expected everything to be committed, got changes:\n{changed}")
-    python("cffconvert", "--validate", "-i", ROOT / "CITATION.cff")
+    cffconvert = Path(sys.executable).with_name("cffconvert")  # it has no `python -m`
+    run(cffconvert, "--validate", "-i", ROOT / "CITATION.cff", cwd=ROOT)
     tree = folder / "tree"
     git("clone", "--quiet", str(ROOT), str(tree), cwd=folder)
     settings = {"SETUPTOOLS_SCM_PRETEND_VERSION_FOR_T5FX": version}
