@@ -394,7 +394,9 @@ def _dropped(view: View, node: fx.Node, chain: Chain, probabilities: bool) -> Ch
     if p == 0 or (node.op != "call_module" and not view.arg(node, "train", True)):
         return chain
     if not probabilities or chain.dropout:
-        detail = f"'{node.name}' drops scores before the softmax, and the node has no scores"
+        detail = (
+            f"'{node.name}' is a dropout of the scores, before the softmax; a node has no scores"
+        )
         raise Refusal("dropout-active", detail)
     return replace(chain, dropout=node if node.op == "call_module" else p)
 
@@ -462,7 +464,8 @@ def bound(
     nodes = (scores, *upper.nodes, softmax, *lower.nodes, output, *also)
     if total is not None and last is not None:
         if not divides(view, last, output, total, second.columns):
-            raise Refusal("probabilities-used", f"'{last.name}' divides by something else")
+            detail = f"'{last.name}' divides by something else than the sum of the exponentials"
+            raise Refusal("probabilities-used", detail)
         output = last
     return Binding(
         *(q, k, v, factor, output, tuple(kinds), nodes),

@@ -65,7 +65,10 @@ def operand(
     batch = tuple(i for i, role in enumerate(chosen.roles) if role == "b")
     places = batch, chosen.roles.index("t"), chosen.roles.index("c")
     if view.mutated(start.node, after=start.node):
-        raise Refusal("scores-changed", f"'{start.node.name}' is changed in place later")
+        raise Refusal(
+            "scores-changed",
+            f"'{start.node.name}' is changed in place after the attention reads it",
+        )
     found = Operand(chosen.node, *places, start.node, tuple(replay), held)
     return found, total
 

@@ -38,7 +38,7 @@ def load(kind: str, key: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s cannot be read and is made again: %s", path, error)
+        log.warning("%s cannot be read, so that it is replaced: %s", path, error)
         return None
 
 

@@ -158,7 +158,7 @@ class LinearizeConfig:
             raise ConfigError(f"key_norm_eps: expected a finite number >= 0, got {eps!r}")
         side = self.neighborhood
         if not _natural(side) or (side and (side < 3 or side % 2 == 0)):
-            raise ConfigError(f"neighborhood: expected 0, 3, 5, 7 or so on, got {side!r}")
+            raise ConfigError(f"neighborhood: expected 0 or an odd number from 3 on, got {side!r}")
         if not _natural(self.coarse):
             raise ConfigError(
                 f"coarse: expected a number of cells along an axis, or 0, got {self.coarse!r}"

@@ -207,8 +207,8 @@ def refuse_calls(view: View, plans: list[Plan], existing: Mapping[str, TTT]) -> 
             continue
         if site.status != "rewritten":
             raise RefusedCallError(
-                f"this call needs '{site.fqn}', which was rewritten, to do what its TTT node "
-                f"cannot: {site.reason} ({site.detail}); call it as when it was linearized, or "
+                f"this call asks of '{site.fqn}', which was rewritten, what its TTT node cannot "
+                f"do: {site.reason} ({site.detail}); call the model as when it was linearized, or "
                 f"linearize again with this call as the example"
             )
         for name, wanted in settings(view, entry).items():

@@ -108,7 +108,9 @@ def launch(name: str, call: ctypes.Structure, q: Tensor, what: str) -> None:
     function = start(name).result()[f"ttt_{DTYPES[q.dtype]}"]
     function.restype = ctypes.c_bool
     if not function(ctypes.byref(call)):
-        raise MemoryError(f"{what} of q {list(q.shape)}: not enough for its scratch")
+        raise MemoryError(
+            f"{what} of q {list(q.shape)}: expected memory for its scratch buffers, got none"
+        )
 
 
 def _check(

@@ -107,7 +107,7 @@ def _load(name: str, builder: Any, folder: Path, flags: tuple[str, ...] = ()) ->
         try:
             return ctypes.CDLL(str(kept))
         except OSError as error:
-            log.warning("%s is damaged and made again: %s", kept, error)
+            log.warning("%s is damaged and compiled again: %s", kept, error)
     folder.mkdir(parents=True, exist_ok=True)
     since = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

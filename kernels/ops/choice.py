@@ -79,8 +79,12 @@ def choose(impl: str, call: Call) -> Choice:
     if kind == "cpu" and call.written_out and call.widest == torch.float32:
         return Choice("c++", "a CPU, sums of float32; compiled once for a machine")
     if kind == "meta":
-        return _without_kernels(call, "tensors on the meta device; chosen anew where it runs")
-    return _without_kernels(call, f"{kind}, {_name(call.widest)} sums: nothing else is made for it")
+        return _without_kernels(
+            call, "tensors on the meta device; chosen again on the device where it runs"
+        )
+    return _without_kernels(
+        call, f"{kind}, sums of {_name(call.widest)}: there is no other implementation"
+    )
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -101,7 +105,7 @@ def _obstacle(call: Call) -> str | None:
     if not call.written_out:
         usual = Variant().settings()
         unusual = [f"{n}={v!r}" for n, v in call.node if n not in _ANY and usual.get(n) != v]
-        return f"no kernels for {', '.join(unusual) or 'a node of which not all is known'}"
+        return f"no kernels for {', '.join(unusual) or 'a node with unknown settings'}"
     if call.dtype is None:
         return "q, k and v differ in dtype"
     if call.dtype not in _HALF:

@@ -48,7 +48,9 @@ class Variant:
         require_name("mix", self.mix, MIXES)
         side = self.neighborhood
         if side < 0 or (side and (side < 3 or side % 2 == 0)):
-            raise NodeArgumentError(f"neighborhood: expected 0, 3, 5, 7 or so on; got {side}")
+            raise NodeArgumentError(
+                f"neighborhood: expected 0 or an odd number from 3 on; got {side}"
+            )
         if self.coarse < 0:
             raise NodeArgumentError(
                 f"coarse: expected a number of cells along an axis, or 0; got {self.coarse}"

@@ -172,7 +172,7 @@ def near_site(
     obstacle = cells_obstacle(axes, coarse, padded(max(dim, v.shape[3])))
     if obstacle is not None:
         raise NodeArgumentError(
-            f'coarse: expected what kernels take with impl="triton"; got {obstacle}; use '
+            f"coarse: expected a number of cells that the kernels take; got {obstacle}; use "
             'impl="reference"'
         )
     return NearSite(

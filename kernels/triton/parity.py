@@ -82,8 +82,8 @@ class Comparison:
     def __str__(self) -> str:
         if self.first_wrong is not None:
             error, allowed = self.errors[self.first_wrong]
-            return f"{self.first_wrong} is {error:.3g} off, of {allowed:.3g} that are allowed"
-        return "right" if self.same_bits else "other bits from one run to the next"
+            return f"{self.first_wrong} has an error of {error:.3g}, {allowed:.3g} is allowed"
+        return "right" if self.same_bits else "two runs differ in their bits"
 
 
 def compare(

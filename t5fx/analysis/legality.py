@@ -26,7 +26,8 @@ def check_independent(view: View, binding: Binding) -> None:
     while stack:
         node = stack.pop()
         if node in binding.nodes:
-            raise Refusal("probabilities-used", f"q, k or v is computed from '{node.name}'")
+            detail = f"q, k or v is computed from '{node.name}', a part of the same attention"
+            raise Refusal("probabilities-used", detail)
         if node not in seen and view.order[node] > first:
             seen.add(node)
             stack.extend(node.all_input_nodes)
@@ -89,8 +90,8 @@ def check_same_tokens(view: View, axes: Axes, binding: Binding) -> None:
             raise Refusal("cross-attention", detail)
     for run in runs_of(query):
         if isinstance(run, Chosen) and run.how[0] == "chosen by":
-            detail = f"of the tokens only those take part that '{run.how[1]}' chooses"
-            raise Refusal("masked", f"{detail}, which depends on the input")
+            detail = f"'{run.how[1]}' chooses, depending on the input, which tokens take part"
+            raise Refusal("masked", detail)
 
 
 def _picked_out(view: View, axis: Unit) -> bool:

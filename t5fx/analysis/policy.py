@@ -145,7 +145,7 @@ def _objection(first: Plan, other: Plan) -> tuple[str, str] | None:
         return "scores-changed", f"calls of this module scale by {one.scale} and by {two.scale}"
     sizes = [(e.site.num_heads, e.site.head_dim, len(e.grid)) for e in (first, other)]
     if sizes[0] != sizes[1]:
-        detail = f"calls of this module differ in heads, head size, grid axes: {sizes}"
+        detail = f"calls of this module differ in (heads, head size, axes of the grid): {sizes}"
         return "grid-unknown", detail
     return None
 
@@ -184,7 +184,8 @@ def _judge(
         if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
             if axis.size not in view.sizes:
                 raise Refusal(
-                    "grid-unknown", f"no node has the size {axis.size} of {in_words(axis)}"
+                    "grid-unknown",
+                    f"nothing in the graph has the size {axis.size} of {in_words(axis)}",
                 )
     if entry.grid:
         q, v = (_sizes(view, operand, binding) for operand in (binding.q, binding.v))
@@ -325,7 +326,7 @@ def _pays(site: Site, rate: float) -> None:
     if rate != 1.0:
         why = (
             f"a FLOP of the node by impl {site.impl!r} ({site.impl_reason}) is estimated to take "
-            f"{rate:g} times one of softmax, so that the node needs less time"
+            f"{rate:g} times as long as one of softmax, and the node needs less time than softmax"
         )
     raise Refusal(
         "below-break-even",

@@ -157,7 +157,7 @@ class Compiled:
                     raise AdapterError(
                         f"'{site.name}': expected new parameters in {site.dtype} on "
                         f"{site.device}, as when the model was compiled, got {tensor.dtype} on "
-                        f"{tensor.device}; move or cast the model, and they follow it"
+                        f"{tensor.device}; move or cast the model, and these follow"
                     )
             if active is not None:
                 average_gradients(active, node)

@@ -118,7 +118,7 @@ def set_layouts(graph: fx.Graph, operator: Any, config: LinearizeConfig) -> None
         if len(grid) != len(old):
             raise RefusedCallError(
                 f"'{name}': expected a grid of {len(old)} axes, as when the model was compiled, "
-                f"got {grid}: its new parameters are those of so many"
+                f"got {grid}: its new parameters were made for that many axes"
             )
         node.kwargs = {**node.kwargs, "grid": grid, "prefix": prefix}
 

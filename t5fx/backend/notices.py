@@ -37,8 +37,9 @@ def warn_untrained(anchor: torch.Tensor, count: int, config: LinearizeConfig) ->
         whose = "a model" if model is None else type(model).__name__
         warnings.warn(
             f"{whose} runs with untrained parameters: {count} attentions were rewritten, and their "
-            f"outputs do not mean what they meant. Train t5fx.adapter(model).parameters(), or give "
-            f"trained ones: options={{'adapter': path or module}}",
+            f"outputs differ from those of softmax attention. Train "
+            f"t5fx.adapter(model).parameters(), or give trained ones: "
+            f"options={{'adapter': path or module}}",
             UntrainedWarning,
             stacklevel=2,
         )
@@ -55,7 +56,7 @@ def warn_nothing(report: Report, region: Region) -> None:
         text = f"{why_nothing(report)}. The graph is compiled as it is"
         if region.ddp:
             text += (
-                "; DDP had split it, so that tokens come from nowhere: set "
+                "; DDP had split it from the code that lays out its tokens: set "
                 "torch._dynamo.config.optimize_ddp = False, or linearize the model first"
             )
         warnings.warn(text, NothingRewrittenWarning, stacklevel=2)

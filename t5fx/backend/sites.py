@@ -98,8 +98,8 @@ def objection_to(region: Region, entry: Plan, has_anchor: bool) -> str:
         value = torch._C._functorch.get_unwrapped(value)
     if not has_anchor:
         return (
-            "no parameter of a module feeds it, with which new ones could be kept; "
-            "t5fx.linearize puts them into the model"
+            "none of its inputs comes from a module's parameter, beside which new parameters could "
+            "be kept; t5fx.linearize puts them into the model"
         )
     return ""
 
@@ -108,7 +108,7 @@ def _refuse_sharded(tensor: torch.Tensor, name: str) -> None:
     if is_sharded(tensor):
         raise AdapterError(
             f"'{name}': expected a model whose parameters are whole, got one that is split over "
-            f"devices (FSDP, DTensor), which new parameters beside it would not be; linearize the "
+            f"devices (FSDP, DTensor); new parameters beside it would not be split: linearize the "
             f"model first, then shard and compile it"
         )
 

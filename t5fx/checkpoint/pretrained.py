@@ -148,7 +148,7 @@ def _check_values(tensors: Mapping[str, Any]) -> None:
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"state_dict: expected tensors, got a {type(tensor).__name__} for '{name}': what "
-                f"get_extra_state returns has no place in a checkpoint without pickle"
+                f"get_extra_state returns can only be saved with pickle, which no checkpoint uses"
             )
         if is_split(tensor):
             raise CheckpointError(

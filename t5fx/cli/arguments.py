@@ -77,7 +77,9 @@ def config_of(options: argparse.Namespace) -> LinearizeConfig:
     changes = given(options, LinearizeConfig)
     if getattr(options, "checkpoint", None) is not None and (changes or options.config):
         flags = [f"--{name.replace('_', '-')}" for name in (*changes, "config")]
-        raise UsageError(f"{flags[0]}: expected none beside --checkpoint, which has its own")
+        raise UsageError(
+            f"{flags[0]}: expected no such option beside --checkpoint, whose saved options are used"
+        )
     if options.seed is not None:
         changes["seed"] = options.seed
     try:

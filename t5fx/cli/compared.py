@@ -58,8 +58,9 @@ def speed(loaded: Loaded, lin: nn.Module) -> Spread:
         error = float(relative(call(), model(*loaded.args, **loaded.kwargs)).sqrt())
         if not error <= TOLERANCE:
             raise T5Error(
-                f"--measure: expected the output of the model compiled with {backend!r} to be the "
-                f"eager one, got a relative difference of {error:.3g}; what is wrong is not timed"
+                f"--measure: expected the model compiled with {backend!r} to give the output of "
+                f"the eager one, got a relative difference of {error:.3g}: a wrong result is not "
+                f"timed"
             )
         calls.append(call)
     device = next(loaded.model.parameters()).device

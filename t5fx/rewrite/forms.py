@@ -174,9 +174,9 @@ def build(
         match, _ = refused[0]
         assert match.refusal is not None
         raise RefusedCallError(
-            f"this call needs '{name}', which was rewritten, to do what its TTT node cannot: "
-            f"{match.refusal.reason} ({match.refusal.detail}); call it as when it was linearized, "
-            f"or linearize again with this call as the example"
+            f"this call asks of '{name}', which was rewritten, what its TTT node cannot do: "
+            f"{match.refusal.reason} ({match.refusal.detail}); call the model as when it was "
+            f"linearized, or linearize again with this call as the example"
         )
     plans = []
     site = result.graph.placeholder("t5_site")

@@ -44,7 +44,7 @@ def verify(view: View, chosen: list[Plan], before: tuple[Any, ...]) -> None:
     if outputs != before[0]:
         problems.append(f"outputs were {before[0]}, are {outputs}")
     if before[1] - read and not view.trusted:  # where masks are left out, nobody reads them
-        problems.append(f"the inputs {sorted(before[1] - read)} are read no more")
+        problems.append(f"the inputs {sorted(before[1] - read)} are no longer read")
     if problems:
         raise GraphSpecError(
             f"the rewritten graph breaks its spec: {'; '.join(problems)}. Exclude the sites "

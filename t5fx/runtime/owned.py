@@ -156,9 +156,9 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
             return
     if kind is None:
         raise RefusedCallError(
-            f"'{state.name}' was called alone, in a way in which no call of the whole model has "
-            f"called it yet, so that it is not known whether its attention may be rewritten then; "
-            f"call the whole model in this way first, or use t5fx.softmax(model)"
+            f"'{state.name}' was called alone and with arguments of a kind that no call of the "
+            f"whole model has given it yet, so that it is not known whether its attention may be "
+            f"rewritten; call the whole model in this way first, or use t5fx.softmax(model)"
         )
     # The model's code is another one than when it was judged: it must prove itself.
     runtime.extend(runtime, module, state.name, structure, spec, leaves, kind, False)

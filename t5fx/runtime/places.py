@@ -128,7 +128,7 @@ class Places:
             free = {str(symbol) for symbol in size.free_symbols}
             if not free <= set(symbols):
                 raise CaptureError(
-                    f"expected a layout of tokens that the sizes of the arguments tell, got {text}"
+                    f"expected a layout that follows from the sizes of the arguments, got {text}"
                 )
             self._formulas[text] = len(self.arguments)
             self.arguments.append(formula(symbols, text))

@@ -396,8 +396,8 @@ class Align:
             if not loss < float("inf"):
                 raise TrainingError(
                     f"'{key}': expected a finite loss, got {loss} at step {step}: lower lr"
-                    f"{self._rate()}, or look for inputs that are not finite; the values are those "
-                    f"of the step before"
+                    f"{self._rate()}, or look for inputs that are not finite; the nodes have the "
+                    f"values of the step before"
                 )
         for key, loss in zip(losses, values, strict=True):
             self.result.losses[key].append(loss)

@@ -126,7 +126,7 @@ class Distill(Loop):
         if sharded and self.train == "lora":
             raise TrainingError(
                 'train: expected "new" or "full" of a model that FSDP2 has sharded, got "lora", '
-                "whose updates it would not know of"
+                "whose updates FSDP2 would not shard"
             )
         # A teacher that is sharded gets parameters of its own below.
         teacher = duplicate(inner, share=sharded or self.train != "full").eval()

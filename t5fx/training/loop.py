@@ -201,7 +201,8 @@ class Loop:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"expected a finite loss, got {loss} at step {step}: lower lr ({self.lr}), "
-                f"or look for inputs that are not finite; the values are those of the step before"
+                f"or look for inputs that are not finite; the model has the values of the step "
+                f"before"
             )
 
 
@@ -247,8 +248,8 @@ def _check_norm(norm: float, step: int) -> None:
     if not math.isfinite(norm):
         raise TrainingError(
             f"expected finite gradients, got a norm of {norm} at step {step} with a finite loss: "
-            f"look for a division by zero or a root of zero behind the loss; the values are those "
-            f"of the step before"
+            f"look for a division by zero or a root of zero behind the loss; the model has the "
+            f"values of the step before"
         )
 
 
@@ -259,7 +260,7 @@ def _check_wide(groups: Iterable[Mapping[str, Any]]) -> None:
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 name = str(parameter.dtype).removeprefix("torch.")
                 raise TrainingError(
-                    f"expected parameters in float32, got {name}, whose roundings are larger than "
-                    f"most steps: train model.float() with "
+                    f"expected parameters in float32, got {name}, whose rounding errors are larger "
+                    f"than most of the optimizer's steps: train model.float() with "
                     f"accelerator=Accelerator(mixed_precision='bf16'), and convert it afterwards"
                 )

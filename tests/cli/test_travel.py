@@ -193,7 +193,7 @@ def test_measure_times_both(run, monkeypatch):
         torch, "compile", lambda model, **settings: lambda *args: next(factors) * model(*args)
     )
     code, _, err = run("convert", "model.py:vit", *given)
-    assert code == 1 and "compiled with 't5' to be the eager one" in err
+    assert code == 1 and "compiled with 't5' to give the output of the eager one" in err
 
 
 def test_a_model_of_one_s_own_says_how_its_photographs_are_normalised(run):

@@ -249,8 +249,8 @@ def test_module_and_wrong_arguments():
     assert "gate" not in TTT(2, 4, 6, 2, scale=0.5).state_dict()
     args, settings = nodes.arguments(grid=(3, 3))
     for wrong, message in (
-        ({"neighborhood": 4}, "neighborhood: expected 0, 3, 5, 7"),
-        ({"neighborhood": 1}, "neighborhood: expected 0, 3, 5, 7"),
+        ({"neighborhood": 4}, "neighborhood: expected 0 or an odd number"),
+        ({"neighborhood": 1}, "neighborhood: expected 0 or an odd number"),
         ({"coarse": -1}, "coarse: expected a number of cells"),
         ({"mix": "sum"}, "mix: expected one of 'gate', 'half'"),
         ({"neighborhood": 3}, r"mixing: expected a gate, \[H\]; got 0"),
