@@ -44,8 +44,8 @@ def linearize(
     """Rewrite every legal softmax attention of a model into a linear-time TTT node.
 
     The method is "Linearizing Vision Transformer with Test-Time Training" (arXiv 2605.02772). All
-    pretrained weights are kept; each site gets fresh ones at `<owner>.t5`, which training has to
-    fit before the outputs mean what they meant.
+    pretrained weights are kept. Each site gets new parameters at `<owner>.t5`, which have to be
+    trained before the outputs are those of the original again.
 
     Args:
         model: an nn.Module, or a torch.fx.GraphModule from any tracer.
@@ -103,10 +103,10 @@ def explain(
     *,
     config: LinearizeConfig | None = None,
 ) -> Report:
-    """What `linearize` would do, without doing it: the report alone.
+    """Report what `linearize` would do, without doing it.
 
-    Arguments as for `linearize`; sizes are captured static. Raises `CaptureError` where the model
-    cannot be captured, and nothing for a model that can be, whatever is in it.
+    The arguments are those of `linearize`; sizes are captured static. Raises `CaptureError` if the
+    model cannot be captured. For any model that can be captured it raises no error.
     """
     config = _config(config)
     arguments, keywords = check_call(model_or_gm, args, kwargs)
@@ -137,9 +137,9 @@ def report(model: nn.Module) -> Report:
 
 @contextmanager
 def softmax(model: nn.Module) -> Iterator[None]:
-    """The original softmax attention is back in a linearized model, for a while.
+    """Run a linearized model with its original softmax attention inside a `with` block.
 
-    Raises `T5Error` for a model with nothing linearized in it.
+    Raises `T5Error` if nothing in the model is linearized.
     """
     model = getattr(model, "_orig_mod", model)
     found = list(runtimes(model))
@@ -160,7 +160,7 @@ def softmax(model: nn.Module) -> Iterator[None]:
 def example_inputs(
     model: nn.Module, run: Callable[[], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of the first call that `run()` makes of a model; the call itself is not made.
+    """The (args, kwargs) with which `run()` first calls a model; the call itself is not made.
 
     For models inside pipelines: `linearize(pipe.transformer, *example_inputs(pipe.transformer,
     lambda: pipe("a cat")))`. `run` is left at that call, by an exception that no `except Exception`

@@ -56,55 +56,63 @@ class LinearizeConfig:
     """All options of `t5fx.linearize` and `t5fx.explain`.
 
     Attributes:
-        inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1". For comparison also
-            attention that is not trained on each input: "linear" (phi = elu + 1), "linear_projqk"
-            (the same on projected q and k), "hedgehog", "lit" and "performer"
-            (`t5fx.kernels.inner`), and "none": near attention alone, a sliding window.
-        inner_loss: "dot", -(s/N) sum v.f(k), or "l2", (s/2N) sum |f(k) - v|^2.
+        inner: inner model of the TTT node: "swiglu", "mlp2", "mlp3" or "gate1". There are also
+            linear attentions to compare with, which are not trained on each input: "linear" (phi =
+            elu + 1), "linear_projqk" (the same on projected q and k), "hedgehog", "lit" and
+            "performer" (`t5fx.kernels.inner`). With "none" the node is near attention alone.
+        inner_loss: loss of the inner step: "dot", -(s/N) sum v.f(k), or "l2",
+            (s/2N) sum |f(k) - v|^2.
         key_norm: normalisation of the keys before the inner step.
-        key_norm_eps: what is added to the variance in it.
-        locality: where the depthwise convolutions sit: on q and k, on v, or nowhere. With "none" a
-            site is rewritten even where the layout of its tokens is unknown, without near attention
-            there.
-        neighborhood: side of the window of near tokens to which softmax attention is kept, odd (3,
-            5, 7, ...), or 0 for none; moved inwards at the borders, as in the natten package.
-        coarse: cells along each axis of a grid of two (on one axis or three there are as many in
-            all) whose mean keys and values are seen beside the window, or 0 for none.
-        mix: how this near attention a is joined with the node's output o: "gate", o + gate * a with
-            a learned gate a head, or "half", (o + a) / 2. Prefix and suffix tokens see every key.
-        qk_affine: a learned scale and offset for each channel of q and k, before key norm and
-            convolutions. DiT5 as published is inner "mlp2", inner_loss "l2", neighborhood 5, coarse
-            0, mix "half" and this.
+        key_norm_eps: number that is added to the variance in this normalisation.
+        locality: where the depthwise convolutions are: on q and k, on v, or nowhere. With "none" a
+            site is rewritten even if the layout of its tokens is unknown; it then has no near
+            attention.
+        neighborhood: side of the window of near tokens to which softmax attention is kept, an odd
+            number from 3 on, or 0 for no window. At the borders of the grid the window is moved
+            inwards, as in the natten package.
+        coarse: number of cells along each axis of a grid of two axes (a grid of one axis or three
+            has as many cells in all). Queries also attend to the mean key and value of each cell.
+            0 is no cells.
+        mix: how this near attention a is added to the node's output o: "gate", o + gate * a with a
+            learned gate for each head, or "half", (o + a) / 2. Prefix and suffix tokens see every
+            key.
+        qk_affine: whether there is a learned scale and offset for each channel of q and k, before
+            key norm and convolutions. DiT5 as published has it, with inner "mlp2", inner_loss "l2",
+            neighborhood 5, coarse 0 and mix "half".
         grid: the sizes of the one to three axes on which the tokens lie in row-major order. None
-            infers them from the graph; otherwise a tuple, or a callable of the call's arguments
-            that returns one, asked at each call. What positions or sides among the arguments, or
-            the graph itself, contradict is refused.
+            infers them from the graph; otherwise a tuple, or a function of the call's arguments
+            that returns a tuple and is evaluated at each call. A grid is refused if positions or
+            sides among the arguments, or the graph itself, contradict it.
         prefix: the number of tokens before the grid, as for `grid`.
         suffix: the number of tokens after the grid, as for `grid`.
-        min_tokens: rewrite sites with at least this many tokens; None asks the cost model, which
-            rewrites where the node needs fewer FLOPs than softmax (of a "swiglu" with K keys of
-            near attention N > 4.5 D + K), each counted at the estimated rate of what will run.
+        min_tokens: smallest number of tokens of a site that is rewritten. None uses the cost model,
+            which rewrites a site if the node needs fewer FLOPs than softmax (a "swiglu" with K keys
+            of near attention does for N > 4.5 D + K), weighted by the estimated speed of the
+            implementation that will run.
         include: `fnmatch` patterns of the names of owners that may be rewritten, such as
             ("blocks.[0-5].*",).
-        exclude: patterns of owners that may not; it wins over `include`.
+        exclude: patterns of the names of owners that may not be rewritten; `exclude` overrides
+            `include`.
         overrides: {owner pattern: {field: value}}: other options for the sites whose owner matches;
-            where several patterns match, later ones win.
-        policy: how the cost of a site is judged, at the example's sizes. "flops": counted.
-            "measure": both forms are compiled and timed on the device (seconds for each shape that
-            is new; kept in a folder, $T5FX_CACHE_DIR), forward only unless the model is in training
-            mode, and a site is rewritten where the node is the faster one; where impl "auto" may be
-            the Triton kernels, these and the reference are timed and compared, and the faster one
-            is taken. min_tokens is asked first, either way.
-        impl: "auto", "reference" (ordinary operators) or "triton" (kernels for GPUs, unchecked; the
-            default inner model, loss and key norm, locality "dwc_qk" or "none"): see
-            `t5fx.kernels.ttt`. "auto" is decided by device: C++ on a CPU; on a GPU in 16 bits the
-            Triton kernels once a check of them there has passed, a minute or so for each kind of
-            site, remembered in $T5FX_CACHE_DIR (T5FX_TRITON=0: no check and no kernels); ordinary
-            operators else. `Site.impl` and `Site.impl_reason` say which it is and why.
-        seed: fresh parameters depend on this number and the site's name alone.
+            if several patterns match, later ones override earlier ones.
+        policy: how the cost of a site is judged, at the example's sizes. "flops" counts operations.
+            "measure" compiles softmax and the node and times both on the device, with the backward
+            pass if the model is in training mode, and rewrites a site if the node is faster. That
+            takes seconds for each new shape; the times are kept in the folder $T5FX_CACHE_DIR. If
+            impl "auto" may choose the Triton kernels, the kernels and the reference are timed and
+            compared, and the faster one is used. Either policy only sees sites that `min_tokens`
+            admits.
+        impl: implementation of the node: "auto", "reference" (ordinary operators) or "triton"
+            (kernels for GPUs, without a check; only for the default inner model, loss and key norm
+            and locality "dwc_qk" or "none"); see `t5fx.kernels.ttt`. "auto" chooses by device. It
+            is C++ on a CPU. On a GPU in 16 bits it is the Triton kernels if a check of them on that
+            GPU passes, which takes about a minute for each kind of site and is remembered in
+            $T5FX_CACHE_DIR (T5FX_TRITON=0 turns check and kernels off). Otherwise it is ordinary
+            operators. `Site.impl` and `Site.impl_reason` say which one it is and why.
+        seed: the initial values of new parameters depend on this number and the site's name alone.
         dynamic: whether the model is judged for all sizes of its arguments (True), for those of the
-            example (False; each further size is judged at its first call), or for all sizes where
-            that can be traced (None); the report says which it was.
+            example (False; each further size is judged at its first call), or for all sizes if the
+            model can be traced with dynamic sizes (None). The report says which of them applied.
 
     Raises:
         ConfigError: a value outside its domain.

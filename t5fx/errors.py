@@ -21,23 +21,23 @@ class ConfigError(T5Error, ValueError):
 
 
 class NothingRewrittenError(T5Error):
-    """`linearize` found no site that it may and should rewrite."""
+    """`linearize` found no attention that can be rewritten and is worth rewriting."""
 
 
 class AlreadyLinearizedError(T5Error):
-    """`linearize` was given a model that it has made itself."""
+    """`linearize` was given a model that is linearized already."""
 
 
 class RefusedCallError(T5Error):
-    """A call of a linearized model needs something that the rewritten graph cannot do."""
+    """A call of a linearized model needs attention that the TTT nodes cannot compute."""
 
 
 class LayoutUnknownError(T5Error):
-    """A rewritten attention runs on tokens whose place on a grid is not known in this call."""
+    """A rewritten attention is called on tokens whose grid is not known in this call."""
 
 
 class MeasureError(T5Error):
-    """The cost of a site could not be measured, or not so that all ranks decide alike."""
+    """The cost of a site could not be measured, or ranks could have measured it differently."""
 
 
 class GraphSpecError(T5Error):
@@ -45,19 +45,19 @@ class GraphSpecError(T5Error):
 
 
 class AdapterError(T5Error):
-    """The new parameters of a compiled model are not there, do not fit, or are not unique."""
+    """The new parameters of a compiled model do not exist, do not fit, or are not unique."""
 
 
 class CheckpointError(T5Error):
-    """A checkpoint is not there, damaged, of an unknown version, or of another model."""
+    """A checkpoint is missing, damaged, of an unknown version, or of another model."""
 
 
 class TrainingError(T5Error):
-    """Training cannot begin or go on: nothing to train, wrong data, a loss that is not finite."""
+    """Training cannot begin or continue, for example because the loss is not finite."""
 
 
 class HookError(T5Error):
-    """A fine-tune hook failed, or returned what is no module.
+    """A fine-tune hook failed, or returned something that is not a module.
 
     Attributes:
         module: the linearized model as it was left, so that nothing that was trained is lost.
@@ -73,7 +73,7 @@ class UntrainedWarning(UserWarning):
 
 
 class SlowNodeWarning(UserWarning):
-    """The node runs, in an implementation that is slower than the one made for this device."""
+    """A node runs in a slower implementation than the one that is made for this device."""
 
 
 class NothingRewrittenWarning(UserWarning):

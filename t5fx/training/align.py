@@ -94,7 +94,7 @@ DIVERGED = 100.0
 
 
 class _DivergedError(TrainingError):
-    """A loss grew beyond all measure."""
+    """A loss grew a hundredfold."""
 
 
 @dataclass(frozen=True)
@@ -110,55 +110,56 @@ class _Round:
 
 @dataclass
 class Align:
-    """A fine-tune hook: regress each TTT node onto the softmax attention that it replaces.
+    """A fine-tune hook: train each TTT node to reproduce the softmax attention that it replaces.
 
-    Needs inputs and no labels. The original runs once a step, in eval mode and without gradients;
-    each site's node gets the true queries, keys and values of the original and minimises, apart
-    from all others, sum_t |P(o_t - a_t)|^2 / sum_t |P a_t|^2 over tokens and batch, where o is its
-    output, a the softmax attention's and P the linear layer that reads it, if one does. Only the
-    new parameters change, and of these only what requires gradients. The original needs no memory
-    of its own: it is the linearized model with the softmax put back in every node.
+    It needs inputs but no labels. The original runs once a step, in eval mode and without
+    gradients. The node of each site gets the queries, keys and values of the original and
+    minimises, independently of the other nodes, sum_t |P(o_t - a_t)|^2 / sum_t |P a_t|^2 over
+    tokens and batch. Here o is the node's output, a that of softmax attention, and P the linear
+    layer that reads it, if there is one. Only new parameters that require gradients change. The
+    original needs no extra memory: it is the linearized model with its softmax attention put back.
 
-    As a hook: `linearize(model, args, finetune=Align(batches))`; or called with a linearized model,
-    one compiled with backend="t5", or its torch.compile: `Align(batches)(lin)`. Afterwards
-    `.result` has the losses.
+    Use it as a hook, `linearize(model, args, finetune=Align(batches))`, or call it with a model
+    that is linearized or compiled with backend="t5", `Align(batches)(lin)`. Afterwards `.result`
+    has the losses.
 
-    In several processes (torch.distributed, such as under torchrun) every one calls it with the
-    same data, of which it takes its share; gradients and losses are averaged, and the nodes are
-    those of the first process. The model may be one that FSDP2 has sharded: while its nodes learn,
-    each process has them whole, in float32.
+    With several processes (torch.distributed, for example under torchrun) every process makes the
+    same call with the same data, of which it takes its share. Gradients and losses are averaged,
+    and the nodes start with the values of the first process. FSDP2 may have sharded the model:
+    during training each process holds the nodes whole, in float32.
 
     Args:
         data: batches, iterated as often as needed: a DataLoader, or a list. A mapping is a call's
             keyword arguments, a tuple or list its positional ones, anything else the only one. A
             DataLoader is split over processes by accelerate; of anything else each takes every so
             many-th batch.
-        inputs: what of a batch the model is called with, such as `lambda batch: batch[0]` where
-            batches have labels too.
-        steps: how many batches.
-        lr: peak learning rate of Muon for the inner model's matrices; AdamW has twice that for the
-            convolutions and gates. None is 1e-2, or 2e-3 where the nodes have near attention, which
+        inputs: function from a batch to the inputs of the model, such as `lambda batch: batch[0]`
+            for batches that have labels too.
+        steps: number of batches to train on.
+        lr: peak learning rate of Muon for the inner model's matrices; AdamW trains the convolutions
+            and gates at twice that rate. None is 1e-2, or 2e-3 for nodes with near attention, which
             leaves them little to learn.
-        warmup: the fraction of the steps in which the rate rises linearly; a cosine follows.
-        own: the fraction of the steps, the last ones, in which the nodes' own outputs go on to the
-            layers behind instead of the original's: so that later nodes learn on what they will
-            get. Their targets are the softmax attention's on that.
-        held_out: batches to measure the losses on before and after, which are not trained on.
+        warmup: fraction of the steps in which the rate rises linearly; a cosine follows.
+        own: fraction of the steps, at the end, in which the following layers get the outputs of the
+            nodes instead of those of softmax attention, so that later nodes train on the inputs
+            that they will get. The targets are then those of softmax attention on these inputs.
+        held_out: batches that are not trained on; the losses on them are measured before and after.
         sequential: the sites learn one after the other, in the order in which they run, each for
-            `steps` batches, with the finished ones' own outputs before it. Of gradients and the
-            optimizer's states only one site's are in memory at a time.
-        checkpoint: a file that keeps the state every `save_every` steps. An alignment that finds it
-            goes on from there, to the same values on a CPU, with the random numbers and the place
-            in the data that `t5fx.training.batches` describes; at the end the file is removed.
-        save_every: steps from one such state to the next.
-        until: stop early, once the mean loss over 50 steps is lower than over the 50 before it by
-            less than this share, such as 0.01.
+            `steps` batches, on the outputs of the sites that have finished. Gradients and the
+            optimizer's state of only one site are in memory at a time.
+        checkpoint: file to which the state is saved every `save_every` steps. If the file exists,
+            the alignment resumes from it, with the same results on a CPU; `t5fx.training.batches`
+            describes how random numbers and the position in the data are restored. The file is
+            removed at the end.
+        save_every: number of steps between two such states.
+        until: if it is given, training stops once the mean loss over 50 steps is less than this
+            fraction, such as 0.01, below the mean over the 50 steps before.
 
     Raises:
-        TrainingError: nothing to train, data that ends, a site that no batch reaches, a loss that
-            is not finite. The module then has the values of the last step that was in order, as
-            after an interrupt. A loss that grew a hundredfold; the module then is as it was.
-            A checkpoint that is damaged, or of other settings.
+        TrainingError: there is nothing to train, the data ends, no batch reaches a site, or a loss
+            is not finite; the module then has the values of the last valid step, as after an
+            interrupt. A loss grew a hundredfold; the module then has the values from before the
+            alignment. A checkpoint is damaged or has other settings.
     """
 
     data: Iterable[Any]

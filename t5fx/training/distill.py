@@ -45,30 +45,32 @@ OUTPUTS: dict[str, Loss] = {"cosine": cosine, "relative": relative}
 
 @dataclass
 class Distill(Loop):
-    """A fine-tune hook: the linearized model as student of the original, end to end.
+    """A fine-tune hook: train the linearized model end to end to reproduce the original.
 
-    Needs inputs and no labels. The teacher is a copy of the model with the softmax attention put
-    back, in eval mode, as is the student. The loss is that of the outputs plus `hidden_weight`
+    It needs inputs but no labels. The teacher is a copy of the model with its softmax attention put
+    back; teacher and student are in eval mode. The loss is that of the outputs plus `hidden_weight`
     times the mean of |s - t|^2 / |t|^2 over the chosen hidden states (MOHAWK, arXiv 2408.10189,
-    and LoLCATs, arXiv 2410.10254, align attentions, then hidden states, then outputs). Errors of
-    single sites add up over the layers: this is what takes them away. With near attention it needs
-    no `Align` before it; without, `Align` gets each site close for a fraction of the cost.
+    and LoLCATs, arXiv 2410.10254, align attentions, then hidden states, then outputs). `Align`
+    trains each site on its own and cannot correct errors that add up over the layers; `Distill`
+    does. With near attention, no `Align` is needed before it. Without, `Align` gets each site close
+    at a fraction of the cost.
 
-    As a hook: `linearize(model, args, finetune=[Align(batches), Distill(batches)])`; or called with
-    a linearized model: `Distill(batches)(lin)`. Parameters are trained in place; afterwards
-    `.result` has the history, as that of `FineTune`, whose loop on accelerate it uses.
+    Use it as a hook, `linearize(model, args, finetune=[Align(batches), Distill(batches)])`, or call
+    it with a linearized model, `Distill(batches)(lin)`. Parameters are trained in place, by the
+    loop of `FineTune`. Afterwards `.result` has the history.
 
     Args:
         data: batches, as for `Align`.
-        inputs: what of a batch the model is called with.
+        inputs: function from a batch to the inputs of the model, as for `Align`.
         output: the loss of the outputs: "cosine", 1 - cosine of their last axis; "relative",
             |s - t|^2 / |t|^2; or a function of the student's and the teacher's output.
-        hidden: names of modules, patterns as in fnmatch, at whose outputs the two are compared;
-            None is the blocks that hold the rewritten attentions, () is nothing.
-        hidden_weight: weight of their loss.
-        train: "new" the new parameters alone; "full" the old ones too, with `lr / lr_ratio`; "lora"
-            the new ones and low-rank updates of the linear layers (by peft), merged at the end.
-        rank: of these updates.
+        hidden: names of modules, or fnmatch patterns of names, whose outputs are compared too. None
+            is the blocks that contain the rewritten attentions, () is no module.
+        hidden_weight: weight of the loss of the hidden states.
+        train: which parameters are trained: "new" the new ones only, "full" also the old ones, at
+            the rate `lr / lr_ratio`, or "lora" the new ones and low-rank updates of the linear
+            layers (by peft), which are merged at the end.
+        rank: rank of the low-rank updates.
         steps: as for `FineTune`.
         lr: as for `FineTune`.
         lr_ratio: as for `FineTune`.
@@ -83,12 +85,12 @@ class Distill(Loop):
         checkpoint: as for `FineTune`.
         save_every: as for `FineTune`.
         accelerator: as for `FineTune`.
-        evaluate: as for `FineTune`, such as the agreement on inputs that are held out.
+        evaluate: as for `FineTune`, such as the agreement on held-out inputs.
         eval_every: as for `FineTune`.
 
     Raises:
-        TrainingError: no such hidden state, nothing to train, data that ends, a loss that is not
-            finite. The module then has the values of the last step that was in order.
+        TrainingError: a hidden state does not exist, there is nothing to train, the data ends, or
+            a loss is not finite. The module then has the values of the last valid step.
     """
 
     _: KW_ONLY

@@ -125,36 +125,40 @@ def search(
     points: int = 8,
     config: LinearizeConfig | None = None,
 ) -> SearchResult:
-    """Find what each attention should become: a node with which window and cells, or nothing.
+    """Find for each attention the node that it should become, or that it should stay softmax.
 
-    For each site and candidate the loss of the model's output is measured with that site alone
-    rewritten, and what the node costs at the example's sizes. The sum of losses is minimised under
-    a sum of costs (a multiple-choice knapsack, by its Lagrangian); the choices on the frontier are
-    then built and measured whole. The model itself is not touched.
+    For each site and candidate, the search measures the loss of the model's output with only that
+    site rewritten, and the cost of the node at the example's sizes. It minimises the sum of the
+    losses under a bound on the sum of the costs (a multiple-choice knapsack, by its Lagrangian),
+    and then builds and measures the choices on the frontier as whole models. The model itself is
+    not changed.
 
     Args:
         model: as for `linearize`.
-        args: of the call whose sizes the costs are of.
-        kwargs: its keyword arguments.
-        data: batches, a list; as for `Align`. A few are enough.
-        budget: the attentions of the whole model may cost this share of the softmax's, above 0.
-            The choice with the least loss is taken.
-        loss: or the output's loss may be this much. The cheapest choice is taken.
-        inputs: what of a batch the model is called with.
-        candidates: what a site may become: fields of `LinearizeConfig` that can be set per site.
-        compare: the loss of an output and the original's; 1 - cosine of the last axis by default.
-        align: steps of `Align` on `data` that nodes get before they are compared, those of each
-            candidate and of each choice of the frontier.
-        cost: "flops", counted, or "measure", timed on the device (see policy="measure").
-        points: how many choices of the frontier to build and measure.
-        config: all other options. Its cost model is not asked: what pays is the search's to find.
+        args: arguments of an example call, at whose sizes the costs are counted or measured.
+        kwargs: keyword arguments of that call.
+        data: a list of batches, as for `Align`. A few are enough.
+        budget: largest cost of all attentions, as a fraction above 0 of the cost of softmax. The
+            search takes the choice with the least loss within the budget.
+        loss: largest loss of the output, instead of a budget. The search takes the cheapest choice
+            within it.
+        inputs: function from a batch to the inputs of the model, as for `Align`.
+        candidates: fields of `LinearizeConfig` that can be set per site, one mapping for each kind
+            of node that a site may become.
+        compare: loss of an output against the original's; by default 1 - cosine of the last axis.
+        align: number of steps of `Align` on `data` by which the nodes of each candidate and of each
+            choice on the frontier are trained before they are compared.
+        cost: "flops" counts operations, "measure" times them on the device (see policy="measure").
+        points: number of choices on the frontier that are built and measured.
+        config: all other options. Its cost model is not used, since the search decides what pays.
 
     Returns:
         A `SearchResult`, whose `.config` goes to `linearize` and whose `.draw(path)` draws the
         frontier.
 
     Raises:
-        TrainingError: neither or both of `budget` and `loss`, no data, or none fits.
+        TrainingError: neither or both of `budget` and `loss` are given, there is no data, or no
+            choice stays within the budget or the loss.
         NothingRewrittenError: no site can be rewritten by any candidate.
     """
     if (budget is None) == (loss is None):

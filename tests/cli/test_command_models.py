@@ -104,7 +104,12 @@ def test_size_and_batch_go_to_a_function_that_takes_them(explain):
         ("vit", ["--config", "nowhere.json"], 2, ["--config: expected a file"]),
         ("vit", ["--device", "nonsense"], 2, ["--device: expected a device of this machine"]),
         ("vit", ["--checkpoint", "nowhere"], 1, ["nowhere"]),
-        ("vit", ["--checkpoint", "d", "--coarse", "4"], 2, ["--coarse: expected no such option beside"]),
+        (
+            "vit",
+            ["--checkpoint", "d", "--coarse", "4"],
+            2,
+            ["--coarse: expected no such option beside"],
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(explain, function, options, code, words):
