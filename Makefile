@@ -41,10 +41,10 @@ demo: .venv/.demo-installed  ## explain, convert, distil, save and time a pretra
 	.venv/bin/python -m t5fx.bench.demo
 
 uses: .venv/.demo-installed  ## nearest neighbours and saliency with the demo's model; writes docs/uses.*
-	.venv/bin/python -m t5fx.bench.uses
+	.venv/bin/python -m t5fx.bench.demos.uses
 
 classify: .venv/.demo-installed  ## a small classifier converted, aligned and fine-tuned; writes docs/classify.*
-	.venv/bin/python -m t5fx.bench.classify
+	.venv/bin/python -m t5fx.bench.demos.classify
 
 docs: .venv/.docs-installed  ## the manual, into build/site; a broken link or name is an error
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
@@ -80,8 +80,8 @@ test-oldest: .venv-oldest/.test-installed  ## the tests that need no model libra
 	HYPOTHESIS_PROFILE=few .venv-oldest/bin/python $(PYTEST) -m "not slow" --core $(PYTEST_ARGS)
 
 roofline: .venv/.test-installed .venv-oldest/.test-installed  ## what the Triton kernels can reach, by both versions; docs/roofline.md
-	.venv-oldest/bin/python -m t5fx.bench.roofline > /dev/null
-	.venv/bin/python -m t5fx.bench.roofline
+	.venv-oldest/bin/python -m t5fx.bench.gpu.roofline > /dev/null
+	.venv/bin/python -m t5fx.bench.gpu.roofline
 
 gpu:  ## ten minutes that matter most on a GPU, then tests and benchmarks, with the packages found there
 	@if missing=$$($(PYTHON) -c "$(GPU_IMPORTS)" 2>&1); then \

@@ -15,16 +15,16 @@ from rich.console import Console
 
 from t5fx.errors import T5Error
 
-from .results import Experiment, Results, here
+from .harness.results import Experiment, Results, here
 
-#: Each suite's module; it has `experiments(small=False) -> list[Experiment]`.
+#: Each suite's module under `t5fx.bench`; it has `experiments(small=False) -> list[Experiment]`.
 SUITES = {
-    "models": "models",
-    "kernels": "kernels",
-    "pass": "pass_cost",
-    "peers": "peers",
-    "quality": "quality",
-    "coverage": "coverage",
+    "models": "suites.models",
+    "kernels": "suites.kernels",
+    "pass": "suites.pass_cost",
+    "peers": "suites.peers",
+    "quality": "suites.quality",
+    "coverage": "coverage.suite",
 }
 
 ABOUT = """suites:
@@ -47,12 +47,12 @@ def start(options: argparse.Namespace) -> int:
     """
     console = Console()
     if options.suite == "report":
-        from . import report
+        from .report import report
 
         paths = list(itertools.chain.from_iterable(map(_tables, options.results or [options.out])))
         return report.run(paths, options.out, console, options.readme)
     if options.suite == "compare":
-        from . import compare
+        from .harness import compare
 
         return compare.run(options.before, options.after, console)
     return run(options, console)

@@ -10,8 +10,8 @@
 import torch
 
 import t5fx
-from t5fx.bench import dinov2, photos
-from t5fx.bench.features import agreement, tokens
+from t5fx.bench.demos import dinov2, photos
+from t5fx.bench.harness.features import agreement, tokens
 
 torch.manual_seed(0)
 model = dinov2.load_dinov2_small()

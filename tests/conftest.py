@@ -39,7 +39,9 @@ CORE_LIBRARIES = {
 }
 
 # The modules of t5fx.bench that import no more than that.
-CORE_BENCH = tuple(f"t5fx.bench.{name}" for name in ("hazards", "interpreter", "offline", "races"))
+CORE_BENCH = tuple(
+    f"t5fx.bench.gpu.{name}" for name in ("hazards", "interpreter", "offline", "races")
+)
 
 
 class _TorchRandom:
@@ -104,7 +106,7 @@ def needs_extras(path: Path) -> bool:
     """Whether a test file imports a library that is not a core one, or what of t5fx.bench does."""
     names = _imported(path)
     top = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-    bench = {name for name in names if name.startswith("t5fx.bench.")}
+    bench = {name for name in names if name.startswith("t5fx.bench.")} - {"t5fx.bench.gpu"}
     return bool(top - CORE_LIBRARIES or not all(name.startswith(CORE_BENCH) for name in bench))
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import t5fx
-from t5fx.bench import overview, report, results
+from t5fx.bench.harness import results
+from t5fx.bench.report import overview, report
 from t5fx.errors import T5Error
 
 ROOT = Path(__file__).parent.parent

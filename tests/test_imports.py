@@ -50,6 +50,13 @@ ORDER = [
     "t5fx.training",
     "t5fx.diagnostics",
     "t5fx",  # the public names, resolved on first use
+    "t5fx.bench.harness",
+    "t5fx.bench.report",
+    "t5fx.bench.coverage",
+    "t5fx.bench.demos",
+    "t5fx.bench.suites",
+    "t5fx.bench.gpu",
+    "t5fx.bench.ablation",
     "t5fx.bench",
     "t5fx.cli",
     "t5fx.__main__",

@@ -60,11 +60,11 @@ def _expected_files() -> dict[str, Path]:
 
 def _expected_data() -> set[str]:
     """Everything else that the wheel holds, by its path in it."""
-    weights = (ROOT / "bench" / "weights").iterdir()
+    weights = (ROOT / "bench" / "demos" / "weights").iterdir()
     sources = (ROOT / "kernels" / "cpp").glob("*.[ch]*")
     return {
         "t5fx/py.typed",
-        *(f"t5fx/bench/weights/{path.name}" for path in weights),
+        *(f"t5fx/bench/demos/weights/{path.name}" for path in weights),
         *(f"t5fx/kernels/cpp/{path.name}" for path in sources),
     }
 
@@ -100,9 +100,9 @@ def test_wheel_holds_every_file_under_its_mapped_name(wheel):
         "t5fx/kernels/reference.py",
         "t5fx/kernels/inner/swiglu.py",
         "t5fx/patterns/base.py",
-        "t5fx/bench/demo.py",
-        "t5fx/bench/weights/vit_digits.safetensors",
-        "t5fx/bench/weights/vit_fashion.safetensors",
+        "t5fx/bench/demos/demo.py",
+        "t5fx/bench/demos/weights/vit_digits.safetensors",
+        "t5fx/bench/demos/weights/vit_fashion.safetensors",
     } <= names
 
 

@@ -6,7 +6,7 @@ import pages
 import pytest
 import timm
 
-from t5fx.bench import dinov2
+from t5fx.bench.demos import dinov2
 
 ROOT = Path(__file__).parent.parent
 

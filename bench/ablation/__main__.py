@@ -17,9 +17,9 @@ from rich.console import Console
 
 from t5fx.errors import T5Error
 
-from ..console import step
-from ..results import Experiment, Results, Row, here
-from ..tables import save_tables
+from ..harness.console import step
+from ..harness.results import Experiment, Results, Row, here
+from ..harness.tables import save_tables
 from . import show
 from .alignment import Alignment
 from .classifier import Classifier

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import t5fx
 from t5fx.errors import TrainingError
 
-from .. import demo, dinov2, photos
-from ..features import agreement, tokens
+from ..demos import demo, dinov2, photos
+from ..harness.features import agreement, tokens
 from .rows import Variant, is_trainable
 
 

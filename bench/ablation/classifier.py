@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import t5fx
 
-from .. import mnist
-from ..classify import Shuffled
-from ..vit import accuracy, load_vit, shipped
+from ..demos import mnist
+from ..demos.classify import Shuffled
+from ..demos.vit import accuracy, load_vit, shipped
 from .cpe import encodings, with_encodings
 from .rows import Variant, is_trainable
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from t5fx.errors import T5Error
 
-from ..figure import COLOURS
-from ..results import Row
-from ..tables import Table, mean_and_spread
+from ..harness.results import Row
+from ..harness.tables import Table, mean_and_spread
+from ..report.figure import COLOURS
 from .rows import VARIANTS, Variant
 
 _CLASSIFIER, _DINOV2 = "classifier", "dinov2"
@@ -55,11 +55,12 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     groups = dict.fromkeys(one.group for one in VARIANTS)
     note = (
         "Paper: accuracy of DeiT-T on ImageNet in % (softmax 72.05; arXiv 2605.02772). Classifier: "
-        "accuracy in % of the small ViT of `t5fx.bench.classify` on its test images, as converted "
-        "and after the protocols, which train the new parameters only (freeze) or all (full) for a "
-        "tenth of the steps of the training from scratch. DINOv2-S at 224 px: mean cosine of the "
-        "patch tokens with the original's on held-out photographs, as converted and aligned, and "
-        "the mean squared error of the attentions after alignment, relative to softmax's. Mean and "
+        "accuracy in % of the small ViT of `t5fx.bench.demos.classify` on its test images, as "
+        "converted and after the protocols, which train the new parameters only (freeze) or all "
+        "(full) for a tenth of the steps of the training from scratch. DINOv2-S at 224 px: mean "
+        "cosine of the patch tokens with the original's on held-out photographs, as converted and "
+        "aligned, and the mean squared error of the attentions after alignment, relative to "
+        "softmax's. Mean and "
         f"standard deviation of the seeds, {found.seeds} at most, on {found.device}, torch "
         f"{found.torch}."
     )

@@ -9,9 +9,9 @@ registers in use, would spill 3 % of its instructions in heads of 64 and 18 % in
 other rows are guesses that fit: tests/kernels/test_triton_compile.py builds each of them for five
 architectures and holds it to the architecture's shared memory, and the programs of the rows for
 sm_90 to what fits on a multiprocessor by registers, shared memory and warps
-(``bench.offline.resident``): never more, and all of them where 16 bits are multiplied in heads of
-64 and 128. ``python -m t5fx.bench.tune`` measures on a GPU; the rows it finds go to ``MEASURED``
-with the GPU and the versions they were found on.
+(``bench.gpu.offline.resident``): never more, and all of them where 16 bits are multiplied in heads
+of 64 and 128. ``python -m t5fx.bench.gpu.tune`` measures on a GPU; the rows it finds go to
+``MEASURED`` with the GPU and the versions they were found on.
 """
 
 from typing import NamedTuple

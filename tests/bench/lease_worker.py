@@ -2,7 +2,7 @@
 
 import sys
 
-from t5fx.bench.lease import worker
+from t5fx.bench.gpu.lease import worker
 from t5fx.kernels.triton_kernels import parity
 
 forward = parity.forward

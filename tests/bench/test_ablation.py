@@ -10,8 +10,8 @@ from t5fx.bench.ablation import __main__ as ablation
 from t5fx.bench.ablation import rows, show
 from t5fx.bench.ablation.classifier import RATE, _optimizer
 from t5fx.bench.ablation.cpe import encodings, with_encodings
-from t5fx.bench.results import Row
-from t5fx.bench.vit import new_vit
+from t5fx.bench.demos.vit import new_vit
+from t5fx.bench.harness.results import Row
 from t5fx.errors import T5Error
 
 pytestmark = pytest.mark.extras

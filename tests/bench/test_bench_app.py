@@ -7,8 +7,9 @@ import types
 import pytest
 
 from t5fx.analysis.measure import Spread
-from t5fx.bench import app, results
-from t5fx.bench.results import Experiment, Results, Row
+from t5fx.bench import app
+from t5fx.bench.harness import results
+from t5fx.bench.harness.results import Experiment, Results, Row
 from t5fx.errors import T5Error
 from t5fx_command import main as command
 

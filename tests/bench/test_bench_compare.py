@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from t5fx.bench import compare
-from t5fx.bench.results import Row, write
+from t5fx.bench.harness import compare
+from t5fx.bench.harness.results import Row, write
 from t5fx.errors import T5Error
 
 MACHINE = {"device": "GPU A", "threads": 4, "torch": "2.15.0", "code": "aaaa"}

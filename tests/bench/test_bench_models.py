@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import t5fx
-from t5fx.bench import models
-from t5fx.bench.zoo import entries
+from t5fx.bench.suites import models
+from t5fx.bench.suites.zoo import entries
 from t5fx.errors import T5Error
 
 

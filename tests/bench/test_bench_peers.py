@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t5fx.bench import attentions, peers
-from t5fx.bench.attentions import (
+from t5fx.bench.suites import attentions, peers
+from t5fx.bench.suites.attentions import (
     PEERS,
     Call,
     CausalLinear,

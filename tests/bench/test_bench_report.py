@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from t5fx.analysis.measure import Spread
-from t5fx.bench import report, units
-from t5fx.bench.promise import Promise
-from t5fx.bench.results import Row, write
+from t5fx.bench.harness import units
+from t5fx.bench.harness.results import Row, write
+from t5fx.bench.report import report
+from t5fx.bench.report.promise import Promise
 from t5fx.errors import T5Error
 
 REASON = 'differs by <b>0.3</b> | "really" & truly'

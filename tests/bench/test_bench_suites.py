@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from t5fx.bench import kernels, pass_cost, peers
-from t5fx.bench.timing import Spread
+from t5fx.bench.harness.timing import Spread
+from t5fx.bench.suites import kernels, pass_cost, peers
 from t5fx.errors import T5Error
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from t5fx.bench import mnist, train_vit, vit
+from t5fx.bench.demos import mnist, train_vit, vit
 from t5fx.errors import T5Error
 
 TRAINING = vit.Training("digits", 0.5, steps=2, batch=128, seed=0, torch="2.11.0")

@@ -2,8 +2,9 @@
 
 import torch
 
-from t5fx.bench import classify, mnist, quality
-from t5fx.bench.vit import Training, new_vit
+from t5fx.bench.demos import classify, mnist
+from t5fx.bench.demos.vit import Training, new_vit
+from t5fx.bench.suites import quality
 
 
 def made_up(count):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t5fx.bench import coverage
-from t5fx.bench.cases import Case, parse, show
-from t5fx.bench.executed import Executed, count
+from t5fx.bench.coverage import suite as coverage
+from t5fx.bench.coverage.cases import Case, parse, show
+from t5fx.bench.coverage.executed import Executed, count
 
 DOCS = Path(__file__).parents[2] / "docs"
 X = torch.randn(2, 9, 8)

@@ -14,7 +14,10 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from t5fx.bench import demo, dinov2, features, figure, packages, photos, quality, tables, timing
+from t5fx.bench.demos import demo, dinov2, photos
+from t5fx.bench.harness import features, packages, tables, timing
+from t5fx.bench.report import figure
+from t5fx.bench.suites import quality
 from t5fx.errors import T5Error
 
 WIDTH, LAYERS, HEADS, SIDE = 32, 2, 2, 56

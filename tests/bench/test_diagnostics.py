@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vits import Shape
 
 import t5fx
-from t5fx.bench import demo, diagnostics, dinov2
+from t5fx.bench.demos import demo, diagnostics, dinov2
 from t5fx.kernels import TTT
 
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"

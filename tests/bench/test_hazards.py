@@ -4,8 +4,8 @@ written by hand; test_triton_compile.py runs it over the kernels.
 
 import pytest
 
-from t5fx.bench.hazards import accesses, accumulator, hazards, left_operand
-from t5fx.bench.offline import Instruction
+from t5fx.bench.gpu.hazards import accesses, accumulator, hazards, left_operand
+from t5fx.bench.gpu.offline import Instruction
 
 #: A product of left operand R8 to R11 into R24 to R55; the second closes its group.
 FIRST = "HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, RZ, !UPT"

@@ -13,11 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from t5fx.bench import assembler, results, tune
-from t5fx.bench.lease import __main__, compiling, exactness, plan, records, run, summary, tools
-from t5fx.bench.lease.__main__ import main
-from t5fx.bench.lease.plan import Item, Step
-from t5fx.bench.results import Experiment, Row
+from t5fx.bench.gpu import assembler, tune
+from t5fx.bench.gpu.lease import __main__, compiling, exactness, plan, run, summary, tools
+from t5fx.bench.gpu.lease.__main__ import main
+from t5fx.bench.gpu.lease.plan import Item, Step
+from t5fx.bench.harness import records, results
+from t5fx.bench.harness.results import Experiment, Row
 from t5fx.errors import T5Error
 from t5fx.kernels.triton_kernels import configs
 from t5fx_command import main as command
@@ -158,8 +159,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 from rich.console import Console
-from t5fx.bench.lease import run
-from t5fx.bench.lease.plan import Item, Step
+from t5fx.bench.gpu.lease import run
+from t5fx.bench.gpu.lease.plan import Item, Step
 items = tuple(Item(name, "", {}, 500.0) for name in ("one", "two"))
 run.plan = lambda rehearse: [Step("some", items, 500)]
 run.compiling = lambda rehearse, architecture: [[], []]
@@ -202,7 +203,7 @@ def test_an_end_that_is_asked_for_leaves_a_summary_and_no_worker(tmp_path, monke
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
 def test_workers_end_with_the_lease():
-    own = "from t5fx.bench.lease import child; child.end_with_parent(); print(1, flush=1);"
+    own = "from t5fx.bench.gpu.lease import child; child.end_with_parent(); print(1, flush=1);"
     code = (
         "import os, signal, subprocess, sys\n"
         f"own = [sys.executable, '-c', '{own} import time; time.sleep(600)']\n"
@@ -320,7 +321,7 @@ def test_kernels_are_compiled_as_a_launch_would(rehearsed):
     if other.version == assembler.own().version:
         pytest.skip("there is one assembler only")
     code = (
-        "from t5fx.bench.lease import compiling, worker\n"
+        "from t5fx.bench.gpu.lease import compiling, worker\n"
         "kind = {'products': 'bfloat16', 'dim': 16, 'architecture': 'sm_90', 'kernel': 'prepare'}\n"
         "print(*compiling.case(worker.Context(), 'case', **kind))\n"
     )

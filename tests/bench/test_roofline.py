@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t5fx.bench import offline, roofline
+from t5fx.bench.gpu import offline, roofline
 
 ALL = ("forward", "backward")
 #: Compiles 9 kernels; once is enough, on the newest torch.

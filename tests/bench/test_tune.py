@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t5fx.bench import tune
+from t5fx.bench.gpu import tune
 from t5fx.errors import T5Error
 from t5fx.kernels.triton_kernels.configs import Config
 

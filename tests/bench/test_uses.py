@@ -8,17 +8,8 @@ from test_demo import tiny_vit
 from torch.nn.functional import normalize
 
 import t5fx
-from t5fx.bench import (
-    demo,
-    dinov2,
-    frontier,
-    mnist,
-    neighbours,
-    packages,
-    recipe,
-    saliency,
-    uses,
-)
+from t5fx.bench.demos import demo, dinov2, frontier, mnist, neighbours, recipe, saliency, uses
+from t5fx.bench.harness import packages
 
 close = torch.testing.assert_close
 

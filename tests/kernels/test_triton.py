@@ -12,7 +12,7 @@ from triton_cases import arguments, assert_close, check, run, run_reference, spl
 from vits import Shape
 
 import t5fx
-from t5fx.bench import offline
+from t5fx.bench.gpu import offline
 from t5fx.kernels import ttt
 
 pytestmark = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 
-from t5fx.bench import offline
-from t5fx.bench.hazards import hazards, is_product
+from t5fx.bench.gpu import offline
+from t5fx.bench.gpu.hazards import hazards, is_product
 from t5fx.kernels.triton_kernels import configs, launch
 
 #: Share of the instructions in a tile's loop that may store and load spilled registers, by how the

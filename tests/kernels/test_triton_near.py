@@ -12,8 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-from t5fx.bench import offline
-from t5fx.bench.hazards import hazards
+from t5fx.bench.gpu import offline
+from t5fx.bench.gpu.hazards import hazards
 from t5fx.kernels import TTT
 from t5fx.kernels.triton_kernels import configs, near_parity
 from t5fx.kernels.triton_kernels.near_parity import NearCase

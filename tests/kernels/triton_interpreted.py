@@ -24,8 +24,8 @@ from triton_cases import (
     split,
 )
 
-from t5fx.bench import interpreter
-from t5fx.bench.interpreter import mended
+from t5fx.bench.gpu import interpreter
+from t5fx.bench.gpu.interpreter import mended
 from t5fx.errors import T5Error
 from t5fx.kernels import TTT, ttt
 from t5fx.kernels.errors import NodeArgumentError

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton_cases import poisoned
 
-from t5fx.bench.interpreter import mended
-from t5fx.bench.races import recorded
+from t5fx.bench.gpu.interpreter import mended
+from t5fx.bench.gpu.races import recorded
 from t5fx.kernels import TTT, NodeArgumentError, near
 from t5fx.kernels.choice import TRUSTED
 from t5fx.kernels.triton_kernels import check, near_launch, near_parity, parity

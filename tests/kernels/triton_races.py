@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton_cases import arguments, poisoned, run
 
-from t5fx.bench.interpreter import mended
-from t5fx.bench.races import recorded
+from t5fx.bench.gpu.interpreter import mended
+from t5fx.bench.gpu.races import recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 

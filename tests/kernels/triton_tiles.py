@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton_cases import TOLERANCE, arguments, assert_close, check, poisoned, run, run_reference
 
-from t5fx.bench.interpreter import mended
+from t5fx.bench.gpu.interpreter import mended
 from t5fx.kernels.triton_kernels import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")

@@ -1,0 +1,1 @@
+"""Whether attentions of small models are read right: `python -m t5fx.bench.coverage`."""

@@ -1,0 +1,5 @@
+"""`python -m t5fx.bench.coverage`."""
+
+from .suite import main
+
+main()

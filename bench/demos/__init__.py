@@ -1,0 +1,1 @@
+"""Pretrained or trained models converted, aligned and used, with their data."""

@@ -1,0 +1,1 @@
+"""What every suite and demo measures and writes with: results, timing, tables."""
