@@ -27,6 +27,7 @@ from t5fx.pipeline import (
 )
 from t5fx.reports import Report
 from t5fx.runtime.lookup import is_linearized, nodes_in, reports, runtimes
+from t5fx.wrappers import uncompiled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -125,7 +126,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         T5Error: nothing in the model was linearized.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     found = next(reports(model), None)
     if found is not None:
         return found
@@ -141,7 +142,7 @@ def softmax(model: nn.Module) -> Iterator[None]:
 
     Raises `T5Error` if nothing in the model is linearized.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     found = list(runtimes(model))
     if not found:
         raise T5Error(

@@ -21,6 +21,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = model.module
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside of torch.compile's wrapper, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def inside(module: nn.Module) -> nn.Module:
     """The module that a wrapper, which may be part of a model, is around, or the module itself."""
     while True:

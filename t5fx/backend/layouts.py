@@ -15,7 +15,7 @@ from t5fx.analysis.legality import given_layout
 from t5fx.config import LinearizeConfig
 from t5fx.errors import ConfigError, RefusedCallError
 from t5fx.frontend.calls import Signature
-from t5fx.frontend.dynamo import Region, unwrapped
+from t5fx.frontend.dynamo import Region, traced_module
 from t5fx.frontend.positions import Unchanged, may_list, objection
 from t5fx.graph.view import View
 from t5fx.patterns.base import Refusal
@@ -53,7 +53,7 @@ class Layouts:
         while frame is not None:
             if frame.f_code is nn.Module._wrapped_call_impl.__code__:
                 variables = frame.f_locals
-                module = unwrapped(variables["self"])
+                module = traced_module(variables["self"])
                 if module is self._model() or type(module) is self._class:
                     found = variables["args"], variables["kwargs"]
             frame = frame.f_back  # type: ignore[assignment]

@@ -22,6 +22,7 @@ from t5fx.pipeline import build
 from t5fx.runtime.lookup import is_linearized, nodes_in
 from t5fx.training.nodes import kept
 from t5fx.training.students import attention, instead
+from t5fx.wrappers import uncompiled
 
 #: Why a node was not measured.
 IDLE = "not run in this call"
@@ -73,7 +74,7 @@ def diagnose(
     arguments, keywords = check_call(model, args, kwargs)
     if queries is not None and not queries:
         raise T5Error("queries: expected at least one token, got none; sites=() asks for no maps")
-    module = getattr(model, "_orig_mod", model)
+    module = uncompiled(model)
     with kept(module):
         module.eval()
         linear, trained = _linear_form(module, arguments, keywords, config)

@@ -212,7 +212,7 @@ def _model(root: str, found: dict[fx.Node, Tensor]) -> nn.Module | None:
             model = eval(root, {"L": output.local_scope, "G": output.global_scope})
         except Exception:  # not an expression of the frame's variables, or no frame
             return None
-    return unwrapped(model) if isinstance(model, nn.Module) else None
+    return traced_module(model) if isinstance(model, nn.Module) else None
 
 
 def _first_names(model: nn.Module | None) -> dict[int, str]:
@@ -224,12 +224,12 @@ def _first_names(model: nn.Module | None) -> dict[int, str]:
 
 def resolve(model: nn.Module, name: str) -> nn.Module | None:
     """The module of a model that has this name, through torch.compile's and DDP's wrappers."""
-    module: nn.Module | None = unwrapped(model)
+    module: nn.Module | None = traced_module(model)
     for part in name.split(".") if name else ():
         module = None if module is None else module._modules.get(part)
         if module is None:
             return None
-        module = unwrapped(module)
+        module = traced_module(module)
     return module
 
 
@@ -262,7 +262,7 @@ def model_of(tensor: torch.Tensor) -> nn.Module | None:
     apart = any(
         _is_compiled(m) for m in holders[0].modules() if id(m) not in inside and m not in holders
     )
-    return unwrapped(holders[0] if apart else compiled)
+    return traced_module(holders[0] if apart else compiled)
 
 
 def called() -> list[nn.Module]:
@@ -288,7 +288,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def inside_compiled_module() -> bool:
     """Whether this thread is past the call of a compiled module, in the middle of its code."""
-    modules = [unwrapped(m) for m in called() if _is_compiled(m)]
+    modules = [traced_module(m) for m in called() if _is_compiled(m)]
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl", "__call__"):
@@ -303,8 +303,8 @@ def _is_compiled(module: nn.Module) -> bool:
     return optimized or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of torch.compile's and DDP's wrappers."""
+def traced_module(module: nn.Module) -> nn.Module:
+    """The module that Dynamo traces: inside of torch.compile's and DDP's wrappers, no others."""
     while True:
         if isinstance(module, torch._dynamo.OptimizedModule):
             module = module._orig_mod
@@ -315,7 +315,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _name(module: nn.Module, tensor: torch.Tensor) -> str | None:
-    module = unwrapped(module)
+    module = traced_module(module)
     for tensors in (module.named_parameters(), module.named_buffers()):
         for name, value in tensors:
             if value is tensor:

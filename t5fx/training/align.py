@@ -44,6 +44,7 @@ from t5fx.training.processes import (
 from t5fx.training.resume import load_state, save_state
 from t5fx.training.sharding import reshard
 from t5fx.training.students import Student, find_projections, taught
+from t5fx.wrappers import uncompiled
 
 
 @dataclass
@@ -185,7 +186,7 @@ class Align:
 
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
-        inner = getattr(module, "_orig_mod", module)
+        inner = uncompiled(module)
         batches = self._batches(device_of(module))
         first = batches.peek()
         module = self._original(inner, first)

@@ -22,6 +22,7 @@ from t5fx.runtime.lookup import is_linearized
 from t5fx.training.loop import Loop
 from t5fx.training.nodes import as_call, check_count, check_not_negative, device_of, nodes_of
 from t5fx.training.sharding import is_sharded, shard_alike
+from t5fx.wrappers import uncompiled
 
 Train = Literal["new", "full", "lora"]
 Loss = Callable[[Any, Any], Tensor]
@@ -120,7 +121,7 @@ class Distill(Loop):
 
     @torch.inference_mode(False)
     def __call__(self, module: nn.Module, report: Report | None = None) -> None:
-        inner = getattr(module, "_orig_mod", module)
+        inner = uncompiled(module)
         nodes = nodes_of(module)
         device = device_of(module)
         names = self._hidden(inner, nodes)

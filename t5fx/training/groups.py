@@ -10,6 +10,7 @@ from torch import nn
 
 from t5fx.errors import TrainingError
 from t5fx.training.nodes import check_not_negative, check_positive, nodes_of
+from t5fx.wrappers import uncompiled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,7 +46,7 @@ def param_groups(
     """
     check_positive(lr=lr, lr_ratio=lr_ratio)
     check_not_negative(weight_decay=weight_decay)
-    inner = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     fresh = {
         f"{key}.{name}": parameter
         for key, node in nodes_of(model).items()

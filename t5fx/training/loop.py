@@ -29,6 +29,7 @@ from t5fx.training.nodes import (
 from t5fx.training.processes import accelerator_on, averaged
 from t5fx.training.sharding import check_sharding, is_sharded, whole
 from t5fx.training.state import Average, FineTuneResult, TrainingState, registered, resume, save
+from t5fx.wrappers import uncompiled
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -105,7 +106,7 @@ class Loop:
             state = TrainingState(
                 folder=self.checkpoint,
                 settings={name: getattr(self, name) for name in _SETTINGS} | {"frozen": frozen},
-                module=getattr(module, "_orig_mod", module),
+                module=uncompiled(module),
                 optimizer=optimizer,
                 schedule=schedule,
                 average=Average(trained, self.ema),

@@ -17,11 +17,12 @@ from t5fx.kernels import TTT
 from t5fx.runtime.lookup import is_linearized, nodes_in
 from t5fx.training.batches import placed
 from t5fx.training.sharding import reshard
+from t5fx.wrappers import uncompiled
 
 
 def nodes_of(module: nn.Module) -> dict[str, TTT]:
     """The TTT nodes of a linearized module, or of one compiled with backend="t5", by key."""
-    inner = getattr(module, "_orig_mod", module)
+    inner = uncompiled(module)
     if is_linearized(inner):
         return nodes_in(inner)
     try:

@@ -21,7 +21,8 @@ from rich.console import Console
 
 from t5fx.errors import T5Error
 
-from .run import Options, run
+from .lease import Options
+from .run import run
 
 
 def main(arguments: Sequence[str] | None = None, age: float = 0.0) -> int:

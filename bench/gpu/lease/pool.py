@@ -6,13 +6,10 @@ import os
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from .child import Child
+from .lease import Lease
 from .plan import Item
-
-if TYPE_CHECKING:
-    from .run import Lease
 
 #: The name of its step.
 STEP = "compile"
