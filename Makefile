@@ -13,8 +13,8 @@ LEASE ?= build/lease
 LEASE_ARGS ?=
 ONLY_LEASE ?=
 # A torch that sees a GPU is not to be replaced by another, and its machine may reach no registry.
-GPU_IMPORTS := import accelerate, hypothesis, matplotlib, networkx, pytest, rich, safetensors, \
-	setuptools, skimage, timm, torch, transformers, xdist; \
+GPU_IMPORTS := import accelerate, hypothesis, matplotlib, networkx, pandas, pytest, rich, \
+	safetensors, setuptools, skimage, timm, torch, transformers, xdist; \
 	assert torch.cuda.is_available(), 'torch sees no GPU'
 OLDEST_TORCH := 2.11.*
 # The demos read one file of each of these packages, weights and images; what else they contain and

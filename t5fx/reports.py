@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from t5fx.tables import as_text, table
 
 #: The closed set of reasons for which a site is left as it is, each with its general meaning.
 REASONS = {
@@ -139,35 +140,28 @@ class Report:
         )
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=120, color_system=None).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self, width=120)
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        from rich.table import Table
         from rich.text import Text
 
         verb = f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten"
-        table = Table(title=Text(f"{self.model}: {verb}"), title_justify="left")
-        for name in ("site", "pattern"):
-            table.add_column(name, overflow="fold")
-        for name in ("tokens", "heads x dim", "prefix + grid + suffix", "GFLOP", "to"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("status", overflow="fold")
-        for site in self.sites:
-            table.add_row(
-                Text(site.fqn or "(root)"),
-                Text(site.pattern),
+        numbers = ("tokens", "heads x dim", "prefix + grid + suffix", "GFLOP", "to")
+        rows = [
+            (
+                site.fqn or "(root)",
+                site.pattern,
                 _show(site.num_tokens),
                 f"{_show(site.num_heads)} x {_show(site.head_dim)}",
                 _layout(site),
                 _giga(site.flops_before),
                 _giga(site.flops_after),
-                Text(_status(site)),
+                _status(site),
             )
-        yield table
+            for site in self.sites
+        ]
+        columns = ("site", "pattern", *numbers, "status")
+        yield table(f"{self.model}: {verb}", columns, rows, numbers=numbers, whole=True)
         for reason, count in self.counts().items():
             details = list(dict.fromkeys(s.detail for s in self.skipped if s.reason == reason))
             more = f" (and {len(details) - 1} other details)" if len(details) > 1 else ""

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 # is listed too, for everything under it; files of one folder may import each other.
 ORDER = [
     "t5fx.errors",
+    "t5fx.versions",
+    "t5fx.tables",
     "t5fx.digest",
     "t5fx.atomic",
     "t5fx.cache",

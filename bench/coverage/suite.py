@@ -10,17 +10,15 @@ docs/coverage.csv, from which docs/coverage.md is written.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import importlib.util
 import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,9 +31,10 @@ from rich.progress import track
 import t5fx
 from t5fx.frontend.capture import first_line
 from t5fx.reports import REASONS
+from t5fx.versions import version_of
 
-from ..harness.results import Experiment
-from ..harness.results import Row as ResultsRow
+from ..harness.files import read_rows, write_rows
+from ..harness.results import Experiment, Row
 from ..harness.tables import Table
 from .cases import Call, Case, outcome_of, parse, show
 from .executed import count
@@ -48,7 +47,7 @@ ALL = t5fx.LinearizeConfig(min_tokens=0)
 
 
 @dataclass
-class Row:
+class Finding:
     """What one model gave.
 
     attentions, look_alikes: executed (`executed.Executed`); found: sites that `explain` reports.
@@ -77,14 +76,14 @@ def cases(library: str) -> tuple[Case, ...]:
     return tuple(sorted(found, key=lambda case: case.name.lower()))
 
 
-def examine(case: Case, fast: bool = False, batch: int | None = None) -> Row:
+def examine(case: Case, fast: bool = False, batch: int | None = None) -> Finding:
     """Run one model; with `fast`, without its linearized form. Raises nothing.
 
     batch: items of the call, 1 or 2; None: as many as the case has.
     """
-    row = Row(case.library, case.name, expected=show(parse(case.expected)))
+    row = Finding(case.library, case.name, expected=show(parse(case.expected)))
     row.versions = ", ".join(
-        f"{name} {metadata.version(name).partition('+')[0]}" for name in ("torch", case.library)
+        f"{name} {(version_of(name) or '').partition('+')[0]}" for name in ("torch", case.library)
     )
     torch.manual_seed(0)
     try:
@@ -134,7 +133,7 @@ def _error(what: str, error: Exception) -> str:
     return f"{what}: {type(error).__name__}: {first_line(error)}"
 
 
-def _compare(row: Row) -> str:
+def _compare(row: Finding) -> str:
     """What differs between a row's outcome and what was expected or executed, or ""."""
     wrong = []
     executed, look_alikes = row.attentions or 0, row.look_alikes or 0
@@ -167,7 +166,7 @@ def _try_linearized(
 
 def run(
     chosen: Sequence[Case], fast: bool, limit: float, batch: int | None = None
-) -> Iterator[Row]:
+) -> Iterator[Finding]:
     """Rows of the cases, each within `limit` seconds, in a process that is replaced if it fails."""
     worker = None
     for case in chosen:
@@ -177,7 +176,9 @@ def run(
         if row is None:
             worker.stop()
             worker = None
-            row = Row(case.library, case.name, expected=show(parse(case.expected)), result="miss")
+            row = Finding(
+                case.library, case.name, expected=show(parse(case.expected)), result="miss"
+            )
             row.cause = case.cause or f"no answer in {limit:.0f} s, or the process died"
         yield row
     if worker is not None:
@@ -194,7 +195,7 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def examine(self, case: Case, fast: bool, limit: float, batch: int | None) -> Row | None:
+    def examine(self, case: Case, fast: bool, limit: float, batch: int | None) -> Finding | None:
         """The row, or None where there is none in `limit` seconds, imports included."""
         try:
             self.pipe.send((case.library, case.name, fast, batch))
@@ -216,38 +217,22 @@ def _serve(pipe: Any) -> None:
         pipe.send(examine(case, fast, batch))
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a csv file; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [_row(record) for record in csv.DictReader(file)]
+def read(path: Path) -> list[Finding]:
+    """The findings of a CSV file; none where there is no file."""
+    return read_rows(path, Finding) if path.exists() else []
 
 
-def _row(record: dict[str, str]) -> Row:
-    values: dict[str, Any] = dict(record)
-    for name in ("attentions", "look_alikes", "found"):
-        values[name] = int(record[name]) if record[name] else None
-    values["seconds"] = float(record["seconds"]) if record["seconds"] else None
-    return Row(**values)
-
-
-def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+def merge(old: Iterable[Finding], new: Iterable[Finding]) -> list[Finding]:
     """New rows in place of old ones of the same models, by library and name."""
     rows = {(row.library, row.model): row for row in [*old, *new]}
     return sorted(rows.values(), key=lambda r: (LIBRARIES.index(r.library), r.model.lower()))
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        names = [field.name for field in fields(Row)]
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+def write(path: Path, rows: Iterable[Finding]) -> None:
+    write_rows(path, rows, Finding)
 
 
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[Finding]) -> str:
     """The Markdown page of the rows: totals, then a table a library."""
     parts = ["# Coverage\n", _totals(rows).markdown()]
     for library in LIBRARIES:
@@ -257,7 +242,7 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def totals(rows: Sequence[Row]) -> dict[str, int]:
+def totals(rows: Sequence[Finding]) -> dict[str, int]:
     """What there is of each kind, by its name in the table of totals."""
     rewritten = [sum(n for k, n in parse(r.outcome).items() if k not in REASONS) for r in rows]
     return {
@@ -271,7 +256,7 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
-def _totals(rows: Sequence[Row]) -> Table:
+def _totals(rows: Sequence[Finding]) -> Table:
     lines = []
     for library in (*LIBRARIES, "all"):
         counts = totals([row for row in rows if library in (row.library, "all")])
@@ -290,7 +275,7 @@ def _totals(rows: Sequence[Row]) -> Table:
     )
 
 
-def _table(library: str, rows: Sequence[Row]) -> Table:
+def _table(library: str, rows: Sequence[Finding]) -> Table:
     return Table(
         title=library,
         columns=(
@@ -303,7 +288,7 @@ def _table(library: str, rows: Sequence[Row]) -> Table:
     )
 
 
-def _line(row: Row) -> tuple[str, ...]:
+def _line(row: Finding) -> tuple[str, ...]:
     outcome = parse(row.outcome)
     layouts = {kind: n for kind, n in outcome.items() if kind not in REASONS}
     skipped = {kind: n for kind, n in outcome.items() if kind in REASONS}
@@ -327,7 +312,7 @@ def _line(row: Row) -> tuple[str, ...]:
 
 def update(
     libraries: Sequence[str], chosen: Sequence[Case], out: Path, fast: bool, limit: float
-) -> Iterator[Row]:
+) -> Iterator[Finding]:
     """Runs models of the libraries and merges each row into the files in `out` before it goes on.
 
     Rows of models that the libraries' lists no longer have are dropped at the end.
@@ -347,7 +332,7 @@ def experiments(small: bool = False) -> list[Experiment]:
     return [Experiment("coverage", name, partial(_measure, name, small)) for name in LIBRARIES]
 
 
-def _measure(library: str, small: bool, experiment: Experiment) -> Iterator[ResultsRow]:
+def _measure(library: str, small: bool, experiment: Experiment) -> Iterator[Row]:
     if importlib.util.find_spec(library) is None:
         reason = f"needs {library}: pip install {library}"
         yield experiment.row("t5fx", "models", status="absent", detail=reason)
@@ -355,7 +340,7 @@ def _measure(library: str, small: bool, experiment: Experiment) -> Iterator[Resu
     if small:
         rows = run(cases(library)[:2], fast=False, limit=LIMIT)
     else:
-        rows = update([library], cases(library), DOCS, fast=False, limit=LIMIT)
+        rows = update([library], cases(library), experiment.folder or DOCS, fast=False, limit=LIMIT)
     counts = totals(list(rows))
     for measure, number in counts.items():
         yield experiment.row("t5fx", measure, number, unit="count")
@@ -375,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _totals(read(options.out / "coverage.csv")).print(console)
 
 
-def _save(folder: Path, rows: Sequence[Row]) -> None:
+def _save(folder: Path, rows: Sequence[Finding]) -> None:
     write(folder / "coverage.csv", rows)
     (folder / "coverage.md").write_text(render(rows), encoding="utf-8")
 

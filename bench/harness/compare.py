@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console, RenderableType
 
 from t5fx.errors import T5Error
+from t5fx.tables import table
 
 from .results import Row, read
 from .units import NOTHING, quantity, scale
@@ -207,19 +206,17 @@ def summary(changes: Iterable[Change]) -> str:
     return "; ".join(parts)
 
 
-def _table(changes: Sequence[Change]) -> Table:
-    table = Table()
-    for column in ("", "suite", "case", "contender", "measure", "before", "after", "change"):
-        right = column in ("before", "after", "change")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+def _table(changes: Sequence[Change]) -> RenderableType:
+    rows, styles = [], []
     for change, measures in _merged(changes):
         row = change.row
         shown = ", ".join(measures) if len(measures) < 4 else f"{len(measures)} measures"
         what = (change.verdict, row.suite, row.case, row.contender, shown)
-        # Text, not str: a name with brackets is no markup.
-        cells = [Text(cell) for cell in (*what, *_before_and_after(change))]
-        table.add_row(*cells, style=VERDICTS[change.verdict])
-    return table
+        rows.append((*what, *_before_and_after(change)))
+        styles.append(VERDICTS[change.verdict])
+    numbers = ("before", "after", "change")
+    columns = ("", "suite", "case", "contender", "measure", *numbers)
+    return table("", columns, rows, numbers=numbers, styles=styles)
 
 
 def _merged(changes: Sequence[Change]) -> list[tuple[Change, list[str]]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import functools
 import math
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import metadata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,11 @@ import torch
 import t5fx
 from t5fx.analysis.clock import device_name
 from t5fx.analysis.measure import Spread
-from t5fx.atomic import replacing
 from t5fx.digest import code_digest, digest_of
 from t5fx.errors import T5Error
+from t5fx.versions import version_of
+
+from .files import read_rows, write_rows
 
 #: Packages whose versions the figures depend on, a column each.
 PACKAGES = ("torch", "triton", "timm", "transformers", "diffusers")
@@ -110,6 +110,7 @@ class Experiment:
     """One case of a suite, run on its own and written at once, so that a run can be taken up again.
 
     run: returns the rows; it makes them with `row`. Raises T5Error where a check fails.
+    folder: where files beside the rows go; None, where the documentation has them.
     """
 
     suite: str
@@ -119,6 +120,7 @@ class Experiment:
     batch: int = 1
     dtype: str = "float32"
     mode: str = "inference"
+    folder: Path | None = None
 
     def row(
         self, contender: str, measure: str, value: float | Spread | None = None, **more: Any
@@ -146,12 +148,7 @@ _OF_CASE = ("tokens", "batch", "dtype", "mode")
 @functools.cache
 def here(seed: int = 0) -> dict[str, Any]:
     """The columns that all rows of one run share."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            versions[name] = ""
+    versions = {name: (version_of(name) or "").partition("+")[0] for name in PACKAGES}
     gpu = torch.cuda.is_available()
     return {
         "device": device_name(torch.device("cuda" if gpu else "cpu")),
@@ -223,50 +220,17 @@ def read(path: Path) -> list[Row]:
         from . import records
 
         return records.read(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [_parsed(line) for line in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, csv.Error, UnicodeDecodeError) as error:
-        raise T5Error(
-            f"{path}: expected a CSV file that `t5fx bench` wrote, got {type(error).__name__}: "
-            f"{error}"
-        ) from error
-
-
-def _parsed(line: dict[str, str]) -> Row:
-    kinds = {f.name: str(f.type) for f in fields(Row)}
-    if set(line) != set(kinds):
-        differing = sorted(map(str, set(line) ^ set(kinds)))
-        raise ValueError(f"other columns: {', '.join(differing)}")
-    values: dict[str, Any] = {}
-    for name, text in line.items():
-        if kinds[name] == "int":
-            values[name] = int(text)
-        elif kinds[name].startswith("float"):
-            values[name] = float(text) if text else None
-        else:
-            values[name] = text
-    return Row(**values)
+    return read_rows(path, Row)
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Numbers with six digits: a file that many runs merge into stays small and readable."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: _text(v) for k, v in asdict(row).items()} for row in rows)
+    """As `files.write_rows`."""
+    write_rows(path, rows, Row)
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def grouped(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """(case, its rows), in the order of first appearance."""
-    cases: dict[str, list[Row]] = {}
+def grouped(rows: Iterable[Row], column: str = "case") -> list[tuple[str, list[Row]]]:
+    """(value of a column, its rows), in the order of first appearance."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        cases.setdefault(row.case, []).append(row)
-    return iter(cases.items())
+        groups.setdefault(getattr(row, column), []).append(row)
+    return list(groups.items())

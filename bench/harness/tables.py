@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table as RichTable
 from torch import Tensor
 
 from t5fx.analysis.clock import device_name
 from t5fx.analysis.measure import Spread
+from t5fx.tables import table
 
 from .features import agreement
 from .timing import Timing
+from .units import digits
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,7 @@ class Table:
     note: str = ""
 
     def print(self, console: Console) -> None:
-        table = RichTable(title=self.title, title_justify="left")
-        for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
+        console.print(table(self.title, self.columns, self.rows))
         if self.note:
             console.print(self.note, style="dim", highlight=False)
 
@@ -121,13 +117,8 @@ def time_table(timings: Sequence[Timing], threads: int) -> Table:
 
 def _spread(values: Spread, unit: str = "") -> str:
     """`1.52x (1.50-1.55)`, three significant digits."""
-    median, low, high = (_digits(v) for v in (values.median, values.low, values.high))
+    median, low, high = (digits(v) for v in (values.median, values.low, values.high))
     return f"{median}{unit} ({low}-{high})"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, never in scientific notation."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def machine(threads: int) -> str:

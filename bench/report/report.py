@@ -15,7 +15,7 @@ from rich.console import Console
 
 from t5fx.errors import T5Error
 
-from ..harness.results import PACKAGES, Row, read
+from ..harness.results import PACKAGES, Row, grouped, read
 from ..harness.tables import Table
 from .pivots import QUARTILES, models_table, not_measured, pivots, remarks, speed_table
 from .plot_style import Plot
@@ -78,7 +78,7 @@ def run(paths: Sequence[Path], out: Path, console: Console, readme: Path | None 
         if not rows:
             names = ", ".join(map(str, paths)) or "no file"
             raise T5Error(f"expected rows of results, got none in {names}")
-        devices = [_device(name, own) for name, own in _split(rows, "device")]
+        devices = [_device(name, own) for name, own in grouped(rows, "device")]
     except T5Error as error:
         console.print(f"report: {error}", style="bold red", markup=False, highlight=False)
         return 2
@@ -114,18 +114,10 @@ def merged(files: Sequence[Sequence[Row]]) -> tuple[list[Row], int]:
     return rows, sum(map(len, files)) - len(rows)
 
 
-def _split(rows: Iterable[Row], column: str) -> list[tuple[str, list[Row]]]:
-    """(value of a column, its rows), in the order of first appearance."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(getattr(row, column), []).append(row)
-    return list(groups.items())
-
-
 def _device(name: str, rows: Sequence[Row]) -> Device:
     name = name or "unknown device"
     slug = _slug(name)
-    suites = dict(_split(rows, "suite"))
+    suites = dict(grouped(rows, "suite"))
     order = [suite for suite in SUITES if suite in suites]
     order += [suite for suite in suites if suite not in SUITES]
     chapters = tuple(_chapter(suite, f"{slug}-{_slug(suite)}", suites[suite]) for suite in order)
@@ -160,7 +152,7 @@ def _chapter(suite: str, slug: str, rows: Sequence[Row]) -> Chapter:
 
 
 def _models_tables(rows: Sequence[Row]) -> list[Table]:
-    return [models_table(own, f"models, {mode}") for mode, own in _split(rows, "mode")]
+    return [models_table(own, f"models, {mode}") for mode, own in grouped(rows, "mode")]
 
 
 def _slug(text: str) -> str:
@@ -218,7 +210,7 @@ def summary(rows: Sequence[Row]) -> str:
         raise T5Error(f"expected rows of the suite models, got {len(rows)} of other suites")
     tables = [
         _markdown(speed_table(own, f"Speed{_where(device, own)}")).strip()
-        for device, own in _split(models, "device")
+        for device, own in grouped(models, "device")
     ]
     return "\n\n".join([*tables, _plain(f"{BRIEFLY} {_when(models)}")]) + "\n"
 

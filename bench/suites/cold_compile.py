@@ -15,13 +15,13 @@ import warnings
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._inductor.utils import fresh_inductor_cache
 
 import t5fx
 from t5fx.errors import UntrainedWarning
 from t5fx.kernels import cpp
+from t5fx.tables import table
 
 
 def vit(depth: int) -> nn.Module:
@@ -62,11 +62,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore", UntrainedWarning)
     check()
-    table = Table(
-        title=f"seconds of a cold compile, {options.depth} blocks, torch {torch.__version__}"
-    )
-    for name in ("", "inductor, softmax", "t5", "t5 / inductor"):
-        table.add_column(name, justify="right")
+    title = f"seconds of a cold compile, {options.depth} blocks, torch {torch.__version__}"
+    rows = []
     for train in (False, True):
         pairs = [
             (cold("inductor", options.depth, train), cold("t5", options.depth, train))
@@ -75,8 +72,9 @@ def main() -> None:
         medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
         ratio = statistics.median(ours / theirs for theirs, ours in pairs)
         kind = "training" if train else "inference"
-        table.add_row(kind, *(f"{m:.1f}" for m in medians), f"{ratio:.2f}x")
-    Console().print(table)
+        rows.append((kind, *(f"{m:.1f}" for m in medians), f"{ratio:.2f}x"))
+    columns = ("", "inductor, softmax", "t5", "t5 / inductor")
+    Console().print(table(title, columns, rows))
 
 
 if __name__ == "__main__":

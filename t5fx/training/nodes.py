@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from t5fx import tables
 from t5fx.backend.adapters import adapter
 from t5fx.errors import AdapterError, TrainingError
 from t5fx.kernels import TTT
@@ -109,18 +109,7 @@ def progress(text: str, steps: int, done: int = 0) -> Iterator[Callable[[str], N
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     """A text table, names on the left and numbers on the right."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    result = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(columns):
-        result.add_column(column, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        result.add_row(*map(Text, row))
-    text = io.StringIO()
-    Console(file=text, width=100, color_system=None).print(result)
-    return text.getvalue().rstrip()
+    return tables.as_text(tables.table(title, columns, rows), width=100)
 
 
 def check_count(**values: int) -> None:

@@ -135,7 +135,7 @@ def test_the_page_is_what_the_csv_renders_to():
 
 def test_a_row_survives_the_csv(tmp_path):
     rows = [
-        coverage.Row("timm", "a", 1, 0, 1, "1 0+2x2+0", "1 causal", "miss", "a, 'b'", "no", 0.5)
+        coverage.Finding("timm", "a", 1, 0, 1, "1 0+2x2+0", "1 causal", "miss", "a, 'b'", "no", 0.5)
     ]
     coverage.write(tmp_path / "a.csv", rows)
     assert coverage.read(tmp_path / "a.csv") == rows
@@ -166,9 +166,9 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
 
 def test_rows_are_merged_as_they_come(tmp_path, monkeypatch):
     case, other = coverage.cases("timm")[:2]
-    gone = coverage.Row("timm", "no such model", 1)
-    coverage.write(tmp_path / "coverage.csv", [gone, coverage.Row("timm", other.name, 7)])
-    rows = [coverage.Row("timm", case.name, 2)]
+    gone = coverage.Finding("timm", "no such model", 1)
+    coverage.write(tmp_path / "coverage.csv", [gone, coverage.Finding("timm", other.name, 7)])
+    rows = [coverage.Finding("timm", case.name, 2)]
     monkeypatch.setattr(coverage, "run", lambda chosen, fast, limit: iter(rows))
     found = coverage.update(["timm"], [case], tmp_path, fast=True, limit=1.0)
     assert next(found) == rows[0]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from t5fx import cache
-from t5fx.cli.commands import env
 from t5fx_command import main
 
 
@@ -38,9 +37,7 @@ def test_packages_that_are_not_there(found, monkeypatch, capsys):
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(
-        env.importlib.metadata, "version", lambda n: "1" if n == "t5fx" else version(n)
-    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "1" if n == "t5fx" else version(n))
     assert set(found()["packages"].values()) == {"1", None}
     assert main(["env"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from t5fx import cache
 from t5fx.analysis.clock import device_name
 from t5fx.cli.arguments import add_output
 from t5fx.cli.running import Result
+from t5fx.versions import version_of
 
 PACKAGES = (
     *("t5fx", "torch", "triton", "timm", "transformers", "diffusers", "accelerate", "peft"),
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     data = {
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "python": f"{platform.python_implementation()} {platform.python_version()}, "
         f"{sys.executable}",
         "os": platform.platform(),
@@ -59,13 +59,6 @@ def run(options: argparse.Namespace) -> Result:
         },
     }
     return Result(data, (_text(data),))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> dict[str, Any]:
