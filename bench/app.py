@@ -8,6 +8,8 @@ import importlib
 import itertools
 import time
 import traceback
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from rich.console import Console
 
 from t5fx.errors import T5Error
 
-from .harness.results import Experiment, Results, here
+from .harness.results import Experiment, Results, Row, here, read
 
 #: Each suite's module under `t5fx.bench`; it has `experiments(small=False) -> list[Experiment]`.
 SUITES = {
@@ -54,7 +56,8 @@ def start(options: argparse.Namespace) -> int:
     if options.suite == "compare":
         from .harness import compare
 
-        return compare.run(options.before, options.after, console)
+        rerun = partial(_measured_again, options.after, console) if options.rerun else None
+        return compare.run(options.before, options.after, console, rerun)
     return run(options, console)
 
 
@@ -72,10 +75,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
     start = time.perf_counter()
     suites = list(SUITES) if options.suite == "all" else [options.suite]
     for suite in suites:
-        module = importlib.import_module(f"{__package__}.{SUITES[suite]}")
-        for experiment in module.experiments(small=options.small):
+        for experiment in _experiments(suite, options.small):
             if options.only and not any(part in experiment.case for part in options.only):
                 continue
+            if options.out:
+                experiment = replace(experiment, folder=options.out.with_suffix(""))
             if not options.again and results.done(experiment, columns):
                 console.print(f"{suite}: {experiment.case}: there already", style="dim")
                 continue
@@ -85,8 +89,21 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 1 if bad else 0
 
 
+def _experiments(suite: str, small: bool = False) -> list[Experiment]:
+    module = importlib.import_module(f"{__package__}.{SUITES[suite]}")
+    found: list[Experiment] = module.experiments(small=small)
+    return found
+
+
 def _one(experiment: Experiment, results: Results, columns: dict, console: Console) -> bool:
-    """Run one case; whether it was neither refused nor failed."""
+    """Run one case and keep its rows; whether it was neither refused nor failed."""
+    rows = _measured(experiment, columns, console)
+    results.replace(experiment, rows, columns)
+    return all(row.status in ("ok", "absent") for row in rows)
+
+
+def _measured(experiment: Experiment, columns: dict, console: Console) -> list[Row]:
+    """The rows of one case, or the one that says why it has none."""
     start = time.perf_counter()
     torch.manual_seed(columns["seed"])
     try:
@@ -101,7 +118,6 @@ def _one(experiment: Experiment, results: Results, columns: dict, console: Conso
         console.print(f"{status}: {detail}", style="red", markup=False, highlight=False)
         if status == "failed":
             traceback.print_exc()
-    results.replace(experiment, rows, columns)
     torch._dynamo.reset()
     gc.collect()  # models, before the next one is built
     if torch.cuda.is_available():
@@ -110,7 +126,27 @@ def _one(experiment: Experiment, results: Results, columns: dict, console: Conso
     absent = sum(row.status == "absent" for row in rows)
     said = f"{experiment.suite}: {experiment.case}: {len(rows)} rows, {absent} absent"
     console.print(f"{said}; {seconds:.0f} s", highlight=False)
-    return all(row.status in ("ok", "absent") for row in rows)
+    return rows
+
+
+def _measured_again(after: Path, console: Console, suite: str, case: str) -> list[Row]:
+    """The rows of a case of the results `after`, measured now.
+
+    Raises `T5Error` where those are not of this machine and code, or the suite has no such case.
+    """
+    known = next(r for r in read(after) if (r.suite, r.case) == (suite, case))
+    torch.set_num_threads(known.threads)
+    columns = here()
+    for name in ("device", "torch", "code"):
+        if getattr(known, name) != columns[name]:
+            raise T5Error(
+                f"--rerun: expected the {name} {getattr(known, name)} that {after} was measured "
+                f"with, got {columns[name]}: run it there"
+            )
+    found = [one for one in _experiments(suite) if one.case == case] if suite in SUITES else []
+    if not found:
+        raise T5Error(f"--rerun: expected the case {case} in the suite {suite}, found none")
+    return _measured(found[0], columns, console)
 
 
 def _tables(path: Path) -> list[Path]:
@@ -153,3 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare = commands.add_parser("compare", help="what got faster or slower from A to B")
     compare.add_argument("before", type=Path, metavar="A")
     compare.add_argument("after", type=Path, metavar="B")
+    compare.add_argument(
+        "--rerun",
+        action="store_true",
+        help="measure again what seems worse within its spread: B is of this machine and code",
+    )

@@ -28,7 +28,7 @@ def test_the_readme_shows_what_was_measured(tmp_path):
     """The benchmarks, the recipe and the coverage suite."""
     copy = tmp_path / "README.md"
     shutil.copy(ROOT / "README.md", copy)
-    report.fill_all(copy, rows(), DOCS)
+    report.fill_all(copy, rows(), [DOCS])
     assert copy.read_text() == (ROOT / "README.md").read_text(), "run `t5fx bench report`"
 
 
@@ -36,7 +36,7 @@ def test_a_readme_without_a_place_for_it_is_refused(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text((ROOT / "README.md").read_text().replace("<!-- coverage -->", ""))
     with pytest.raises(T5Error, match="<!-- coverage -->"):
-        report.fill_all(copy, rows(), DOCS)
+        report.fill_all(copy, rows(), [DOCS])
 
 
 def test_the_report_is_that_of_the_results():

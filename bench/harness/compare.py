@@ -1,15 +1,16 @@
 """What changed from one table of results to another: `t5fx bench compare before.csv after.csv`.
 
 Only what is a ratio of two measurements of the same run can get worse here ("x", "share"): seconds
-and bytes are those of a machine and its mood, and are told where they moved.
+and bytes are those of a machine and its mood, and are told where they moved. A loss whose quartiles
+overlap counts when a rerun confirms it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -27,8 +28,9 @@ TOLERANCE = 0.05
 #: What can have become of a row, the worst first, each with its style on a terminal.
 VERDICTS = {
     "lost": "bold red",  # was measured; now missing, refused or failed
-    "worse": "bold red",  # a ratio, by more than the tolerance and beyond the spread
+    "worse": "bold red",  # a ratio, by more than the tolerance, beyond the spread or confirmed
     "uncertain": "yellow",  # a ratio, by more than the tolerance but within the spread
+    "unconfirmed": "yellow",  # the same, and a rerun did not confirm it
     "moved": "",  # in another unit, beyond the spread
     "absent": "dim",  # was measured; now its package or device is not there
     "better": "green",
@@ -37,6 +39,9 @@ VERDICTS = {
     "unmeasured": "",  # neither before nor after
 }
 REGRESSIONS = ("lost", "worse")
+
+#: Measures a case of a suite again: its rows, by the names of the suite and the case.
+Rerun = Callable[[str, str], Iterable[Row]]
 
 # Columns of a row that say on what and of what code it was taken.
 _CIRCUMSTANCES = ("device", "threads", "torch", "code")
@@ -87,6 +92,36 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
             "expected results with a case in common that was measured in both, got none: before "
             f"{_summed_up(before)}; after {_summed_up(after)}"
         )
+    return _ranked(changes)
+
+
+def confirmed(changes: Sequence[Change], rerun: Rerun) -> list[Change]:
+    """The changes once more, with the "uncertain" ones decided by a rerun of their cases.
+
+    A loss by more than the tolerance that the rerun shows too is "worse", with the rerun's row as
+    `after`; one that it does not show is "unconfirmed". What the rerun refuses, or does not measure
+    at all, is "lost".
+    """
+    cases = dict.fromkeys(c.row.key[:2] for c in changes if c.verdict == "uncertain")
+    again = {case: list(rerun(*case)) for case in cases}
+
+    def decided(change: Change) -> Change:
+        if change.verdict != "uncertain" or change.before is None:
+            return change
+        rows = again[change.row.key[:2]]
+        same = {row.key: row for row in rows}.get(change.row.key)
+        found = _change(change.before, same or _told_of_the_case(change.before, rows))
+        if found.verdict in ("worse", "uncertain"):
+            return replace(found, verdict="worse")
+        if found.verdict in ("unchanged", "better"):
+            return replace(change, verdict="unconfirmed")
+        return found
+
+    return _ranked(map(decided, changes))
+
+
+def _ranked(changes: Iterable[Change]) -> list[Change]:
+    """The worst first."""
     ranks = {verdict: rank for rank, verdict in enumerate(VERDICTS)}
     return sorted(changes, key=lambda change: (ranks[change.verdict], change.gain))
 
@@ -146,14 +181,19 @@ def _summed_up(rows: Sequence[Row]) -> str:
     return f"{cases} cases of {', '.join(sorted({row.suite for row in rows})) or 'no suite'}"
 
 
-def run(before: Path, after: Path, console: Console) -> int:
+def run(before: Path, after: Path, console: Console, rerun: Rerun | None = None) -> int:
     """Prints what changed between two files. Returns the exit code.
 
     0: nothing got worse. 1: something did, or is no longer measured. 2: they cannot be compared.
+
+    rerun: measures a case again, on the machine and the code of `after`; see `confirmed`. Without
+    it, a loss within the spread fails nothing.
     """
     try:
         old, new = read(before), read(after)
         changes = compare(old, new)
+        if rerun is not None:
+            changes = confirmed(changes, rerun)
     except T5Error as error:
         console.print(f"compare: {error}", style="bold red", markup=False, highlight=False)
         return 2
@@ -193,7 +233,8 @@ def summary(changes: Iterable[Change]) -> str:
         for verdict, name in (
             ("better", "better"),
             ("worse", "worse"),
-            ("uncertain", "perhaps worse, within the spread"),
+            ("uncertain", "perhaps worse, within the spread (--rerun decides)"),
+            ("unconfirmed", "perhaps worse, not confirmed by a rerun"),
             ("unchanged", f"unchanged (within {100 * TOLERANCE:.0f} % or the spread)"),
             ("new", "new"),
             ("lost", "missing, refused or failed"),

@@ -110,7 +110,7 @@ class Experiment:
     """One case of a suite, run on its own and written at once, so that a run can be taken up again.
 
     run: returns the rows; it makes them with `row`. Raises T5Error where a check fails.
-    folder: where files beside the rows go; None, where the documentation has them.
+    folder: for what a case writes beside its rows; None where that is a part of the manual.
     """
 
     suite: str

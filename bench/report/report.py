@@ -91,7 +91,8 @@ def run(paths: Sequence[Path], out: Path, console: Console, readme: Path | None 
         plot.save(out)
     (out / "report.md").write_text(markdown(intro, devices), encoding="utf-8")
     if readme is not None:
-        fill_all(readme, rows, readme.parent / "docs")
+        beside = [path.with_suffix("") for path in reversed(paths)]
+        fill_all(readme, rows, [*beside, readme.parent / "docs"])
     console.print(f"{out}: report.md and {len(shown)} plots", markup=False, highlight=False)
     return 0
 
@@ -230,23 +231,25 @@ def _when(rows: Sequence[Row]) -> str:
     return f"Measured on {', '.join(sorted(days))}, at commit {', '.join(sorted(commits))}."
 
 
-def fill_all(readme: Path, rows: Sequence[Row], docs: Path) -> None:
+def fill_all(readme: Path, rows: Sequence[Row], folders: Sequence[Path]) -> None:
     """Puts what was measured into the README: nothing of it is typed.
 
-    rows: of all suites; docs: where the recipe and the coverage suite wrote their tables.
+    rows: of all suites; folders: where the recipe and the coverage suite may have written their
+    tables; the first that has one counts.
 
     Raises `T5Error` where the README has no place for it, or a table is not there.
     """
     fill(readme, "speed", summary(rows))
-    fill(readme, "quality", _table_of(docs / "recipe.md"))
-    coverage = _table_of(docs / "coverage.md").removeprefix("# Coverage")
+    fill(readme, "quality", _table_of("recipe.md", folders))
+    coverage = _table_of("coverage.md", folders).removeprefix("# Coverage")
     fill(readme, "coverage", coverage.partition("**timm**")[0])  # the totals alone
 
 
-def _table_of(path: Path) -> str:
-    if not path.exists():
-        raise T5Error(f"{path}: expected the tables of {path.stem}, found no such file")
-    return path.read_text(encoding="utf-8")
+def _table_of(name: str, folders: Sequence[Path]) -> str:
+    for path in (folder / name for folder in folders):
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+    raise T5Error(f"expected {name} in {' or '.join(map(str, folders))}, found no such file")
 
 
 def fill(readme: Path, name: str, text: str) -> None:

@@ -1,8 +1,10 @@
 """`t5fx bench`: cases run once, are kept at once, and what is wrong is refused and said."""
 
+import dataclasses
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +89,36 @@ def test_changed_results_do_not_make_the_code_dirty(monkeypatch):
     assert "docs" not in status and {"t5fx", "patterns", "kernels", "bench"} < set(status)
     said["status"] = " M kernels/ops/op.py"
     assert results.here.__wrapped__()["commit"] == "abc1234-dirty"
+
+
+@pytest.mark.parametrize(("value", "code"), [(1.8, 1), (2.0, 0)])
+def test_a_rerun_decides_on_a_loss_within_the_spread(suite, tmp_path, monkeypatch, value, code):
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+
+    def ratio(median):
+        def run(experiment):
+            spread = Spread(0.8 * median, median, 1.2 * median)
+            yield experiment.row("t5", "speed-up", spread, unit="x", better="higher")
+
+        cases = [Experiment("models", name, run) for name in ("first", "second")]
+        monkeypatch.setattr(sys.modules["t5fx.bench.fake"], "experiments", lambda small: cases)
+
+    for path, median in zip(paths, (2.0, 1.8), strict=True):
+        ratio(median)
+        assert command(["bench", "models", "--out", path]) == 0
+    ratio(value)
+    assert command(["bench", "compare", *paths]) == 0
+    assert command(["bench", "compare", *paths, "--rerun"]) == code
+
+
+def test_a_rerun_needs_the_code_of_the_results(suite, tmp_path, capsys):
+    row = Row("models", "first", 1, 1, "", "", "t5", "speed-up", "x", "higher", 2.0, 1.0, 3.0)
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    for path, value in zip(paths, (2.0, 1.8), strict=True):
+        results.write(Path(path), [dataclasses.replace(row, value=value, threads=1)])
+    assert command(["bench", "compare", *paths, "--rerun"]) == 2
+    assert "--rerun: expected the device" in capsys.readouterr().out
+    assert not suite.runs
 
 
 def test_only(suite, bench):

@@ -44,12 +44,12 @@ def verdicts(before: list[Row], after: list[Row]) -> list[str]:
 def told(tmp_path):
     """Runs it on two lists of rows; returns the exit code and the text, without a table's lines."""
 
-    def run(before: list[Row], after: list[Row]) -> tuple[int, str]:
+    def run(before: list[Row], after: list[Row], rerun=None) -> tuple[int, str]:
         paths = tmp_path / "a.csv", tmp_path / "b.csv"
         for path, rows in zip(paths, (before, after), strict=True):
             write(path, rows)
         console = Console(file=io.StringIO(), width=300)
-        code = compare.run(*paths, console)
+        code = compare.run(*paths, console, rerun)
         return code, " ".join(re.sub("[│┃]", " ", console.file.getvalue()).split())
 
     return run
@@ -81,6 +81,37 @@ def test_one_row(before, after, verdict, told):
     code, text = told([before], [after])
     assert code == (verdict == "worse")
     assert (verdict == "unchanged") == (before.measure not in text)
+
+
+@pytest.mark.parametrize(
+    ("again", "verdict"),
+    [
+        ([speedup(1.3, 0.2)], "worse"),  # the same loss once more, still within the spread
+        ([speedup(1.3)], "worse"),
+        ([speedup(1.45, 0.2)], "unconfirmed"),
+        ([speedup(1.8)], "unconfirmed"),
+        ([without_value(speedup(1.3), "refused", "outputs differ")], "lost"),
+        ([without_value(speedup(1), "failed", "", contender="", measure="")], "lost"),
+        ([], "lost"),
+    ],
+)
+def test_a_loss_within_the_spread_counts_when_a_rerun_confirms_it(again, verdict, told):
+    before = [speedup(1.5, 0.2), speedup(1.5, case="other")]
+    after = [speedup(1.3, 0.2), speedup(1.5, case="other")]
+    asked = []
+
+    def rerun(suite, case):
+        asked.append((suite, case))
+        return again
+
+    code, _ = told(before, after)
+    assert (code, asked) == (0, [])
+    code, text = told(before, after, rerun)
+    assert asked == [("models", "ViT 518 px")]  # and nothing whose verdict is certain
+    assert code == (verdict != "unconfirmed")
+    assert text.count(verdict) >= 1
+    changes = compare.confirmed(compare.compare(before, after), rerun)
+    assert [change.verdict for change in changes] == [verdict, "unchanged"]
 
 
 def test_a_planted_regression_among_improvements(told):

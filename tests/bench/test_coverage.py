@@ -1,6 +1,7 @@
 """The coverage suite: its counter of executed attentions, its table, and some of its models."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,20 @@ def test_rows_are_merged_as_they_come(tmp_path, monkeypatch):
     assert not list(found)
     names = [row.model for row in coverage.read(tmp_path / "coverage.csv")]
     assert sorted(names) == sorted([case.name, other.name])
+
+
+def test_another_place_for_results_has_the_findings_too(tmp_path, monkeypatch):
+    (name, *_), folders = [case.name for case in coverage.cases("timm")], []
+
+    def update(libraries, chosen, out, fast, limit):
+        folders.append(out)
+        yield coverage.Finding("timm", name, 1, result="match")
+
+    monkeypatch.setattr(coverage, "update", update)
+    experiment = coverage.experiments()[0]
+    for one in (experiment, replace(experiment, folder=tmp_path)):
+        list(one.run(one))
+    assert folders == [Path("docs"), tmp_path]
 
 
 SUBSET = {
