@@ -20,7 +20,7 @@ from t5fx.errors import T5Error
 PACKAGES = {
     **{name: name for name in ("timm", "transformers", "diffusers", "torchvision", "matplotlib")},
     **{"accelerate": "'t5fx[train]'", "PIL": "pillow", "numpy": "numpy"},
-    **dict.fromkeys(("onnx", "skimage", "sklearn", "tomesd"), "'t5fx[bench]'"),
+    **dict.fromkeys(("onnx", "pandas", "skimage", "sklearn", "tomesd"), "'t5fx[bench]'"),
 }
 
 
