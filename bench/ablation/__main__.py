@@ -28,6 +28,8 @@ from .rows import SMALL, Variant, variants
 SUITE = "ablation"
 PARTS = ("classifier", "dinov2")
 DOCS = Path("docs")
+#: Of each part, so few that all rows take two hours on one core of a CPU.
+STEPS = 40
 
 #: (variant, seed) -> what was measured and its value, or None where there is none.
 Measure = Callable[[Variant, int], Iterator[tuple[str, float | None]]]
@@ -67,7 +69,7 @@ def run(
     for variant in chosen:
         case = f"{part}: {variant.name}"
         run = partial(_rows, variant, load, options.seeds)
-        experiment = Experiment(SUITE, case, run, mode="training")
+        experiment = Experiment(SUITE, case, run, mode=f"{_steps(part, options)} steps")
         if results.done(experiment, here()):
             console.print(f"{case}: there already", style="dim")
             continue
@@ -77,9 +79,17 @@ def run(
 
 
 def _measure(part: str, options: argparse.Namespace) -> Measure:
+    steps = _steps(part, options)
     if part == "classifier":
-        return Classifier.load(2, 100) if options.small else Classifier.load(options.steps)
-    return Alignment.load(2, 112) if options.small else Alignment.load()
+        return Classifier.load(steps, 100 if options.small else None)
+    return Alignment.load(steps, 112) if options.small else Alignment.load(steps)
+
+
+def _steps(part: str, options: argparse.Namespace) -> int:
+    given = {"classifier": options.steps, "dinov2": options.align_steps}[part]
+    if given is not None:
+        return given
+    return 2 if options.small else STEPS
 
 
 def _rows(
@@ -100,11 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     tiny = f"two steps of {', '.join(SMALL)}, to try it out; needs --out"
     parser.add_argument("--small", action="store_true", help=tiny)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument(
-        "--steps", type=int, help="of the classifier; a tenth of its own training's"
-    )
+    default = f"{STEPS} by default"
+    parser.add_argument("--steps", type=_positive, help=f"of the classifier, {default}")
+    parser.add_argument("--align-steps", type=_positive, help=f"of DINOv2-S, {default}")
     parser.add_argument("--render", action="store_true", help="measure nothing, show what is there")
     return parser
+
+
+def _positive(text: str) -> int:
+    steps = int(text)
+    if steps < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 step, got {steps}")
+    return steps
 
 
 if __name__ == "__main__":

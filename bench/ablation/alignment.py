@@ -34,7 +34,7 @@ class Alignment:
     steps: int
 
     @classmethod
-    def load(cls, steps: int = 60, size: int = demo.TRAIN_SIZE) -> Alignment:
+    def load(cls, steps: int, size: int = demo.TRAIN_SIZE) -> Alignment:
         model = dinov2.load_dinov2_small()
         images = dinov2.preprocess(photos.centre_crops(tuple(photos.HELD_OUT), size))
         return cls(model, images, tokens(model, images), size, steps)

@@ -41,16 +41,16 @@ class Classifier:
     base_steps: int
 
     @classmethod
-    def load(cls, steps: int | None = None, images: int | None = None) -> Classifier:
-        """The shipped one: a tenth of its own training's steps, or so many; all test images, or
-        the first so many.
+    def load(cls, steps: int, images: int | None = None) -> Classifier:
+        """The shipped one, to be trained for so many steps; all test images, or the first so
+        many.
         """
         data = mnist.load()
         model, training = load_vit(shipped(data.name))
         test = mnist.Labelled(*(part[:images] for part in data.test))
         data = mnist.Data(data.name, data.source, data.train, test)
         right = accuracy(model, *test)
-        return cls(model, data, right, steps or training.steps // 10, training.steps)
+        return cls(model, data, right, steps, training.steps)
 
     def __call__(self, variant: Variant, seed: int) -> Iterator[tuple[str, float]]:
         """("converted", "freeze" or "full", accuracy) of a variant, trained with that seed."""

@@ -21,9 +21,11 @@ class Found:
     def __init__(self, rows: Iterable[Row]) -> None:
         self.values: dict[tuple[str, str, str], list[float | None]] = {}
         self.device = self.torch = ""
+        self._steps: dict[str, dict[str, None]] = {}
         for row in rows:
             part, _, name = row.case.partition(": ")
             measure = row.measure.rpartition(", seed ")[0]
+            self._steps.setdefault(part, {})[row.mode] = None
             self.values.setdefault((part, name, measure), []).append(row.value)
             self.device, self.torch = f"{row.device}, {row.threads} threads", row.torch
 
@@ -39,10 +41,17 @@ class Found:
         values = self.values.get((part, name, measure), [])
         if not values:
             return "-"
-        if None in values:
+        if None in values or len(values) < self._seeds_of(part, name):
             return "diverged"
         numbers = [scale * value for value in values if value is not None]
         return mean_and_spread(numbers, digits)
+
+    def _seeds_of(self, part: str, name: str) -> int:
+        return max(len(v) for key, v in self.values.items() if key[:2] == (part, name))
+
+    def steps(self, part: str) -> str:
+        """Of the training, as in "40 steps"; more of them where rows differ."""
+        return " or ".join(self._steps.get(part, {"0 steps": None}))
 
     @property
     def seeds(self) -> int:
@@ -56,13 +65,12 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     note = (
         "Paper: accuracy of DeiT-T on ImageNet in % (softmax 72.05; arXiv 2605.02772). Classifier: "
         "accuracy in % of the small ViT of `t5fx.bench.demos.classify` on its test images, as "
-        "converted and after the protocols, which train the new parameters only (freeze) or all "
-        "(full) for a tenth of the steps of the training from scratch. DINOv2-S at 224 px: mean "
-        "cosine of the patch tokens with the original's on held-out photographs, as converted and "
-        "aligned, and the mean squared error of the attentions after alignment, relative to "
-        "softmax's. Mean and "
-        f"standard deviation of the seeds, {found.seeds} at most, on {found.device}, torch "
-        f"{found.torch}."
+        f"converted and after {found.steps(_CLASSIFIER)} of the protocols, which train the new "
+        "parameters only (freeze) or all (full). DINOv2-S at 224 px: mean cosine of the patch "
+        "tokens with the original's on held-out photographs, as converted and after "
+        f"{found.steps(_DINOV2)} of alignment, and the mean squared error of the attentions after "
+        "alignment, relative to softmax's. Mean and standard deviation of the seeds, "
+        f"{found.seeds} at most, on {found.device}, torch {found.torch}."
     )
     made = [table for table in (_table(group, found) for group in groups) if table.rows]
     if not made:
@@ -97,7 +105,7 @@ def _table(group: str, found: Found) -> Table:
 #: Of each part: its title, its unit, the factor to it, and what is drawn of it in which colour.
 _PANELS: dict[str, tuple[str, str, float, dict[str, str]]] = {
     _CLASSIFIER: (
-        "classifier, a tenth of the training",
+        "classifier, trained",
         "accuracy, %",
         100.0,
         {"freeze": COLOURS[1], "full": COLOURS[0]},

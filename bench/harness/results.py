@@ -201,6 +201,7 @@ class Results:
         rows = [r for r in self.rows if (r.suite, r.case) == (experiment.suite, experiment.case)]
         same = ("device", "driver", "threads", *PACKAGES, "code", "harness")
         fits = all(getattr(row, name) == run[name] for row in rows for name in same)
+        fits = fits and all(row.mode == experiment.mode for row in rows)
         return bool(rows) and fits and all(row.status in ("ok", "absent") for row in rows)
 
     def replace(self, experiment: Experiment, rows: Sequence[Row], run: dict[str, Any]) -> None:
