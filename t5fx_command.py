@@ -18,7 +18,7 @@ from pathlib import Path
 PACKAGE = "t5fx.cli.commands"
 EPILOG = """exit codes:
   0  done
-  1  it failed: one line on stderr says what was expected and what was got
+  1  it failed: one line on stderr says what was expected and what was found
   2  wrong usage
 
 `t5fx COMMAND --help` lists the options of a command.

@@ -1,4 +1,4 @@
-"""Teach each new node what the attention did that it replaces, without labels (t5fx.Align)."""
+"""Train each new node to reproduce the attention that it replaces (t5fx.Align)."""
 
 from __future__ import annotations
 

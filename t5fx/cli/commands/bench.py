@@ -1,4 +1,4 @@
-"""Measure what t5fx does for models on this machine, and render or compare what was measured."""
+"""Run benchmarks on this machine, and write a report of results or compare them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Convert a model and save it; with photographs also train it, without labels, and compare it.
+"""Convert a model and save it; with photographs, also train it without labels.
 
-With --data the whole road is travelled: explain, convert, train, compare with the original on
-photographs that are held out, save.
+With --data the command converts the model, trains it, compares it with the original on held-out
+photographs, and saves it.
 """
 
 from __future__ import annotations

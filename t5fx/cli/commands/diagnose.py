@@ -1,6 +1,6 @@
-"""Measure and draw how far the keys are shifted and where queries look (t5fx.diagnose).
+"""Measure and draw the shift of the keys and the tokens that queries attend to (t5fx.diagnose).
 
-A model that is not linearized is measured as it is, beside the nodes that it would get.
+A model that is not linearized is compared with the nodes that it would get.
 """
 
 from __future__ import annotations

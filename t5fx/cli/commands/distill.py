@@ -1,4 +1,4 @@
-"""Teach the whole converted model what the original does, without labels (t5fx.Distill)."""
+"""Train the whole converted model to reproduce the original (t5fx.Distill)."""
 
 from __future__ import annotations
 

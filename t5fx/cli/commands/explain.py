@@ -1,6 +1,6 @@
 """Say which attentions of a model would be rewritten, at what cost, and why not the others.
 
-Nothing is rewritten or written.
+The command changes no model and writes no file.
 """
 
 from __future__ import annotations

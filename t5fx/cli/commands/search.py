@@ -1,6 +1,6 @@
-"""Find which attention should become which node under a budget, by measuring (t5fx.search).
+"""Find by measuring which attention should become which node under a budget (t5fx.search).
 
-The result is a configuration for the --config of the other commands.
+The command writes a configuration, which the other commands read with --config.
 """
 
 from __future__ import annotations
