@@ -1,8 +1,8 @@
 """One vocabulary for the operators of torch-level and ATen graphs.
 
 `View` reads an `fx.Graph` without changing it: the canonical operator of a node (the ATen base
-name, whatever spelled it: function, method, overload or leaf module), its arguments by name, and
-its sizes as integers or symbolic expressions.
+name, whether the code has a function, a method, an overload or a leaf module), its arguments by
+name, and its sizes as integers or symbolic expressions.
 """
 
 from __future__ import annotations
