@@ -48,7 +48,7 @@ class Product:
     factor: float = 1.0
 
     def swapped(self) -> Product:
-        """The same product with the two tensors' roles exchanged."""
+        """This product with the roles of its two tensors exchanged."""
         return Product(
             *(self.right, self.left, self.columns_in_right, self.right_contracted),
             *(self.left_contracted, self.rows_in_left, self.columns, self.rows),

@@ -114,7 +114,7 @@ class Exponential(Pattern):
 
 
 class PowersOfTwo(Pattern):
-    """The same with powers of two, 2^x = exp(x ln 2)."""
+    """Attention with powers of two instead of exponentials, 2^x = exp(x ln 2)."""
 
     name = "powers of two"
     anchor = "exp2"

@@ -226,7 +226,7 @@ class LinearizeConfig:
         return (self.grid, self.prefix, self.suffix, overrides)
 
     def called(self, call: Callable[[Callable[..., Any]], Any]) -> LinearizeConfig:
-        """The same with each layout that is a callable replaced by what `call` makes of it."""
+        """This configuration with `call(layout)` in place of each layout that is a callable."""
 
         def values(fields: Mapping[str, Any]) -> dict[str, Any]:
             return {n: call(v) if callable(v) else v for n, v in fields.items()}

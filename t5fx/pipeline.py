@@ -329,7 +329,7 @@ def build_graph(
     config: LinearizeConfig,
     nodes: Mapping[str, TTT],
 ) -> fx.GraphModule:
-    """The same graph with TTT nodes in it; of nodes and errors, what `build` says.
+    """A copy of the graph with TTT nodes in it; `build` describes `nodes` and the errors.
 
     Raises `ConfigError` for a layout that is a callable: the graph has no place to call it.
     """

@@ -273,7 +273,7 @@ def _ask(question: Question, device: torch.device) -> subprocess.CompletedProces
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """And what it has started itself."""
+    """Kill a process and all processes that it has started."""
     with contextlib.suppress(OSError):
         os.killpg(child.pid, signal.SIGKILL)
     child.kill()

@@ -101,7 +101,7 @@ class Variant:
         return ttt == ("swiglu", "dot", "instance") and self.locality in ("dwc_qk", "none")
 
     def without_grid(self) -> Variant:
-        """The same for tokens whose places are unknown: without all that needs them."""
+        """This node for tokens whose grid is unknown: without convolutions and near attention."""
         return dataclasses.replace(self, locality="none", neighborhood=0, coarse=0)
 
     def settings(self) -> dict[str, Any]:

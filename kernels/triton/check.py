@@ -73,7 +73,7 @@ def node_trials(question: dict[str, Any]) -> list[Trial]:
 
 
 def near_trials(question: dict[str, Any]) -> list[Trial]:
-    """The same of near attention."""
+    """The checks of near attention, for one question."""
     from .launch import INTERPRETED
     from .near_parity import NearCase
 

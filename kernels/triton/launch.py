@@ -97,7 +97,7 @@ class Site:
         return chunk, ceil_div(self.tokens, chunk)
 
     def tile_chunks(self, settings: Config, blocks: int = 1) -> Parts:
-        """The same for kernels that convolve, which count in tiles."""
+        """The chunks of the kernels that convolve, which count in tiles instead of tokens."""
         tokens = settings.block_n
         tiles = ceil_div(self.prefix, tokens)
         if self.conv_ndim:

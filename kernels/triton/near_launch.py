@@ -103,7 +103,7 @@ class NearSite:
         return found._replace(rows=16) if self.cells >= MANY_CELLS else found
 
     def programs(self, rows: int) -> int:
-        """So many that each has a block of ``rows``; 1 too many where there are none."""
+        """The number of programs for ``rows``, a block each; one program if there are no rows."""
         return self.groups * torch.sym_max(1, ceil_div(rows, self.block.rows))
 
     def places(self) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class NearSite:
         }
 
     def widths(self, unit: int) -> dict[str, Any]:
-        """Those of them that say how wide a head is, and how kernels are compiled."""
+        """The compile-time arguments for the width of a head and for Triton's compiler."""
         return {
             "D": self.dim,
             "DV": self.value_dim,
@@ -133,12 +133,12 @@ class NearSite:
         }
 
     def on_grid(self) -> dict[str, Any]:
-        """Those of kernels that deal with tokens of the grid."""
+        """The compile-time arguments of kernels that compute tokens of the grid."""
         cells = {"COARSE": self.coarse, "CELLS": self.cells}
         return {"NDIM": self.axes, "SIDE": self.side, "GATED": self.gated, **cells}
 
     def by_query(self) -> dict[str, Any]:
-        """Those where a row is a query of the grid."""
+        """The compile-time arguments of kernels in which a row is a query of the grid."""
         return {**self.on_grid(), "BLOCK_C": padded(max(self.cells, 1))}
 
 

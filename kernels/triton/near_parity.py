@@ -114,7 +114,7 @@ def run(
 def run_reference(
     tensors: Sequence[Tensor], keywords: Mapping[str, Any], grad: Tensor, training: bool = True
 ) -> dict[str, Tensor]:
-    """The same in float64, in blocks: `reference` would have all windows of all heads at once."""
+    """Output and gradients by name, computed in float64 and in blocks to save memory."""
     q, k, v, base, *mixing = [t.double() for t in tensors]
     results = [near_explicit.forward(q, k, v, base, mixing, **keywords)]
     if training:

@@ -201,7 +201,7 @@ def run(
 def run_reference(
     tensors: Sequence[Tensor], keywords: Mapping[str, Any], grad_out: Tensor
 ) -> dict[str, Tensor]:
-    """The same of the reference, in float64."""
+    """Output and gradient of each tensor of the reference in float64, by name."""
     leaves = [t.detach().double().requires_grad_() for t in tensors]
     out = reference(
         *split(leaves), inner="swiglu", inner_loss="dot", key_norm="instance", **keywords
@@ -217,7 +217,7 @@ def run_op(
     training: bool = True,
     call: Callable[..., Tensor] = ttt,
 ) -> dict[str, Tensor]:
-    """The same of the kernels through the operator and autograd."""
+    """Output and gradients by name, of the kernels called by the operator and autograd."""
     leaves = [t.detach().requires_grad_(training) for t in tensors]
     out = call(*split(leaves), **keywords, impl="triton")
     results = [out.detach()]
@@ -388,7 +388,7 @@ def move(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers in other strides."""
+    """A tensor with the values of ``x`` and the strides of a layout."""
     if layout == "packed":  # [B, N, 3, H, D], as a joint projection gives it
         packed = torch.stack([x, x, x]).permute(1, 3, 0, 2, 4).contiguous()
         return packed[:, :, 1].transpose(1, 2)

@@ -258,5 +258,5 @@ def runs_of(axis: Axis) -> tuple[Axis, ...]:
 
 
 def patches(axes: Iterable[Axis]) -> list[Piece]:
-    """Those that count the patches along a side of an input."""
+    """The axes among these that count the patches along a side of an input."""
     return [axis for axis in axes if isinstance(axis, Piece) and axis.cut]

@@ -188,7 +188,7 @@ def _save(key: str, found: Cost) -> None:
 
 
 def _elsewhere(work: Callable[[], Cost], shape: Shape, device: torch.device) -> Cost:
-    """Do it in a thread of its own, and leave the random numbers as they are.
+    """Run `work` in a thread of its own, and leave the random number generators as they are.
 
     The caller may be a Dynamo backend or run under autocast or a mode: all of that is a thread's.
     What is a context's, such as settings of the compiler, goes along.

@@ -120,7 +120,7 @@ def _expand(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 @rule("repeat_interleave")
 def _repeated(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
-    """As of heads that several queries' heads share."""
+    """Heads that are repeated because several heads of the queries share them."""
     result = list(axes[axes.view.inputs(node)[0]])
     repeats, dim = axes.view.arg(node, "repeats"), axes.view.arg(node, "dim")
     if not isinstance(repeats, int) or not isinstance(dim, int):

@@ -67,7 +67,7 @@ def merge(parts: Sequence[Axis], size: Size | None) -> Axis:
 
 
 def _flat(parts: Iterable[Axis]) -> tuple[Axis, ...]:
-    """The same with merges of merges opened."""
+    """The axes with each merge replaced by its parts, down to axes that are no merges."""
     return tuple(a for p in parts for a in (_flat(p.parts) if isinstance(p, Merge) else (p,)))
 
 

@@ -90,7 +90,7 @@ class Identity:
     source: Hashable = None
 
     def owned(self) -> Identity:
-        """The same, seen from the owner instead of the anchor."""
+        """This identity with the place of the node seen from the owner instead of the anchor."""
         return replace(self, place=Place(0, self.place.down[-1:]))
 
 

@@ -348,7 +348,7 @@ def _shared(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _graph_copy(graph: fx.Graph) -> fx.Graph:
-    """The same graph, also of what Dynamo said of its inputs."""
+    """A copy of a graph, with what Dynamo recorded about its inputs."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     for old, new in zip(

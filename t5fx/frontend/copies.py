@@ -125,7 +125,7 @@ class _Rebinder:
                 self.visit(attributes)
 
     def rebound(self, value: Any) -> Any:
-        """The same function, method or partial around the copies; other values as they are."""
+        """`value` with copies in it if it is a function, method or partial; else `value` itself."""
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):

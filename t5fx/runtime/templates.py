@@ -21,7 +21,7 @@ _thread = ThreadPoolExecutor(1, thread_name_prefix="t5fx-capture")
 
 
 def clean_thread(work: Callable[[], T]) -> T:
-    """Do it without the caller's autocast, gradient and inference modes, which are a thread's."""
+    """Run `work` in a thread, where the caller's autocast and gradient modes do not apply."""
     import threading
 
     if threading.current_thread().name.startswith("t5fx-capture"):

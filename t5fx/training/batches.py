@@ -129,7 +129,7 @@ class Batches:
         self._set_random(states["now"])
 
     def _generators(self) -> Iterator[torch.Generator]:
-        """Those that the data brings along."""
+        """The random generators that the data uses."""
         known: list[torch.Generator] = []
         part: Any = self.data
         while part is not None:
@@ -165,7 +165,7 @@ class Batches:
 
 
 def placed(batch: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on `device`."""
+    """A batch of the same structure with its tensors on `device`."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 

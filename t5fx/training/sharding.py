@@ -37,7 +37,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def whole(values: Any) -> Any:
-    """The same structure with whole tensors for split ones; every process has to call it."""
+    """`values` with split tensors gathered to whole ones; every process has to call it."""
     return pytree.tree_map_only(Tensor, lambda t: t.full_tensor() if is_split(t) else t, values)
 
 

@@ -149,7 +149,7 @@ class TrainingState:
         self.batches.load_state_dict(state["batches"])
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Those that are trained, in the optimizer's order."""
+        """The parameters that are trained, by name, in the optimizer's order."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         for key, node in nodes_of(self.module).items():  # which may be beside the module
             names |= {id(p): f"{key}.{name}" for name, p in node.named_parameters()}

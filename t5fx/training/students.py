@@ -39,7 +39,7 @@ class Student:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that are trained."""
+        """The node's parameters that are trained, by name."""
         return {name: p for name, p in self.node.named_parameters() if p.requires_grad}
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:

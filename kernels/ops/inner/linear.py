@@ -21,7 +21,7 @@ class Linear(LinearAttention):
 
 
 class ProjectedLinear(ProjectedAttention):
-    """The same on q Pq and k Pk, both the identity at the start (arXiv 2605.02772, "ProjQK")."""
+    """Linear attention on q Pq and k Pk, which start as q and k (arXiv 2605.02772, "ProjQK")."""
 
     name = "linear_projqk"
     weight_names = ("pq", "pk")
