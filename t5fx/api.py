@@ -117,7 +117,7 @@ def explain(
 
 
 def report(model: nn.Module) -> Report:
-    """What `linearize` did to a model.
+    """Report what `linearize` did to a model.
 
     Args:
         model: what `linearize` returned, what torch.compile made of it, or a model that it is part
