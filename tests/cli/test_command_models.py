@@ -99,7 +99,7 @@ def test_size_and_batch_go_to_a_function_that_takes_them(explain):
         ("number", [], 1, ["expected a model", "got int"]),
         ("misnamed", [], 1, ["expected the arguments of a call of ViT: ", "'images'"]),
         ("boom", [], 1, ["own.py:24: KeyError: 'the key'"]),
-        ("vit", ["--neighborhood", "4"], 2, ["neighborhood: expected 0, 3, 5"]),
+        ("vit", ["--neighborhood", "4"], 2, ["neighborhood: expected 0 or an odd number"]),
         ("vit", ["--batch", "0"], 2, ["--batch: expected 1 or more, got 0"]),
         ("vit", ["--config", "nowhere.json"], 2, ["--config: expected a file"]),
         ("vit", ["--device", "nonsense"], 2, ["--device: expected a device of this machine"]),
