@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from t5fx.training.finetune import FineTune
     from t5fx.training.groups import freeze, param_groups
     from t5fx.training.search import search
+    from t5fx.training.trajectory import trajectory_inputs
 
     __version__: str
 
@@ -79,6 +80,7 @@ __all__ = [
     "save_pretrained",
     "search",
     "softmax",
+    "trajectory_inputs",
 ]
 
 _ERRORS = (
@@ -116,6 +118,7 @@ _HOMES = {
     "report": "api",
     "search": "training.search",
     "softmax": "api",
+    "trajectory_inputs": "training.trajectory",
     "example_inputs": "api",
     "LinearizeConfig": "config",
     "Report": "reports",

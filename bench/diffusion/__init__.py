@@ -1,0 +1,1 @@
+"""Diffusion transformers: recipes to train converted ones with, and what converting saves."""
