@@ -68,7 +68,7 @@ def measure(case: Case, batch: int, results: Results) -> None:
     """Time a model, unless the same code did on this machine; what fails is a row that says so."""
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
-    entry = Entry(case.name, partial(case.build, batch), case.options)
+    entry = Entry(case.name, partial(case.build, batch, False), case.options)
     experiment = Experiment(
         "diffusion",
         f"{case.name}, batch {batch}",

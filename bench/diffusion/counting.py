@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -64,29 +66,41 @@ class Count:
 def count(case: Case) -> Count:
     """Build the model on the meta device, where it takes no memory, and count.
 
-    The cost model decides what is rewritten; a site below break-even stays softmax.
+    The cost model decides what is rewritten, in a model of one block of each kind, whose attentions
+    stand for all of the same name; one below break-even stays softmax.
     """
     with torch.device("meta"):
-        model, inputs = case.build(1)
+        model, inputs = case.build(1, False)
+        short, _ = case.build(1, True)
         with FlopCounterMode(display=False) as counter:
             model(**inputs)
     config = t5fx.LinearizeConfig(dynamic=False, **case.options)
-    report = t5fx.explain(model, (), inputs, config=config)
-    counted = [site for site in report.sites if site.flops_before is not None]
+    report = t5fx.explain(short, (), inputs, config=config)
+    every, some = (Counter(_kind(n) for n, _ in one.named_modules()) for one in (model, short))
+    whole = [(s, every[_kind(s.fqn)] // some[_kind(s.fqn)]) for s in report.sites]
+    nodes = [(site, times) for site, times in whole if site.status == "rewritten"]
+    reasons: Counter[str] = Counter()
+    for site, times in whole:
+        reasons[site.reason or ""] += times
     return Count(
         case.model,
         case.size,
         tokens=max(site.num_tokens or 0 for site in report.sites),
-        sites=len(report.sites),
-        rewritten=len(report.rewritten),
+        sites=sum(times for _, times in whole),
+        rewritten=reasons.pop("", 0),
         softmax=counter.get_total_flops(),
-        attention=sum(site.flops_before or 0 for site in counted),
-        rewritable=sum(site.flops_before or 0 for site in report.rewritten),
-        nodes=sum(site.flops_after or 0 for site in report.rewritten),
+        attention=sum(times * (site.flops_before or 0) for site, times in whole),
+        rewritable=sum(times * (site.flops_before or 0) for site, times in nodes),
+        nodes=sum(times * (site.flops_after or 0) for site, times in nodes),
         parameters=sum(p.numel() for p in model.parameters()),
-        new=sum(new_parameters(site, config) for site in report.rewritten),
-        reasons=", ".join(f"{n} x {reason}" for reason, n in report.counts().items()),
+        new=sum(times * new_parameters(site, config) for site, times in nodes),
+        reasons=", ".join(f"{n} x {reason}" for reason, n in reasons.items()),
     )
+
+
+def _kind(name: str) -> str:
+    """The name of a module without the number of its block."""
+    return re.sub(r"\.\d+\b", ".*", name)
 
 
 def new_parameters(site: Site, config: t5fx.LinearizeConfig) -> int:

@@ -22,13 +22,14 @@ FRAMES, TINY_FRAMES = 81, 5  # 81: five seconds of 16 a second
 class Case:
     """A model at a size.
 
-    build: takes a batch size; makes the model and its inputs on the default device, in the default
-    dtype. options: of t5fx, for what the graph does not tell.
+    build: takes a batch size and whether one block of each kind will do; makes the model and its
+    inputs on the default device, in the default dtype. options: of t5fx, for what the graph does
+    not tell.
     """
 
     model: str
     size: str
-    build: Callable[[int], Built] = field(compare=False)
+    build: Callable[[int, bool], Built] = field(compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -37,7 +38,7 @@ class Case:
 
 
 def cases(tiny: bool = False) -> Iterator[Case]:
-    """Every model at every size; tiny ones of one layer for tests."""
+    """Every model at every size; tiny ones for tests."""
     for pixels in TINY_IMAGES if tiny else IMAGES:
         yield sd3("SD3.5-Medium", pixels, 24, 24, 13, tiny)
         yield sd3("SD3.5-Large", pixels, 38, 38, 0, tiny)
@@ -51,17 +52,19 @@ def cases(tiny: bool = False) -> Iterator[Case]:
 def sd3(name: str, pixels: int, layers: int, heads: int, dual: int, tiny: bool) -> Case:
     """SD3.5: joint attention to 333 text tokens, heads of 64; of Medium 13 layers have two."""
 
-    def build(batch: int) -> Built:
+    def build(batch: int, short: bool = False) -> Built:
         from diffusers import SD3Transformer2DModel
 
-        number, width, words, text = (1, 2, 7, 32) if tiny else (layers, heads, 333, 4096)
+        width, words, text = (2, 7, 32) if tiny else (heads, 333, 4096)
+        kinds = 2 if dual else 1
+        number = kinds if tiny or short else layers
         model = SD3Transformer2DModel(
             num_layers=number,
             num_attention_heads=width,
             joint_attention_dim=text,
             caption_projection_dim=64 * width,
             pos_embed_max_size=max(384, pixels // 16),
-            dual_attention_layers=tuple(range(min(dual, number))),
+            dual_attention_layers=tuple(range(min(dual, number - 1))),
             qk_norm="rms_norm",
         ).eval()
         return model, {
@@ -77,11 +80,11 @@ def sd3(name: str, pixels: int, layers: int, heads: int, dual: int, tiny: bool) 
 def dit(pixels: int, tiny: bool) -> Case:
     """DiT-XL/2: 28 layers of 16 heads of 72."""
 
-    def build(batch: int) -> Built:
+    def build(batch: int, short: bool = False) -> Built:
         from diffusers import DiTTransformer2DModel
 
         model = DiTTransformer2DModel(
-            num_layers=1 if tiny else 28,
+            num_layers=1 if short else 2 if tiny else 28,
             num_attention_heads=2 if tiny else 16,
             attention_head_dim=16 if tiny else 72,
             in_channels=4,
@@ -101,11 +104,12 @@ def flux(pixels: int, tiny: bool) -> Case:
     """FLUX.1: 19 double and 38 single blocks of 24 heads of 128, 512 text tokens."""
     side, words = pixels // 16, 7 if tiny else 512
 
-    def build(batch: int) -> Built:
+    def build(batch: int, short: bool = False) -> Built:
         from diffusers import FluxTransformer2DModel
 
-        smaller = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
-        model = FluxTransformer2DModel(**smaller if tiny else {}).eval()
+        blocks = {"num_layers": 1, "num_single_layers": 1} if tiny or short else {}
+        width = {"num_attention_heads": 1} if tiny else {}
+        model = FluxTransformer2DModel(**blocks, **width).eval()
         return model, {
             "hidden_states": torch.randn(batch, side * side, 64),
             "encoder_hidden_states": torch.randn(batch, words, 4096),
@@ -129,11 +133,12 @@ def qwen_image(pixels: int, tiny: bool) -> Case:
     """Qwen-Image: 60 layers of 24 heads of 128, 256 text tokens."""
     side, words = pixels // 16, 7 if tiny else 256
 
-    def build(batch: int) -> Built:
+    def build(batch: int, short: bool = False) -> Built:
         from diffusers import QwenImageTransformer2DModel
 
-        smaller = {"num_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32}
-        model = QwenImageTransformer2DModel(**smaller if tiny else {}).eval()
+        blocks = {"num_layers": 1} if tiny or short else {}
+        width = {"num_attention_heads": 1, "joint_attention_dim": 32} if tiny else {}
+        model = QwenImageTransformer2DModel(**blocks, **width).eval()
         return model, {
             "hidden_states": torch.randn(batch, side * side, 64),
             "encoder_hidden_states": torch.randn(batch, words, 32 if tiny else 3584),
@@ -148,11 +153,12 @@ def wan(height: int, width: int, tiny: bool) -> Case:
     """Wan 2.1 14B: 40 layers of 40 heads of 128, each with cross-attention to 512 words."""
     frames = TINY_FRAMES if tiny else FRAMES
 
-    def build(batch: int) -> Built:
+    def build(batch: int, short: bool = False) -> Built:
         from diffusers import WanTransformer3DModel
 
-        smaller = {"num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64, "text_dim": 32}
-        model = WanTransformer3DModel(**smaller if tiny else {}).eval()
+        blocks = {"num_layers": 1} if tiny or short else {}
+        width = {"num_attention_heads": 1, "ffn_dim": 64, "text_dim": 32} if tiny else {}
+        model = WanTransformer3DModel(**blocks, **width).eval()
         latents = ((frames - 1) // 4 + 1, height // 8, width // 8)
         return model, {
             "hidden_states": torch.randn(batch, 16, *latents),

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from diffusers import AutoModel
 from dits import dit, pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -54,7 +53,8 @@ def pictures(folder, texts=()):
 
 def resumed_equals_uninterrupted(run, recipe, tmp_path, *more):
     """And old parameters as well as new ones were trained."""
-    before = AutoModel.from_pretrained(tmp_path / "pipe" / "transformer").state_dict()
+    folder = tmp_path / "pipe" / "transformer"
+    before = load_file(folder / "diffusion_pytorch_model.safetensors")
     model = run(recipe, tmp_path / "whole", 4, *more)
     whole = model.state_dict()
     run(recipe, tmp_path / "parts", 2, *more)
@@ -64,7 +64,8 @@ def resumed_equals_uninterrupted(run, recipe, tmp_path, *more):
     assert whole.keys() == again.keys() and all(whole[n].equal(again[n]) for n in whole)
     names = {p.name for p in (tmp_path / "parts").iterdir()}
     assert names == {"state-0000004", "step-0000002.png", "step-0000004.png", "transformer"}
-    saved = load_file(tmp_path / "parts" / "transformer" / "model.safetensors")
+    unloaded = type(model).from_config(model.config)
+    saved = t5fx.from_pretrained(tmp_path / "parts" / "transformer", unloaded).state_dict()
     assert all(whole[name].equal(value) for name, value in saved.items())
     assert {n for n in before if not whole[n].equal(before[n])} >= {
         name for name in before if name.endswith("to_v.weight")
@@ -110,8 +111,8 @@ def test_the_bound_is_that_of_the_two_steps():
     variance = small * (beta / small) ** ((fraction + 1) / 2)
     true, model = Normal(step(noise), small.sqrt()), Normal(step(predicted), variance.sqrt())
     wanted = kl_divergence(true, model).mean() / torch.log(torch.tensor(2.0))
-    got = loss.bound(predicted, fraction, noise, t)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0, check_dtype=False)
+    got = loss.bound(predicted.float(), fraction.float(), noise.float(), t)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=0, check_dtype=False)
 
 
 def test_logit_normal_times_are_shifted():
