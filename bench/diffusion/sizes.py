@@ -108,8 +108,8 @@ def flux(pixels: int, tiny: bool) -> Case:
         from diffusers import FluxTransformer2DModel
 
         blocks = {"num_layers": 1, "num_single_layers": 1} if tiny or short else {}
-        width = {"num_attention_heads": 1} if tiny else {}
-        model = FluxTransformer2DModel(**blocks, **width).eval()
+        narrow = {"num_attention_heads": 1} if tiny else {}
+        model = FluxTransformer2DModel(**blocks, **narrow).eval()
         return model, {
             "hidden_states": torch.randn(batch, side * side, 64),
             "encoder_hidden_states": torch.randn(batch, words, 4096),
@@ -137,8 +137,8 @@ def qwen_image(pixels: int, tiny: bool) -> Case:
         from diffusers import QwenImageTransformer2DModel
 
         blocks = {"num_layers": 1} if tiny or short else {}
-        width = {"num_attention_heads": 1, "joint_attention_dim": 32} if tiny else {}
-        model = QwenImageTransformer2DModel(**blocks, **width).eval()
+        narrow = {"num_attention_heads": 1, "joint_attention_dim": 32} if tiny else {}
+        model = QwenImageTransformer2DModel(**blocks, **narrow).eval()
         return model, {
             "hidden_states": torch.randn(batch, side * side, 64),
             "encoder_hidden_states": torch.randn(batch, words, 32 if tiny else 3584),
@@ -157,8 +157,8 @@ def wan(height: int, width: int, tiny: bool) -> Case:
         from diffusers import WanTransformer3DModel
 
         blocks = {"num_layers": 1} if tiny or short else {}
-        width = {"num_attention_heads": 1, "ffn_dim": 64, "text_dim": 32} if tiny else {}
-        model = WanTransformer3DModel(**blocks, **width).eval()
+        narrow = {"num_attention_heads": 1, "ffn_dim": 64, "text_dim": 32} if tiny else {}
+        model = WanTransformer3DModel(**blocks, **narrow).eval()
         latents = ((frames - 1) // 4 + 1, height // 8, width // 8)
         return model, {
             "hidden_states": torch.randn(batch, 16, *latents),

@@ -162,9 +162,8 @@ class Cache(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 @torch.no_grad()
 def write_cache(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """Encode every picture, its middle, and every caption once; the index comes last."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        options.model, transformer=None, torch_dtype=dtype
-    ).to(device)
+    pipe = StableDiffusion3Pipeline.from_pretrained(options.model, transformer=None)
+    pipe.to(device, dtype)
     options.cache.mkdir(parents=True, exist_ok=True)
     data = ImageFolder(str(options.data), pixels_of(options.size, 3))
     examples, captions = [], {NO_CAPTION: "caption-0.safetensors"}

@@ -18,13 +18,16 @@ def test_the_count_is_that_of_a_converted_model_that_runs():
     case = sizes.dit(512, tiny=True)
     found = count(case)
     model, inputs = case.build(1, False)
-    lin = t5fx.linearize(
-        model, (), inputs, config=t5fx.LinearizeConfig(dynamic=False, impl="reference")
-    )
-    for one, wanted in ((model, found.softmax), (lin, found.t5)):
+    config = t5fx.LinearizeConfig(dynamic=False, impl="reference")
+    lin = t5fx.linearize(model, (), inputs, config=config)
+    ran = []
+    for one in (model, lin):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             one(**inputs)
-        assert counter.get_total_flops() == wanted
+        ran.append(counter.get_total_flops())
+    assert found.softmax == ran[0]
+    assert found.nodes == sum(site.flops_after for site in t5fx.report(lin).sites)
+    assert found.t5 == pytest.approx(ran[1], rel=0.1)  # the reference's convolutions count there
     assert (found.tokens, found.sites, found.rewritten) == (1024, 2, 2)
     assert found.attention == found.rewritable == 2 * 4 * 2 * 1024**2 * 16
     assert found.parameters == sum(p.numel() for p in model.parameters())

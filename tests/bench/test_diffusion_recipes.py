@@ -125,7 +125,7 @@ def test_logit_normal_times_are_shifted():
 
 
 def test_sd3(run, tmp_path):
-    sd3().save_pretrained(tmp_path / "pipe")
+    save(sd3(), tmp_path / "pipe")
     folder = pictures(tmp_path / "data", ["a b", "b"])
     more = ["--data", folder, "--cache", tmp_path / "cache", "--size", 16, "--pictures", 2]
     resumed_equals_uninterrupted(run, train_sd3, tmp_path, *more, "--lr", 1e-2)
@@ -144,7 +144,7 @@ def test_sd3(run, tmp_path):
 
 def test_sd3_learns_the_flow_and_the_teachers_answer(run, tmp_path, monkeypatch):
     """The loss of one batch, worked out from the cache and the two models."""
-    sd3().save_pretrained(tmp_path / "pipe")
+    save(sd3(), tmp_path / "pipe")
     cache = tmp_path / "cache"
     cache.mkdir()
     said = {
@@ -178,6 +178,14 @@ def test_sd3_learns_the_flow_and_the_teachers_answer(run, tmp_path, monkeypatch)
     monkeypatch.setattr(train_sd3, "train", train)
     run(train_sd3, tmp_path / "out", 1, "--cache", cache, "--distill", 2)
     assert seen["apart"] > 1e-6 and seen["loss"] == pytest.approx(seen["wanted"].item(), rel=1e-4)
+
+
+def save(pipe, folder):
+    """A pipeline without T5, which its index says as released ones do."""
+    pipe.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def sd3():
