@@ -82,7 +82,7 @@ def test_align_and_distill_learn_from_a_pipeline_and_no_data():
         parameter.data += 0.1 * torch.randn_like(parameter)
     pipe.transformer = t5fx.linearize(pipe.transformer, (), EXAMPLE, config=CONFIG)
     batches = t5fx.trajectory_inputs(
-        pipe.transformer, lambda: pipe([1, 2], num_inference_steps=4, output_type="latent")
+        pipe.transformer, lambda: pipe([1, 2], num_inference_steps=4, output_type="np")
     )
     held_out = list(batches)
     assert {len(batch["hidden_states"]) for batch in held_out} == {4}  # guidance
