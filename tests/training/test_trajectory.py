@@ -51,7 +51,7 @@ def sampler(model, scheduler, steps=3):
 )
 def test_a_pass_gives_every_step_of_the_softmax_models_trajectory(scheduler):
     torch.manual_seed(0)
-    model = dit()
+    model = dit(1)
     lin = t5fx.linearize(model, (), EXAMPLE, config=CONFIG).train()
     sample, calls = sampler(lin, scheduler)
     batches = t5fx.trajectory_inputs(lin, sample, runs=2)
@@ -77,7 +77,7 @@ def test_a_pass_gives_every_step_of_the_softmax_models_trajectory(scheduler):
 
 def test_align_and_distill_learn_from_a_pipeline_and_no_data():
     torch.manual_seed(0)
-    pipe = pipeline(dit())
+    pipe = pipeline(dit(1))
     for parameter in pipe.transformer.parameters():  # of which the adaptive norms start at zero
         parameter.data += 0.1 * torch.randn_like(parameter)
     pipe.transformer = t5fx.linearize(pipe.transformer, (), EXAMPLE, config=CONFIG)
