@@ -59,6 +59,7 @@ ORDER = [
     "t5fx.bench.suites",
     "t5fx.bench.gpu",
     "t5fx.bench.ablation",
+    "t5fx.bench.diffusion",
     "t5fx.bench",
     "t5fx.cli",
     "t5fx.__main__",

@@ -8,22 +8,19 @@ model compiled with softmax by every SDPA backend against the same compiled with
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from t5fx.atomic import replacing
-
-from ..console import step
-from ..models import EAGER, Bench
-from ..results import Experiment, Results, Row, grouped, here
-from ..tables import Table, save_tables
-from ..zoo import Entry
+from ..harness.console import step
+from ..harness.files import read_rows, write_rows
+from ..harness.results import Experiment, Results, Row, grouped, here
+from ..harness.tables import Table, save_tables
+from ..suites.models import EAGER, Bench
+from ..suites.zoo import Entry
 from .counting import Count, count
 from .sizes import Case, cases
 
@@ -41,11 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     chosen = [case for case in cases(options.tiny) if _is_chosen(case, options.models)]
     path = options.out / "diffusion-flops.csv"
-    counts = {(one.model, one.size): one for one in read(path)}
+    before = read_rows(path, Count) if path.exists() else []
+    counts = {(one.model, one.size): one for one in before}
     for case in () if options.render else chosen:
         with step(console, f"counting {case.name}"):
             counts[case.model, case.size] = count(case)
-        write(path, counts.values())
+        write_rows(path, counts.values(), Count)
     results = Results(options.out / "diffusion-times.csv")
     if (torch.cuda.is_available() or options.tiny) and not options.render:
         for case in chosen:
@@ -153,30 +151,6 @@ def _timed(case: str, rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
         for name in best
     ]
     yield (case, *cells[0], *cells[1], f"{latency[best[0]] / latency[best[1]]:.2f}x")
-
-
-def read(path: Path) -> list[Count]:
-    """The counts that `write` wrote; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Count(
-                **{
-                    f.name: line[f.name] if f.type == "str" else int(line[f.name])
-                    for f in fields(Count)
-                }
-            )
-            for line in csv.DictReader(file)
-        ]
-
-
-def write(path: Path, counts: Iterable[Count]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Count)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, counts))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import t5fx
 from t5fx.bench.diffusion import __main__ as command
 from t5fx.bench.diffusion import sizes
 from t5fx.bench.diffusion.counting import Count, count
+from t5fx.bench.harness.files import read_rows
 from t5fx.errors import T5Error
 from t5fx.runtime.lookup import nodes_in
 
@@ -46,10 +47,10 @@ def test_every_model_is_counted_and_shown(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "measure", lambda *_: None)
     asked = ["--tiny", "--out", str(tmp_path)]
     command.main([*asked, "--models", "FLUX.1", "Wan2.1-14B"])
-    some = command.read(tmp_path / "diffusion-flops.csv")
+    some = read_rows(tmp_path / "diffusion-flops.csv", Count)
     assert [one.model for one in some] == ["FLUX.1", "Wan2.1-14B"]
     command.main([*asked, "--models", "SD3.5-Medium", "SD3.5-Large", "DiT-XL/2", "Qwen-Image"])
-    counts = {one.model: one for one in command.read(tmp_path / "diffusion-flops.csv")}
+    counts = {one.model: one for one in read_rows(tmp_path / "diffusion-flops.csv", Count)}
     rewritten = {name: (one.rewritten, one.sites) for name, one in counts.items()}
     assert rewritten == {
         **{"FLUX.1": (2, 2), "Wan2.1-14B": (1, 2), "SD3.5-Medium": (3, 3)},
