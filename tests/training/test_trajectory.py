@@ -89,7 +89,7 @@ def test_align_and_distill_learn_from_a_pipeline_and_no_data():
     align = t5fx.Align(batches, steps=30, held_out=held_out)
     align(pipe.transformer)
     before, after = zip(*align.result.held_out.values(), strict=True)
-    assert sum(after) < 0.7 * sum(before)
+    assert sum(after) < 0.8 * sum(before)
     distill = t5fx.Distill(batches, steps=2, lr=1e-3, output="relative", log_every=1)
     distill(pipe.transformer)
     assert (
