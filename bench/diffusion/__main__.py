@@ -18,13 +18,14 @@ from rich.console import Console
 from ..harness.console import step
 from ..harness.files import read_rows, write_rows
 from ..harness.results import Experiment, Results, Row, grouped, here
-from ..harness.tables import Table, save_tables
+from ..harness.tables import Table
 from ..suites.models import EAGER, Bench
 from ..suites.zoo import Entry
 from .counting import Count, count
 from .sizes import Case, cases
 
 DOCS = Path("docs")
+TITLE = "FLOPs of diffusion transformers"
 BATCHES = (1, 2)
 #: The speed-ups of SD3.5 that the method's authors measured, by size (arXiv 2605.02772).
 PAPER = {("SD3.5-Medium", "1024 px"): 1.32, ("SD3.5-Medium", "2048 px"): 1.47}
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables.append(times_table(results.rows))
     for table in tables:
         table.print(console)
-    save_tables(path.with_suffix(".md"), *tables)
+    texts = [f"# {TITLE}\n", *(table.markdown() for table in tables)]
+    path.with_suffix(".md").write_text("\n".join(texts), encoding="utf-8")
 
 
 def _is_chosen(case: Case, models: Sequence[str] | None) -> bool:
@@ -96,13 +98,15 @@ def flops_table(counts: Sequence[Count]) -> Table:
             *("TFLOP softmax", "TFLOP t5", "attention's share", "ratio", "bound", "paper"),
         ),
         rows=tuple(map(_counted, ranked)),
-        note="One forward pass at batch 1 on the meta device, products of matrices and "
-        "convolutions; a multiply-add is two FLOPs. Attention's share: of softmax's products in "
-        "the FLOPs of the model as it is, cross-attention included. Ratio: FLOPs with softmax over "
-        "those with TTT nodes where they are fewer, near attention included; the nodes are of all "
-        "attentions. Bound: the ratio if the nodes cost nothing. Paper: the speed-up in time that "
-        "the method's authors measured (arXiv 2605.02772). A ratio of FLOPs is no speed-up: "
-        "softmax kernels reach more of a GPU's peak than most else does.",
+        note="Counted on the meta device, for one forward pass at batch 1: the products of "
+        "matrices and the convolutions of the model as diffusers has it; a multiply-add is two "
+        "FLOPs. The nodes are those of the default configuration, near attention included, without "
+        "their convolutions and norms; of the attentions, those become nodes that then cost less. "
+        "Attention's share is that of the products in softmax attention, cross-attention included. "
+        "The ratio is FLOPs with softmax over FLOPs with nodes, the bound is that of nodes that "
+        "cost nothing. The paper's column has the speed-up in time that the method's authors "
+        "measured for SD3.5 (arXiv 2605.02772). A ratio of FLOPs is a speed-up only where the "
+        "kernels of both kinds reach the same share of a GPU's peak.",
     )
 
 

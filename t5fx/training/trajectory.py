@@ -17,6 +17,7 @@ from t5fx.errors import TrainingError
 from t5fx.frontend.calls import Signature
 from t5fx.runtime.lookup import is_linearized
 from t5fx.training.nodes import check_count, kept
+from t5fx.wrappers import uncompiled
 
 
 def trajectory_inputs(
@@ -65,7 +66,7 @@ class _Trajectories:
         yield from calls
 
     def _calls(self) -> list[dict[str, Any]]:
-        inner = getattr(self.model, "_orig_mod", self.model)
+        inner = uncompiled(self.model)
         signature = Signature(inner.forward)
         calls: list[dict[str, Any]] = []
 
