@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .errors import NodeArgumentError, require_name
@@ -23,6 +24,27 @@ def check_impl(variant: Variant, impl: str) -> None:
             '"swiglu", inner_loss "dot", key_norm "instance" and locality "dwc_qk" or "none" '
             f"alone; got {variant.settings()}"
         )
+
+
+def check_maskable(variant: Variant, dtype: torch.dtype) -> None:
+    """Raise unless the Triton kernels take a key mask with that variant and dtype."""
+    obstacle = mask_obstacle(variant, dtype)
+    if obstacle is not None:
+        raise NodeArgumentError(
+            f'key_mask: expected what kernels take with impl="triton"; got {obstacle}; use '
+            f'impl="auto" or impl="reference"'
+        )
+
+
+def mask_obstacle(variant: Variant, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take a key mask; None where they can."""
+    if variant.is_near:
+        return "near attention (neighborhood, coarse) with a key mask, which they have not"
+    if dtype == torch.float16:
+        return "float16 with a key mask, by which values of few tokens that count may overflow"
+    if not variant.key_norm_eps:
+        return "key_norm_eps 0 with a key mask"
+    return None
 
 
 def check_counts(
@@ -71,9 +93,12 @@ def check_shapes(
     *,
     grid: Sequence[int],
     prefix: int,
+    key_mask: Tensor | None = None,
 ) -> None:
     """Raise unless dtypes are floating and shapes fit each other; counts are right."""
     check_tokens(q, k, v)
+    if key_mask is not None:
+        check_mask(key_mask, q)
     _, heads, tokens, head_dim = q.shape
     value_dim = v.shape[3]
 
@@ -92,6 +117,15 @@ def check_shapes(
         _expect_tensor(name, tensor, (heads * head_dim,))
     if variant.needs_grid:
         check_grid(grid, prefix, tokens)
+
+
+def check_mask(key_mask: Tensor, q: Tensor) -> None:
+    """Raise unless a key mask says of each token of each item whether it counts."""
+    if key_mask.dtype != torch.bool or key_mask.shape != (q.shape[0], q.shape[2]):
+        raise NodeArgumentError(
+            f"key_mask: expected a bool tensor [{q.shape[0]}, {q.shape[2]}], true for tokens that "
+            f"count; got {key_mask.dtype} {list(key_mask.shape)}"
+        )
 
 
 def check_gates(mixing: Sequence[Tensor], heads: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import trust
+from .checks import mask_obstacle
 from .trust import Question
 from .variant import NAMES, Variant
 
@@ -35,7 +36,8 @@ class Call(NamedTuple):
     """What a choice depends on.
 
     dtype: of q, k and v, or None where they differ; widest: of all tensors. axes: of the grid.
-    trained: whether a gradient is recorded. node: all settings of the node but ``impl``.
+    trained: whether a gradient is recorded. node: all settings of the node but ``impl``. masked:
+    whether there is a key mask.
     """
 
     device: torch.device
@@ -46,12 +48,15 @@ class Call(NamedTuple):
     axes: int
     trained: bool
     node: tuple[tuple[str, Any], ...]
+    masked: bool = False
 
     @property
     def written_out(self) -> bool:
         """Whether there is more than the reference for its settings, all of which are known."""
         node = {name: value for name, value in self.node if name != "scale"}
-        return node.keys() == set(NAMES) and Variant(**node).is_written_out
+        if node.keys() != set(NAMES) or (self.masked and not node["key_norm_eps"]):
+            return False
+        return Variant(**node).is_written_out
 
 
 class Choice(NamedTuple):
@@ -114,6 +119,10 @@ def _obstacle(call: Call) -> str | None:
         return f"parameters of {_name(call.widest)}"
     if max(call.head_dim, call.value_dim) > _MAX_WIDTH:
         return f"heads of more than {_MAX_WIDTH} channels"
+    if call.masked:
+        node = {name: value for name, value in call.node if name != "scale"}
+        if (obstacle := mask_obstacle(Variant(**node), call.dtype)) is not None:
+            return f"no kernels for {obstacle}"
     return cells_obstacle(call.axes, dict(call.node)["coarse"], _width(call))
 
 
@@ -162,6 +171,7 @@ def resolved(
     parameters: Sequence[Tensor],
     axes: int,
     node: Mapping[str, Any],
+    masked: bool = False,
 ) -> str:
     """The operator's argument ``impl`` for a call: of "auto" on a GPU `TRUSTED`, if they are.
 
@@ -177,7 +187,7 @@ def resolved(
         trained = trained or tensor.requires_grad
     trained = trained and torch.is_grad_enabled()
     sizes = int(q.shape[3]), int(v.shape[3])
-    return _argument(q.device, dtype, widest, *sizes, axes, trained, settings_of(node))
+    return _argument(q.device, dtype, widest, *sizes, axes, trained, settings_of(node), masked)
 
 
 def _argument(*about: Any) -> str:

@@ -21,6 +21,7 @@ def ttt(
     gate: Tensor | None = None,
     affine: Sequence[Tensor] = (),
     *,
+    key_mask: Tensor | None = None,
     scale: float,
     grid: Sequence[int] = (),
     prefix: int = 0,
@@ -66,6 +67,11 @@ def ttt(
         gate: ``[H]``, where near attention is mixed in by "gate"; else None.
         affine: with ``qk_affine`` q_scale, q_offset, k_scale, k_offset, ``[H*D]`` each, channel
             h*D + d; else nothing.
+        key_mask: ``[B, N]`` bool, true for tokens that count as keys; None where all do. Key norm,
+            inner loss (N is the number that count) and near attention are over these alone, and
+            convolutions see zeros at others of the grid. Every token has an output; where none
+            counts it is f_W(q) with the static weights, and near attention is 0. All true is the
+            same as None, to the bit.
         scale: s, the factor that the softmax gave the logits. Scales the loss, not q.
         grid: sizes of the one, two or three spatial axes. Not read with locality "none" and
             without near attention.
@@ -118,12 +124,14 @@ def ttt(
     mixing = [] if gate is None else [gate]
     check_impl(variant, impl)
     check_counts(variant, weights, conv, mixing, affine, grid)
-    check_shapes(variant, q, k, v, weights, conv, mixing, affine, grid=grid, prefix=prefix)
+    place = {"grid": list(grid), "prefix": prefix}
+    check_shapes(variant, q, k, v, weights, conv, mixing, affine, **place, key_mask=key_mask)
     parameters = [*weights, *conv, *mixing, *affine]
     settings = variant.settings() | {"scale": scale}
-    settings["impl"] = resolved(impl, q, k, v, parameters, len(grid), settings)
+    masked = key_mask is not None
+    settings["impl"] = resolved(impl, q, k, v, parameters, len(grid), settings, masked)
     tensors = (list(weights), list(conv), mixing, list(affine))
-    return torch.ops.t5fx.ttt(q, k, v, *tensors, grid=list(grid), prefix=prefix, **settings)
+    return torch.ops.t5fx.ttt(q, k, v, *tensors, key_mask=key_mask, **place, **settings)
 
 
 def flops(

@@ -153,15 +153,21 @@ class TTT(nn.Module):
         v: Tensor,
         grid: Sequence[int] = (),
         prefix: int = 0,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
-        """``[B, H, N, D]`` twice and ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]``, in q's dtype."""
+        """``[B, H, N, D]`` twice and ``[B, H, N, Dv]`` -> ``[B, H, N, Dv]``, in q's dtype.
+
+        key_mask: ``[B, N]`` bool, true for tokens that count as keys.
+        """
         if self._needs_grid and len(grid) != self.grid_ndim:
             raise NodeArgumentError(f"grid: expected {self.grid_ndim} axes; got {tuple(grid)}")
         tensors = self.tensors()
         settings = self.settings()
         parameters = [tensor for some in tensors for tensor in some]
-        settings["impl"] = resolved(self.impl, q, k, v, parameters, len(grid), settings)
-        return torch.ops.t5fx.ttt(q, k, v, *tensors, grid=list(grid), prefix=prefix, **settings)
+        masked = key_mask is not None
+        settings["impl"] = resolved(self.impl, q, k, v, parameters, len(grid), settings, masked)
+        place = {"grid": list(grid), "prefix": prefix, "key_mask": key_mask}
+        return torch.ops.t5fx.ttt(q, k, v, *tensors, **place, **settings)
 
     def tensors(self) -> tuple[list[Tensor], ...]:
         """``weights``, ``conv``, ``mixing`` and ``affine`` of ``torch.ops.t5fx.ttt``."""

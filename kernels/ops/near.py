@@ -16,7 +16,8 @@ What is returned joins it with the output o of the TTT node: o_t + gate a_t, a g
 published (o_t + a_t) / 2 without one, on the grid; a_t alone for prefix and suffix tokens.
 
 The tokens are ordered prefix, grid (row-major), suffix. On an axis that is shorter than the window
-the whole axis is seen; of an axis that is shorter than its cells some are empty.
+the whole axis is seen; of an axis that is shorter than its cells some are empty. With a key mask
+all that is seen is tokens that count; a query that sees none of them gets 0.
 """
 
 import math
@@ -30,8 +31,9 @@ from .precision import no_autocast, widest
 
 
 class Window(NamedTuple):
-    """tokens: [n, K], which tokens of the grid each one sees; beyond: [n, K], whether that is none,
-    past the end of an axis that is shorter than the window."""
+    """tokens: [n, K], which tokens of the grid each one sees; beyond: [n, K] or [B, 1, n, K],
+    whether that is none, past the end of an axis that is shorter than the window, or one that does
+    not count."""
 
     tokens: Tensor
     beyond: Tensor
@@ -39,7 +41,8 @@ class Window(NamedTuple):
 
 class Cells(NamedTuple):
     """inside: for each axis [cells, size], 1 where a position is in a cell; of: [n], the cell of
-    each token of the grid; sizes: [cells ** axes], the tokens in each."""
+    each token of the grid; sizes: [cells ** axes] or [B, 1, 1, cells ** axes], the tokens in each
+    that count."""
 
     inside: list[Tensor]
     of: Tensor
@@ -49,7 +52,8 @@ class Cells(NamedTuple):
 class Near(NamedTuple):
     """What the queries of a grid see beside prefix and suffix; None of what there is none.
 
-    left: [n, cells ** axes], the tokens of each cell that a query's window leaves to it.
+    left: [n, cells ** axes] or [B, 1, n, cells ** axes], the tokens of each cell that a query's
+    window leaves to it. seen: [B, 1, N, 1], the tokens that count; None for all.
     """
 
     grid: Sequence[int]
@@ -57,19 +61,38 @@ class Near(NamedTuple):
     window: Window | None
     cells: Cells | None
     left: Tensor | None
+    seen: Tensor | None = None
 
     @classmethod
-    def of(cls, like: Tensor, grid: Sequence[int], prefix: int, side: int, cells: int) -> "Near":
+    def of(
+        cls,
+        like: Tensor,
+        grid: Sequence[int],
+        prefix: int,
+        side: int,
+        cells: int,
+        key_mask: Tensor | None = None,
+    ) -> "Near":
         """On the device and in the dtype of ``like``; sizes may be symbolic."""
         window = _window(grid, side, like) if side else None
+        seen = count = None
+        if key_mask is not None:
+            seen = key_mask[:, None, :, None]
+            count = seen.narrow(2, prefix, math.prod(grid))
+            if window is not None:
+                masked = ~count.squeeze(-1)[:, :, window.tokens]
+                window = window._replace(beyond=window.beyond | masked)
         if not cells:
-            return cls(grid, prefix, window, None, None)
+            return cls(grid, prefix, window, None, None, seen)
         cut = _cells(grid, cells, like)
-        left = cut.sizes.expand(math.prod(grid), -1)
+        if count is not None:
+            cut = cut._replace(sizes=pooled(count.to(like.dtype), cut.inside, grid).mT)
+        left = cut.sizes.expand(*cut.sizes.shape[:-2], math.prod(grid), -1)
         if window is not None:
             own = cut.of[window.tokens]
-            left = left.scatter_add(1, own, (window.beyond.to(like.dtype) - 1).expand(own.shape))
-        return cls(grid, prefix, window, cut, left)
+            less = window.beyond.to(like.dtype) - 1
+            left = left.scatter_add(-1, own.expand(less.shape[:-2] + own.shape), less)
+        return cls(grid, prefix, window, cut, left, seen)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prefix, grid and suffix of [..., N, D]."""
@@ -88,12 +111,37 @@ class Near(NamedTuple):
             return torch.cat([before, after], dim=-2)
         return torch.cat([before, after, pooled(on_grid, self.cells.inside, self.grid)], dim=-2)
 
+    def shown(self, x: Tensor) -> Tensor:
+        """Keys or values [B, H, N, D], 0 where they do not count."""
+        return x if self.seen is None else torch.where(self.seen, x, 0)
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Over the last axis; 0 where all of it is masked."""
+        if self.seen is None:
+            return logits.softmax(-1)
+        none = (logits == -math.inf).all(-1, keepdim=True)
+        return logits.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
+
+    def masked_ends(self, logits: Tensor) -> Tensor:
+        """Of prefix and suffix keys, [..., n, M], with -inf for those that do not count."""
+        if self.seen is None:
+            return logits
+        before, _, after = self.split(self.seen)
+        return logits.masked_fill(~torch.cat([before, after], dim=2).mT, -math.inf)
+
+    def exact(self, x: Tensor, keys: Tensor) -> Tensor:
+        """The weights of all tokens for scaled queries of the prefix or suffix."""
+        logits = x @ keys.mT
+        if self.seen is not None:
+            logits = logits.masked_fill(~self.seen.mT, -math.inf)
+        return self.softmax(logits)
+
     def per_cell(self, own: Tensor) -> Tensor:
         """Sums over the window's tokens in each cell: [..., n, K] to [..., n, cells ** axes]."""
         assert self.window is not None and self.cells is not None
         index = self.cells.of[self.window.tokens].expand(own.shape)
         own = own.masked_fill(self.window.beyond, 0)
-        sums = own.new_zeros(*own.shape[:-1], self.cells.sizes.shape[0])
+        sums = own.new_zeros(*own.shape[:-1], self.cells.sizes.shape[-1])
         return sums.scatter_add(own.dim() - 1, index, own)
 
     def at_window(self, cells: Tensor) -> Tensor:
@@ -160,16 +208,18 @@ def reference(
     prefix: int,
     neighborhood: int,
     coarse: int,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Near attention joined with ``base``, the node's output, in ordinary operators.
 
-    q, k: [B, H, N, D]; v, base: [B, H, N, Dv]; mixing: [] or [gate], [H]. Returns [B, H, N, Dv] in
-    q's dtype; computed in the widest of the dtypes and float32, also under autocast.
+    q, k: [B, H, N, D]; v, base: [B, H, N, Dv]; mixing: [] or [gate], [H]; key_mask: [B, N], which
+    tokens count. Returns [B, H, N, Dv] in q's dtype; computed in the widest of the dtypes and
+    float32, also under autocast.
     """
     wide = widest(q, k, v, base, *mixing)
     with no_autocast(q.device.type):
-        queries, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
-        near = Near.of(k, grid, prefix, neighborhood, coarse)
+        near = Near.of(q.to(wide), grid, prefix, neighborhood, coarse, key_mask)
+        queries, k, v = q.to(wide) * scale, near.shown(k.to(wide)), near.shown(v.to(wide))
         before, x, after = near.split(queries)
         shared = near.shared(v)
         weights, own = weigh(near, x, near.shared(k), near.split(k)[1])
@@ -178,7 +228,7 @@ def reference(
             around = near.split(v)[1][:, :, near.window.tokens]
             found = found + (own[..., None, :] @ around).squeeze(-2)
         found = joined(near.split(base.to(wide))[1], found, mixing)
-        first, last = ((t @ k.mT).softmax(-1) @ v for t in (before, after))
+        first, last = (near.exact(t, k) @ v for t in (before, after))
         return torch.cat([first, found, last], dim=2).to(q.dtype)
 
 
@@ -192,20 +242,19 @@ def weigh(near: Near, x: Tensor, shared: Tensor, keys: Tensor) -> tuple[Tensor, 
     own = plain.narrow(-1, 0, 0)
     if near.window is not None:
         own = (keys[:, :, near.window.tokens] @ x[..., None]).squeeze(-1)
-    cells, rest = 0, plain.shape[-1]
-    logits = [plain]
+    cells = 0 if near.left is None else near.left.shape[-1]
+    rest = plain.shape[-1] - cells
+    logits = [near.masked_ends(plain.narrow(-1, 0, rest))]
     if near.left is not None:
-        cells = near.left.shape[-1]
-        rest -= cells
         sums = plain.narrow(-1, rest, cells)
         if near.window is not None:
             sums = sums - near.per_cell(own)
         seen = near.left > 0
         means = sums / near.left.clamp(min=1) + near.left.clamp(min=1).log()
-        logits = [plain.narrow(-1, 0, rest), means.masked_fill(~seen, -math.inf)]
+        logits.append(means.masked_fill(~seen, -math.inf))
     if near.window is not None:
         logits.append(own.masked_fill(near.window.beyond, -math.inf))
-    weights = torch.cat(logits, dim=-1).softmax(-1)
+    weights = near.softmax(torch.cat(logits, dim=-1))
     own = weights.narrow(-1, rest + cells, own.shape[-1])
     if near.left is None:
         return weights.narrow(-1, 0, rest), own

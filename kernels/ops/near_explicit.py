@@ -18,14 +18,22 @@ BLOCK = 2**23
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, base: Tensor, mixing: Sequence[Tensor], **settings: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    base: Tensor,
+    mixing: Sequence[Tensor],
+    *,
+    key_mask: Tensor | None = None,
+    **settings: Any,
 ) -> Tensor:
     """`near.reference`, the output ``[B, N, H, Dv]`` in memory."""
     out = token_major_empty(q, v.shape[3])
     for items, heads in _blocks(q, settings["grid"], settings["neighborhood"]):
         queries, keys, values, own = (x[items, heads] for x in (q, k, v, base))
         gates = [gate[heads] for gate in mixing]
-        out[items, heads] = reference(queries, keys, values, own, gates, **settings)
+        mask = None if key_mask is None else key_mask[items]
+        out[items, heads] = reference(queries, keys, values, own, gates, key_mask=mask, **settings)
     return out
 
 
@@ -41,17 +49,23 @@ def backward(
     prefix: int,
     neighborhood: int,
     coarse: int,
+    key_mask: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of q, k, v, ``base`` (token-major, in q's, k's, v's and q's dtype) and mixing."""
     wide = widest(q, k, v, *mixing)
     grads = [token_major_empty(*about) for about in ((q, q.shape[3]), (k, k.shape[3]))]
     grads += [token_major_empty(v, v.shape[3]), token_major_empty(q, v.shape[3])]
     grad_mixing = [torch.zeros_like(gate, dtype=wide) for gate in mixing]
-    near = Near.of(q.new_zeros((), dtype=wide), grid, prefix, neighborhood, coarse)
+    places = (q.new_zeros((), dtype=wide), grid, prefix, neighborhood, coarse)
+    near = Near.of(*places)
     for items, heads in _blocks(q, grid, neighborhood):
+        if key_mask is not None:
+            near = Near.of(*places, key_mask[items])
         gate = mixing[0][heads].to(wide)[:, None, None] if mixing else 0.5
         queries, keys, values, outer = (x[items, heads].to(wide) for x in (q, k, v, grad))
+        keys, values = near.shown(keys), near.shown(values)
         dq, dk, dv, along = _backward(queries * scale, keys, values, outer, gate, near)
+        dk, dv = near.shown(dk), near.shown(dv)
         for whole, part in zip(grads, (dq * scale, dk, dv), strict=False):
             whole[items, heads] = part.to(whole.dtype)
         base = near.split(outer)[1] * (1.0 if mixing else 0.5)
@@ -71,7 +85,7 @@ def _backward(
     g_before, g, g_after = near.split(grad)
     into = near.split(dq)
     for exact, outer, to in ((before, g_before, into[0]), (after, g_after, into[2])):
-        p = (exact @ k.mT).softmax(-1)
+        p = near.exact(exact, k)
         ds = _softmax_backward(p, outer @ v.mT)
         dv += p.mT @ outer
         dk += ds.mT @ exact

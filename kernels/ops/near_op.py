@@ -18,8 +18,10 @@ from .explicit import token_major_empty
 from .precision import no_autocast, widest
 from .variant import Variant
 
-_SETTINGS = "float scale, SymInt[] grid, SymInt prefix, int neighborhood, int coarse"
-_NAMES = ("scale", "grid", "prefix", "neighborhood", "coarse")
+_SETTINGS = (
+    "float scale, SymInt[] grid, SymInt prefix, int neighborhood, int coarse, Tensor? key_mask=None"
+)
+_NAMES = ("scale", "grid", "prefix", "neighborhood", "coarse", "key_mask")
 _SCHEMAS = {
     "t5fx::near_forward": (
         f"(Tensor q, Tensor k, Tensor v, Tensor base, Tensor[] mixing, {_SETTINGS}) -> Tensor"
@@ -71,26 +73,28 @@ def _backward_fake(grad, q, k, v, mixing, *_):  # type: ignore[no-untyped-def]
 
 
 def _named(settings: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(_NAMES, settings, strict=True))
+    return dict(zip(_NAMES, settings, strict=False))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, _, mixing, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *mixing)
+    q, k, v, _, mixing, *settings, key_mask = inputs
+    ctx.settings = settings
+    ctx.save_for_backward(q, k, v, key_mask, *mixing)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    q, k, v, *mixing = ctx.saved_tensors
+    q, k, v, key_mask, *mixing = ctx.saved_tensors
+    settings = (*ctx.settings, key_mask)
     if not any(ctx.needs_input_grad[:3]):
-        found = of_parameters(torch.ops.t5fx.near_forward, ctx, grad, q, k, v, mixing)
-        return *found, *[None] * len(ctx.settings)
-    dq, dk, dv, dbase, *rest = torch.ops.t5fx.near_backward(grad, q, k, v, mixing, *ctx.settings)
-    return dq, dk, dv, dbase, rest, *[None] * len(ctx.settings)
+        found = of_parameters(torch.ops.t5fx.near_forward, settings, grad, q, k, v, mixing)
+        return *found, *[None] * len(settings)
+    dq, dk, dv, dbase, *rest = torch.ops.t5fx.near_backward(grad, q, k, v, mixing, *settings)
+    return dq, dk, dv, dbase, rest, *[None] * len(settings)
 
 
 def of_parameters(
     forward: Callable[..., Tensor],
-    ctx: Any,
+    settings: Sequence[Any],
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -98,7 +102,7 @@ def of_parameters(
     mixing: Sequence[Tensor],
 ) -> tuple[Any, ...]:
     """The gradients where q, k and v need none: ``forward`` again, without its backward."""
-    scale, grid, prefix, *rest = ctx.settings
+    scale, grid, prefix, *rest = settings
     nothing = torch.zeros_like(grad)
     on_grid = nothing.index_fill(2, torch.arange(math.prod(grid), device=q.device) + prefix, 1)
     base = grad * on_grid if mixing else 0.5 * grad * on_grid

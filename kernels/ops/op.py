@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import cpp, near, near_op, opaque  # noqa: F401 (two of them register operators)
-from .checks import check_counts, check_device, check_impl
+from .checks import check_counts, check_device, check_impl, check_maskable
 from .choice import TRUSTED
+from .masked import folded
 from .precision import widest
 from .reference import reference
 from .variant import Variant
@@ -34,6 +35,7 @@ def _ttt(
     mixing: Sequence[Tensor],
     affine: Sequence[Tensor],
     *,
+    key_mask: Tensor | None = None,
     scale: float,
     grid: Sequence[int],
     prefix: int = 0,
@@ -58,19 +60,22 @@ def _ttt(
     check_impl(variant, impl)
     check_counts(variant, weights, conv, mixing, affine, grid)
     lists = {"weights": weights, "conv": conv, "mixing": mixing, "affine": affine}
-    check_device(q, {"k": k, "v": v, **lists})
+    masks = [] if key_mask is None else [key_mask]
+    check_device(q, {"k": k, "v": v, **lists, "key_mask": masks})
+    if impl == "triton" and key_mask is not None:
+        check_maskable(variant, q.dtype)
     # Before the node runs, which waits for its own files to be compiled.
     near_tensors = (q, k, v, *weights, *conv, *mixing, *affine)
     closed = variant.is_near and impl != "reference" and _is_closed("near_", *near_tensors)
     shifted = _affine(q, k, affine) if variant.qk_affine else (q, k)
-    base = _linear(*shifted, v, weights, conv, scale, grid, prefix, variant, impl)
+    base = _linear(*shifted, v, weights, conv, key_mask, scale, grid, prefix, variant, impl)
     if not variant.is_near:
         return base
     near_settings = (scale, grid, prefix, neighborhood, coarse)
     if impl == "triton":
         return torch.ops.t5fx.near_triton_forward(q, k, v, base, mixing, *near_settings)[0]
     if closed:
-        return torch.ops.t5fx.near_forward(q, k, v, base, mixing, *near_settings)
+        return torch.ops.t5fx.near_forward(q, k, v, base, mixing, *near_settings, key_mask)
     return near.reference(
         *(q, k, v, base, mixing),
         scale=scale,
@@ -78,6 +83,7 @@ def _ttt(
         prefix=prefix,
         neighborhood=neighborhood,
         coarse=coarse,
+        key_mask=key_mask,
     )
 
 
@@ -96,6 +102,7 @@ def _linear(
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
+    key_mask: Tensor | None,
     scale: float,
     grid: Sequence[int],
     prefix: int,
@@ -103,14 +110,21 @@ def _linear(
     impl: str,
 ) -> Tensor:
     """The node without near attention."""
-    call = (q, k, v, weights, conv, scale, grid, prefix, variant.key_norm_eps)
+    eps = variant.key_norm_eps
+    closed = impl == "auto" and variant.is_written_out and _is_closed("", q, k, v, *weights, *conv)
+    closed = closed and (key_mask is None or eps > 0)
+    qkv = (q, k, v)
+    if key_mask is not None and (closed or impl == "triton"):
+        seen, place = key_mask[:, None, :, None], {"grid": grid, "prefix": prefix}
+        qkv = folded(q, k, v, seen, **place, convolved=bool(conv), eps=eps, exact=closed)
+    call = (*qkv, weights, conv, scale, grid, prefix, eps)
     if impl == "triton":
         # Imported where it is asked for: Triton is slow to import.
         from t5fx.kernels import triton_kernels  # noqa: F401
 
         trained = _is_transformed() or _is_trained(q, k, v, *weights, *conv)
         return torch.ops.t5fx.ttt_triton_forward(*call, trained)[0]
-    if impl == "auto" and variant.is_written_out and _is_closed("", q, k, v, *weights, *conv):
+    if closed:
         return torch.ops.t5fx.ttt_forward(*call)[0]
     return reference(
         q,
@@ -118,6 +132,7 @@ def _linear(
         v,
         weights,
         conv,
+        key_mask,
         scale=scale,
         grid=grid,
         prefix=prefix,

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .inner import inner_model
 from .key_norm import KEY_NORMS
 from .locality import add_depthwise_conv
+from .masked import hidden, shares
 from .precision import no_autocast, widest
 
 
@@ -16,6 +18,7 @@ def reference(
     v: Tensor,
     weights: Sequence[Tensor],
     conv: Sequence[Tensor],
+    key_mask: Tensor | None = None,
     *,
     scale: float,
     grid: Sequence[int],
@@ -37,7 +40,12 @@ def reference(
         weights = [w.to(wide) for w in weights]
         conv = [c.to(wide) for c in conv]
 
-        k = KEY_NORMS[key_norm](k, key_norm_eps)
+        seen = None if key_mask is None else key_mask[:, None, :, None]
+        k = KEY_NORMS[key_norm](k, key_norm_eps, seen)
+        if seen is not None:
+            k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
+            if locality == "dwc_qk":
+                q = hidden(q, seen, grid, prefix)
         if locality == "dwc_qk":
             q = add_depthwise_conv(q, conv[0], conv[1], grid, prefix)
             k = add_depthwise_conv(k, conv[2], conv[3], grid, prefix)
@@ -50,5 +58,8 @@ def reference(
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         weights = [w.expand(batch, -1, -1, -1).flatten(0, 1) for w in weights]
 
-        out = inner_model(inner).mix(q, k, v, weights, scale, inner_loss)
+        share = None
+        if seen is not None:
+            share = shares(seen, wide).expand(-1, heads, -1, -1).flatten(0, 1)
+        out = inner_model(inner).mix(q, k, v, weights, scale, inner_loss, share)
         return out.unflatten(0, (batch, heads)).to(out_dtype)

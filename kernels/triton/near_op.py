@@ -84,7 +84,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]
     q, k, v, *rest = ctx.saved_tensors
     mixing, saved = rest[: ctx.gates], rest[ctx.gates :]
     if not any(ctx.needs_input_grad[:3]):
-        found = near_op.of_parameters(_attention, ctx, grad, q, k, v, mixing)
+        found = near_op.of_parameters(_attention, ctx.settings, grad, q, k, v, mixing)
         return *found, *[None] * len(ctx.settings)
     backward = torch.ops.t5fx.near_triton_backward
     dq, dk, dv, dbase, *gates = backward(grad, q, k, v, mixing, saved, *ctx.settings)

@@ -306,7 +306,7 @@ def saved_reference(tensors: Sequence[Tensor], keywords: Mapping[str, Any]) -> d
     eps = keywords["key_norm_eps"]
     var, mean = torch.var_mean(k, dim=2, correction=0)
     found = {"mean": mean, "rstd": torch.rsqrt(var + eps)}
-    keys = KEY_NORMS["instance"](k, eps)
+    keys = KEY_NORMS["instance"](k, eps, None)
     if conv:
         weight_q, bias_q, weight_k, bias_k = conv
         keys = add_depthwise_conv(keys, weight_k, bias_k, keywords["grid"], keywords["prefix"])

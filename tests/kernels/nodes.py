@@ -94,26 +94,40 @@ def naive(
     key_norm="instance",
     key_norm_eps=1.0,
     locality="dwc_qk",
+    key_mask=None,
 ):
     """The node head by head, the inner gradient by torch.func.grad, the convolution by loops."""
     q, k, v, weights, conv = args
     batch, heads, tokens, _ = q.shape
-    k = _normalised(k, key_norm, key_norm_eps)
+    every = torch.ones(batch, tokens, dtype=torch.bool) if key_mask is None else key_mask
+    if key_mask is None:
+        k = _normalised(k, key_norm, key_norm_eps)
+    else:
+        k = torch.stack(
+            [_counted(x, m, key_norm, key_norm_eps) for x, m in zip(k, every, strict=True)]
+        )
+        places = torch.arange(tokens)
+        off_grid = (places < prefix) | (places >= prefix + torch.Size(grid).numel())
+        if locality == "dwc_qk":
+            q = q * (every | off_grid)[:, None, :, None]
+        v = v * every[:, None, :, None]
     if locality == "dwc_qk":
         q = q + _convolved(q, *conv[:2], grid, prefix)
         k = k + _convolved(k, *conv[2:], grid, prefix)
     elif locality == "dwc_v":
         v = v + _convolved(v, *conv, grid, prefix)
     if inner in SIMILARITY:
-        return _linear(q, k, v, weights, scale, SIMILARITY[inner])
+        return _linear(q, k, v, weights, scale, SIMILARITY[inner], every)
     f = F_W[inner]
     rows = []
     for b, h in itertools.product(range(batch), range(heads)):
 
         def loss(w, b=b, h=h):
+            keys, values = k[b, h][every[b]], v[b, h][every[b]]
+            rate = scale / max(1, len(keys))
             if inner_loss == "dot":
-                return -scale / tokens * (v[b, h] * f(k[b, h], *w)).sum()
-            return scale / (2 * tokens) * (f(k[b, h], *w) - v[b, h]).square().sum()
+                return -rate * (values * f(keys, *w)).sum()
+            return rate / 2 * (f(keys, *w) - values).square().sum()
 
         w = tuple(weight[h] for weight in weights)
         w = [old - step for old, step in zip(w, torch.func.grad(loss)(w), strict=True)]
@@ -121,13 +135,21 @@ def naive(
     return torch.stack(rows).unflatten(0, (batch, heads))
 
 
-def _linear(q, k, v, weights, scale, similarity):
+def _counted(k, seen, key_norm, eps):
+    """One item's keys, those that count normalised among themselves, others 0."""
+    found = torch.zeros_like(k)
+    found[:, seen] = _normalised(k[None, :, seen], key_norm, eps)[0]
+    return found
+
+
+def _linear(q, k, v, weights, scale, similarity, every):
     """Linear attention as softmax is: a weight for each pair of a query and a key."""
     out = torch.empty_like(v)
     for b, h, i in itertools.product(*map(range, q.shape[:3])):
         w = [weight[h] for weight in weights]
-        row = torch.stack([similarity(scale, q[b, h, i], key, *w) for key in k[b, h]])
-        out[b, h, i] = row @ v[b, h] / row.sum()
+        keys, values = k[b, h][every[b]], v[b, h][every[b]]
+        row = torch.stack([similarity(scale, q[b, h, i], key, *w) for key in keys])
+        out[b, h, i] = row @ values / row.sum()
     return out
 
 

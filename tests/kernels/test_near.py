@@ -21,8 +21,16 @@ close = torch.testing.assert_close
 EXACT = {"atol": 1e-10, "rtol": 1e-9}
 
 
-def naive(q, k, v, *, scale, grid, prefix, neighborhood, coarse):
+def naive(q, k, v, *, scale, grid, prefix, neighborhood, coarse, key_mask=None):
     """Near attention token by token, from the description."""
+    if key_mask is not None:
+        items = zip(q[:, None], k[:, None], v[:, None], key_mask, strict=True)
+        places = (scale, grid, prefix, neighborhood, coarse)
+        return torch.cat([_naive(*item, *places) for item in items])
+    return _naive(q, k, v, torch.ones(q.shape[2]), scale, grid, prefix, neighborhood, coarse)
+
+
+def _naive(q, k, v, counts, scale, grid, prefix, neighborhood, coarse):
     cells = list(itertools.product(*map(range, grid)))
     tokens = q.shape[2]
     others = [t for t in range(tokens) if not prefix <= t < prefix + len(cells)]
@@ -44,6 +52,10 @@ def naive(q, k, v, *, scale, grid, prefix, neighborhood, coarse):
                 if coarse and prefix + i not in window:
                     groups.setdefault(name, []).append(prefix + i)
             seen += groups.values()
+        seen = [kept for some in seen if (kept := [j for j in some if counts[j]])]
+        if not seen:
+            rows.append(torch.zeros_like(v[:, :, :1]))
+            continue
         keys = torch.stack([k[:, :, some].mean(2) for some in seen], 2)
         values = torch.stack([v[:, :, some].mean(2) for some in seen], 2)
         bias = torch.tensor([len(some) for some in seen], dtype=q.dtype).log()

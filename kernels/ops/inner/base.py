@@ -42,9 +42,20 @@ class TokenMixer(ABC):
 
     @abstractmethod
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, loss: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weights: Sequence[Tensor],
+        scale: float,
+        loss: str,
+        share: Tensor | None = None,
     ) -> Tensor:
-        """The output, ``[G, N, Dv]``. ``scale``: what softmax multiplied the logits with."""
+        """The output, ``[G, N, Dv]``. ``scale``: what softmax multiplied the logits with.
+
+        share: ``[G, N, 1]``, by how much more than 1 / N each key counts in a mean over the N; 0 of
+        those that do not count. None: all count alike.
+        """
 
     @abstractmethod
     def flops(self, num_tokens: int, head_dim: int, value_dim: int) -> int:
@@ -68,9 +79,23 @@ class LinearAttention(TokenMixer):
         """phi(q) and phi(k), ``[G, N, F]``, not negative."""
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, loss: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weights: Sequence[Tensor],
+        scale: float,
+        loss: str,
+        share: Tensor | None = None,
     ) -> Tensor:
-        q, k = self.features(q, k, weights, scale)
+        if share is None:
+            q, k = self.features(q, k, weights, scale)
+        else:
+            # Features may depend on all keys, such as by the greatest: others are one that counts.
+            first = (share > 0).to(torch.uint8).argmax(dim=1, keepdim=True)
+            one = k.gather(1, first.expand(-1, -1, k.shape[2]))
+            q, k = self.features(q, torch.where(share > 0, k, one), weights, scale)
+            k = k * share
         similarity = (q * k.mean(dim=1, keepdim=True)).sum(dim=2, keepdim=True)
         return q @ (outer_sum(k, v) / k.shape[1]) / (similarity + EPS)
 
@@ -119,7 +144,14 @@ class InnerModel(TokenMixer):
     has_loss = True
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: float, loss: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weights: Sequence[Tensor],
+        scale: float,
+        loss: str,
+        share: Tensor | None = None,
     ) -> Tensor:
         """f_W'(q), W' = W - dL/dW: one step on all tokens at once (arXiv 2605.02772)."""
         hidden = self.hidden(k, weights)
@@ -129,6 +161,8 @@ class InnerModel(TokenMixer):
             g, rate = v, -rate
         else:
             g = self.output(hidden, weights) - v
+        if share is not None:
+            g = g * share
         grads = self.gradient(k, hidden, weights, g)
         updated = [w - rate * dw for w, dw in zip(weights, grads, strict=True)]
         return self.forward(q, updated)

@@ -17,7 +17,7 @@ class Nothing(TokenMixer):
     def weight_shapes(self, head_dim, value_dim):
         return ()
 
-    def mix(self, q, k, v, weights, scale, loss):
+    def mix(self, q, k, v, weights, scale, loss, share=None):
         return v.new_zeros(v.shape)
 
     def flops(self, num_tokens, head_dim, value_dim):
