@@ -11,11 +11,15 @@
 // of one token that no window meets; cells and ends together are the marks. All queries meet the same
 // marks, so theirs are products of matrices; the window's are sums over channels, row by row.
 //
+// Of keys that do not count the rows are zeros, their logits -inf and their gradients zeros; a query
+// that sees none that does gets 0.
+//
 // Queries have places of their own: bands of a few rows of the grid, column by column, so that one
 // query's window is mostly the last one's; then the ends, which attend to all tokens.
 
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -31,6 +35,7 @@ struct NearCall {
   const float* gate;  // [H], or null for half of each
   void *out, *grad_q, *grad_k, *grad_v, *grad_base;
   float* grad_gate;  // [B, H]
+  const bool* mask;  // [N], the keys that count of the one batch item there is then, or null
   Index strides[20];  // of q, k, v, grad and base: batch, head, token, channel
   Index batch, heads, tokens, dim, value;
   Index grid[3], prefix, side, cells;  // three axes, the leading ones of size 1
@@ -173,7 +178,8 @@ struct Places {
   std::vector<Index> line, column;          // of a place, as far as they are in rows and columns
   std::vector<int32_t> cell;                // of each token of the grid
   std::vector<Index> step;                  // from a window's start to each of its tokens
-  std::vector<float> size, rows, columns;   // tokens of marks; of cells in windows: z and y, x
+  // Tokens that count of marks; of cells in windows: z and y, x; with a mask in rows alone.
+  std::vector<float> size, rows, columns;
 
   explicit Places(const NearCall& call)
       : z(call.grid[0], call.side, call.cells),
@@ -195,7 +201,7 @@ struct Places {
         cell(call.tokens),
         step(window),
         size(pitch),
-        rows(z.size * y.size * counted),
+        rows((call.mask ? count : z.size * y.size) * counted),
         columns(x.size * counted) {
     Index at = 0;
     for (Index i = 0; i < z.size; ++i)
@@ -204,8 +210,8 @@ struct Places {
           for (Index j = band; j < band + BAND && j < y.size; ++j, ++at) {
             token[at] = int32_t(number(i, j, k));
             start[at] = int32_t(number(z.first(i), y.first(j), x.first(k)));
-            line[at] = (i * y.size + j) * counted;
-            column[at] = k * counted;
+            line[at] = (call.mask ? at : i * y.size + j) * counted;
+            column[at] = call.mask ? 0 : k * counted;
           }
     for (Index i = 0; i < ends; ++i) token[count + i] = int32_t(end(i));
     for (Index i = 0; i < call.tokens; ++i) place[token[i]] = int32_t(i);
@@ -215,14 +221,22 @@ struct Places {
         for (Index j = 0; j < y.wide; ++j)
           for (Index k = 0; k < x.wide; ++k) step[slot++] = number(i, j, k) - prefix;
     }
-    for (Index i = 0; i < ends; ++i) size[cells + i] = 1;
+    auto counts = [&](Index n) { return !call.mask || call.mask[n]; };
+    for (Index i = 0; i < ends; ++i) size[cells + i] = counts(end(i));
     if (!cells) return;
     each(z.size, y.size, x.size, [&](Index i, Index j, Index k) {
       const Index its = (z.cell(i) * y.cells + y.cell(j)) * x.cells + x.cell(k);
       cell[number(i, j, k)] = int32_t(its);
-      size[its] += 1;
+      size[its] += counts(number(i, j, k));
     });
     if (!window) return;
+    if (call.mask) {
+      std::fill_n(columns.begin(), counted, 1.0f);
+      for (Index at = 0; at < count; ++at)
+        for (const Index n : step)
+          if (counts(start[at] + n)) rows[line[at] + cell[start[at] + n]] += 1;
+      return;
+    }
     each(z.cells, y.cells, x.cells, [&](Index a, Index b, Index c) {
       const Index its = (a * y.cells + b) * x.cells + c;
       for (Index i = 0; i < z.size; ++i)
@@ -304,12 +318,17 @@ struct NearPass : Pairs<T, NearCall> {
     });
   }
 
+  bool counts(Index n) const { return !call.mask || call.mask[n]; }
+
   // A part of a tensor's tokens as rows.
   void copy(const Tokens<T>& in, Index width, Index apart, Index part, float* rows) const {
     const Share mine = share(N, part);
     for (Index n = mine.first; n < mine.last; ++n) {
       in.prefetch(n + AHEAD);
-      read(in, n, width, 1.0f, rows + n * apart);
+      if (counts(n))
+        read(in, n, width, 1.0f, rows + n * apart);
+      else
+        std::memset(rows + n * apart, 0, width * sizeof(float));
     }
   }
 
@@ -401,6 +420,17 @@ struct NearPass : Pairs<T, NearCall> {
     for (Index j = 0; j < window; ++j) own[j] -= row[cell[places.step[j]]];
   }
 
+  // Gives keys of the window that do not count no weight.
+  void hide(Index place, float* row) const {
+    if (!call.mask) return;
+    float* own = row + places.pitch;
+    for (Index j = 0; j < window; ++j)
+      if (!counts(places.start[place] + places.step[j])) own[j] = -__builtin_inff();
+  }
+  // What is taken from logits before they are powers; with a mask all may be -inf.
+  float level(float top) const { return call.mask && top == -__builtin_inff() ? 0.0f : top; }
+  float inverse(float sum) const { return call.mask && sum == 0.0f ? 0.0f : 1.0f / sum; }
+
   // How many tokens the window leaves to the cells, LANES of them from c on.
   struct Left {
     const float *size, *rows, *columns;
@@ -416,9 +446,10 @@ struct NearPass : Pairs<T, NearCall> {
   void weigh(Index at, Index count, float* rows, float* factors) const {
     for (Index t = 0; t < count; ++t) exclude(at + t, rows + t * pitch);
     float top[TILE];
-    for (Index t = 0; t < count; ++t) top[t] = average(at + t, rows + t * pitch);
+    for (Index t = 0; t < count; ++t) hide(at + t, rows + t * pitch);
+    for (Index t = 0; t < count; ++t) top[t] = level(average(at + t, rows + t * pitch));
     for (Index t = 0; t < count; ++t)
-      factors[t] = 1.0f / raise(at + t, rows + t * pitch, top[t]);
+      factors[t] = inverse(raise(at + t, rows + t * pitch, top[t]));
   }
   // Sums over cells as means; returns the largest logit.
   float average(Index place, float* row) const {
@@ -478,16 +509,17 @@ struct NearPass : Pairs<T, NearCall> {
   };
   // 2^(logit - top) of all tokens.
   Sum weigh_all(float* row) const {
-    for (Index n = N; n < line; ++n) row[n] = -__builtin_inff();
+    for (Index n = 0; n < line; ++n)
+      if (n >= N || !counts(n)) row[n] = -__builtin_inff();
     Vec top = load(row), sum = {};
     for (Index n = LANES; n < line; n += LANES) top = larger(load(row + n), top);
-    const float most = largest(top);
+    const float most = level(largest(top));
     for (Index n = 0; n < line; n += LANES) {
       const Vec e = power(load(row + n) - most);
       store(row + n, e);
       sum += e;
     }
-    return {most, 1.0f / total(sum)};
+    return {most, inverse(total(sum))};
   }
 };
 

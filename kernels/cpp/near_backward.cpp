@@ -258,6 +258,10 @@ struct NearBackward : NearPass<T> {
       store(own.one + i, float(1 / LOG2E) * load(own.one + i));
     for (Index t = 0; t < count; ++t) {
       const Index n = places.token[at + t];
+      if (!this->counts(n)) {
+        std::memset(own.one + t * D, 0, D * sizeof(float));
+        std::memset(own.two + t * V, 0, V * sizeof(float));
+      }
       write_tile(own.one + t * D, D, 1, this->result(call.grad_k, pair, n, dim), 0, dim);
       write_tile(own.two + t * V, V, 1, this->result(call.grad_v, pair, n, value), 0, value);
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_gates, check_grid, check_grid_ndim, check_tokens
+from ..checks import check_gates, check_grid, check_grid_ndim, check_mask, check_tokens
 from ..errors import NodeArgumentError
 from ..explicit import token_major_empty
 from .call import alike, check_cpu, launch
@@ -22,7 +22,7 @@ class _Call(ctypes.Structure):
     """`ttt::NearCall` of near.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_RESULTS)),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_RESULTS, "mask")),
         ("strides", _Strides),
         *((name, ctypes.c_int64) for name in _SIZES),
         ("grid", _Grid),
@@ -44,12 +44,13 @@ def forward(
     prefix: int,
     neighborhood: int,
     coarse: int,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """`near_explicit.forward` in C++: q, k, v, base in DTYPES with any strides, a float32 gate."""
     dtype, (q, k, v, base) = q.dtype, alike(q, k, v, base)
     out = token_major_empty(q, v.shape[3])
     settings = (scale, grid, prefix, neighborhood, coarse)
-    _run("near_forward", (q, k, v), {"base": base}, mixing, {"out": out}, *settings)
+    _run("near_forward", (q, k, v), {"base": base}, mixing, {"out": out}, key_mask, *settings)
     return out.to(dtype)
 
 
@@ -65,6 +66,7 @@ def backward(
     prefix: int,
     neighborhood: int,
     coarse: int,
+    key_mask: Tensor | None = None,
 ) -> list[Tensor]:
     """`near_explicit.backward` in C++, for the same dtypes as `forward`."""
     grad, q, k, v = alike(grad, q, k, v)
@@ -73,7 +75,7 @@ def backward(
     grad_mixing = [gate.new_empty(len(q), *gate.shape) for gate in mixing]
     results = dict(zip(_RESULTS[1:], [*grads, *grad_mixing], strict=False))
     settings = (scale, grid, prefix, neighborhood, coarse)
-    _run("near_backward", (q, k, v), {"grad": grad}, mixing, results, *settings)
+    _run("near_backward", (q, k, v), {"grad": grad}, mixing, results, key_mask, *settings)
     return [*grads, *(g.sum(0) for g in grad_mixing)]
 
 
@@ -83,21 +85,51 @@ def _run(
     other: dict[str, Tensor],
     mixing: Sequence[Tensor],
     results: dict[str, Tensor],
+    key_mask: Tensor | None,
     scale: float,
     grid: Sequence[int],
     prefix: int,
     neighborhood: int,
     coarse: int,
 ) -> None:
-    """``other``: base or the gradient, which are shaped as v."""
+    """``other``: base or the gradient, which are shaped as v.
+
+    With a mask each item is a call of its own: what a query sees is not the same for all.
+    """
     q, k, v = qkv
-    _check(q, k, v, other, mixing, grid, prefix, neighborhood, coarse)
+    _check(q, k, v, other, mixing, key_mask, grid, prefix, neighborhood, coarse)
+    if key_mask is not None and not key_mask.all():
+        masks = key_mask.contiguous()
+        for i in range(len(q)):
+            item = slice(i, i + 1)
+            parts = [{n: x[item] for n, x in some.items()} for some in (other, results)]
+            tensors = {"q": q[item], "k": k[item], "v": v[item], **parts[0]}
+            mask = masks[i] if not masks[i].all() else None
+            _call(name, tensors, mixing, parts[1], mask, scale, grid, prefix, neighborhood, coarse)
+        return
     tensors = {"q": q, "k": k, "v": v, **other}
+    _call(name, tensors, mixing, results, None, scale, grid, prefix, neighborhood, coarse)
+
+
+def _call(
+    name: str,
+    tensors: dict[str, Tensor],
+    mixing: Sequence[Tensor],
+    results: dict[str, Tensor],
+    mask: Tensor | None,
+    scale: float,
+    grid: Sequence[int],
+    prefix: int,
+    neighborhood: int,
+    coarse: int,
+) -> None:
+    q, v = tensors["q"], tensors["v"]
     strides = (tensors[kind].stride() if kind in tensors else (0,) * 4 for kind in _TENSORS[:5])
     gates = [gate.contiguous() for gate in mixing]
     tensors |= dict(zip(_TENSORS[5:], gates, strict=False)) | results
     call = _Call(
         **{kind: x.data_ptr() for kind, x in tensors.items()},
+        mask=None if mask is None else mask.data_ptr(),
         strides=_Strides(*itertools.chain.from_iterable(strides)),
         **dict(zip(_SIZES, (*q.shape, v.shape[3]), strict=True)),
         grid=_Grid(*(1,) * (3 - len(grid)), *grid),
@@ -116,6 +148,7 @@ def _check(
     v: Tensor,
     other: dict[str, Tensor],
     mixing: Sequence[Tensor],
+    key_mask: Tensor | None,
     grid: Sequence[int],
     prefix: int,
     neighborhood: int,
@@ -125,6 +158,8 @@ def _check(
     check_grid_ndim(len(grid))
     check_tokens(q, k, v)
     check_gates(mixing, q.shape[1])
+    if key_mask is not None:
+        check_mask(key_mask, q)
     check_grid(grid, prefix, q.shape[2])
     if neighborhood < 0 or coarse < 0:
         raise NodeArgumentError(
@@ -139,4 +174,4 @@ def _check(
         raise NodeArgumentError(
             f"mixing: expected at most a gate in float32; got {[gate.dtype for gate in mixing]}"
         )
-    check_cpu(q, k, v, *other.values(), *mixing)
+    check_cpu(q, k, v, *other.values(), *mixing, *([] if key_mask is None else [key_mask]))

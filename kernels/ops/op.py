@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import cpp, near, near_op, opaque  # noqa: F401 (two of them register operators)
-from .checks import check_counts, check_device, check_impl, check_maskable
+from .checks import check_counts, check_device, check_impl, check_mask, check_maskable
 from .choice import TRUSTED
 from .masked import folded
 from .precision import widest
@@ -62,8 +62,10 @@ def _ttt(
     lists = {"weights": weights, "conv": conv, "mixing": mixing, "affine": affine}
     masks = [] if key_mask is None else [key_mask]
     check_device(q, {"k": k, "v": v, **lists, "key_mask": masks})
-    if impl == "triton" and key_mask is not None:
-        check_maskable(variant, q.dtype)
+    if key_mask is not None:
+        check_mask(key_mask, q)
+        if impl == "triton":
+            check_maskable(variant, q.dtype)
     # Before the node runs, which waits for its own files to be compiled.
     near_tensors = (q, k, v, *weights, *conv, *mixing, *affine)
     closed = variant.is_near and impl != "reference" and _is_closed("near_", *near_tensors)

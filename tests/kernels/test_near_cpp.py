@@ -93,10 +93,13 @@ def check(args, settings, layout="head-major"):
     gated=st.booleans(),
     layout=st.tuples(*[layouts] * 5),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    counted=st.sampled_from([None, 0.8, 0.3]),
 )
-def test_output_and_gradients_equal_the_reference(layout, dtype, **sizes):
+def test_output_and_gradients_equal_the_reference(layout, dtype, counted, **sizes):
     assume(sizes["neighborhood"] or sizes["coarse"])
     args, settings = arguments(dtype, **sizes)
+    if counted is not None:
+        settings["key_mask"] = torch.rand(args[0].shape[::2]) < counted
     args[:4] = map(laid_out, args[:4], layout)
     check(args, settings, layout[4])
 
@@ -257,7 +260,7 @@ def test_scratch_that_does_not_fit_is_an_error():
     args[:4] = (x.expand(1, 1, 2**45, -1) for x in args[:4])
     with pytest.raises(MemoryError, match="scratch"):
         cpp.near_call._run(
-            *("near_forward", args[:3], {"base": args[3]}, args[4], {}), *settings.values()
+            *("near_forward", args[:3], {"base": args[3]}, args[4], {}, None), *settings.values()
         )
 
 
