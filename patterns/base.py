@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
+from t5fx.analysis.key_masks import KeyMask
 from t5fx.graph.view import View
 
 
@@ -64,6 +65,7 @@ class Binding:
     output_axes: for each axis of `output`, "b" (batch or head, in order), "t" or "c".
     dropout: probability of an active dropout of the probabilities, or the node of a dropout
     module, or 0. temperatures: mul/div nodes that scale the scores by a learned number a head.
+    masks: what hides keys; a key counts where all of them let it.
     """
 
     q: Operand
@@ -78,6 +80,13 @@ class Binding:
     temperatures: tuple[fx.Node, ...] = ()
     heads: int | None = None
     merged: int = 1
+    masks: tuple[KeyMask, ...] = ()
+
+    def heads_in(self, count: int) -> int | None:
+        """Which of so many axes of batch and heads counts heads alone; None where none does."""
+        if count == len(self.q.batch):
+            return self.heads if self.merged == 1 else None
+        return 1 if count == 2 and self.merged > 1 else None
 
 
 class Pattern:

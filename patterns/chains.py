@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from t5fx.analysis.key_masks import LEAST, KeyMask, key_mask
 from t5fx.analysis.masks import harmless, interval, refusal
 from t5fx.graph.axes import permutation, regroup_node
 from t5fx.graph.sizes import hint
@@ -166,6 +167,7 @@ class Chain:
     dropout: Any = 0.0
     temperatures: tuple[fx.Node, ...] = ()
     divided: bool = False
+    masks: tuple[KeyMask, ...] = ()
 
 
 def follow(
@@ -181,7 +183,8 @@ def follow(
     """Judge each node between `start` and `end`, tracking the query and key axes.
 
     Casts, layout, constant scales, learned temperatures, provably empty masks and whatever is the
-    same for all keys of a query are harmless before the softmax; past it, so is a division by
+    same for all keys of a query are harmless before the softmax, and masks of keys are noted; past
+    it, so is a division by
     `total`, the sum over the keys. Raises `Refusal` for whatever else happens to the scores (or the
     probabilities), and where a tensor in between is read by anything but the attention itself,
     which the nodes `also` are a part of.
@@ -271,7 +274,7 @@ def _step(
             return chain  # the same number everywhere, which softmax does not see
         if _same_for_all_keys(view, node, other, chain.dims):
             return chain
-        raise Refusal(*refusal(view, other))
+        return _hiding(view, node, chain, other, "added" if name == "add" else "")
     if name == "slice_scatter":
         added = _added_to_part(view, view.inputs(node)[1], chain.end)
         raise Refusal(*refusal(view, added)) if added is not None else changed
@@ -279,14 +282,33 @@ def _step(
         mask = view.arg(node, "mask")
         if interval(view, mask, {}) == (0.0, 0.0):
             return chain
-        raise Refusal(*refusal(view, mask))
+        return _hiding(view, node, chain, mask, _filling(view, view.arg(node, "value"), "fill"))
     if name == "where" and chain.end in (first, second):
         condition = view.arg(node, "condition")
         keep = (1.0, 1.0) if first is chain.end else (0.0, 0.0)
         if first is not second and interval(view, condition, {}) == keep:
             return chain
-        raise Refusal(*refusal(view, condition))
+        value, kind = (second, "bool") if first is chain.end else (first, "fill")
+        return _hiding(view, node, chain, condition, _filling(view, value, kind))
     raise changed
+
+
+def _filling(view: View, value: Any, kind: str) -> str:
+    """The kind of a mask that puts a value in the place of scores; "" for a value that hides no
+    key.
+    """
+    bounds = interval(view, value, {})
+    number = view.scalar(value) if bounds is None else bounds[1]
+    return kind if number is not None and number <= LEAST else ""
+
+
+def _hiding(view: View, node: fx.Node, chain: Chain, mask: fx.Node, kind: str) -> Chain:
+    """The chain with a mask of keys. Raises `Refusal` where that is not proved."""
+    dims, kind = chain.dims, kind or ("added" if view.trusted else "")
+    found = key_mask(view, mask, node, dims.rows, dims.columns, kind, node) if kind else None
+    if found is None:
+        raise Refusal(*refusal(view, mask))
+    return replace(chain, masks=(*chain.masks, found))
 
 
 def _added_to_part(view: View, node: fx.Node, scores: fx.Node) -> fx.Node | None:
@@ -471,6 +493,7 @@ def bound(
         *(q, k, v, factor, output, tuple(kinds), nodes),
         dropout=lower.dropout,
         temperatures=upper.temperatures,
+        masks=upper.masks,
     )
 
 

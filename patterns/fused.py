@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from t5fx.analysis.key_masks import KeyMask, key_mask
 from t5fx.analysis.masks import harmless, refusal
 from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Pattern, Refusal
@@ -77,8 +79,15 @@ class Fused(Pattern):
         if view.arg(node, "is_causal", False):
             raise Refusal("causal", "is_causal=True: each token may see only earlier ones")
         mask = view.arg(node, "attn_mask")
-        if mask is not None and not harmless(view, mask):
-            raise Refusal(*refusal(view, mask))
         query, key, value = (view.arg(node, name) for name in ("query", "key", "value"))
+        masks: tuple[KeyMask, ...] = ()
+        if mask is not None and not harmless(view, mask):
+            rank, boolean = len(view.shape(query)), view.val(mask)
+            kind = "bool" if boolean is not None and boolean.dtype == torch.bool else "added"
+            found = key_mask(view, mask, query, rank - 2, rank - 1, kind, node)
+            if found is None:
+                raise Refusal(*refusal(view, mask))
+            masks = (found,)
         dropout = view.arg(node, "dropout_p", 0.0) or 0.0
-        return fused_binding(view, node, (query, key, value), view.arg(node, "scale"), dropout)
+        scale = view.arg(node, "scale")
+        return replace(fused_binding(view, node, (query, key, value), scale, dropout), masks=masks)

@@ -27,6 +27,7 @@ ORDER = [
     "t5fx.checkpoint.files",
     "t5fx.graph",
     "t5fx.analysis.masks",
+    "t5fx.analysis.key_masks",
     "t5fx.patterns.base",
     "t5fx.patterns.operands",
     "t5fx.patterns.chains",
@@ -68,7 +69,7 @@ ORDER = [
 # Stricter than the order: everything under the name imports nothing of ours but these places.
 ONLY = {
     "t5fx.patterns": {
-        *("t5fx.errors", "t5fx.graph", "t5fx.analysis.masks"),
+        *("t5fx.errors", "t5fx.graph", "t5fx.analysis.masks", "t5fx.analysis.key_masks"),
         *("t5fx.patterns.base", "t5fx.patterns.operands", "t5fx.patterns.chains"),
     },
     "t5fx.kernels": {"t5fx.errors", "t5fx.digest", "t5fx.cache", "t5fx.kernels"},

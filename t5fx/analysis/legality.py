@@ -94,6 +94,34 @@ def check_same_tokens(view: View, axes: Axes, binding: Binding) -> None:
             raise Refusal("masked", detail)
 
 
+def check_masks(view: View, axes: Axes, binding: Binding) -> None:
+    """Masks of keys must say the same for all heads, and their items be those of the queries."""
+    for mask in binding.masks:
+        outer = mask.outer_axes(view)
+        items = _items(axes, binding, len(outer))
+        for axis in sorted(mask.outer):
+            found, wanted = axes[mask.like][axis], items[outer.index(axis)]
+            if found != wanted:
+                detail = (
+                    f"the mask '{mask.node.name}' differs along {in_words(found)}: expected the "
+                    f"same keys hidden from all heads of an item"
+                )
+                raise Refusal("masked", detail)
+
+
+def _items(axes: Axes, binding: Binding, count: int) -> list[Axis | None]:
+    """Of so many axes of batch and heads those that count items; None for others."""
+    q = binding.q
+    own: list[Axis | None] = [axes[q.like][i] for i in q.batch]
+    heads = binding.heads_in(count)
+    if count == len(own) and binding.merged == 1:
+        return [None if i == heads else axis for i, axis in enumerate(own)]
+    shared = own[0]
+    if count == 2 and len(own) == 1 and isinstance(shared, Merge) and len(shared.parts) == 2:
+        return [shared.parts[0], None]
+    return [None] * count
+
+
 def _picked_out(view: View, axis: Unit) -> bool:
     """Whether an axis of size one is one of several positions."""
     chosen = bool(axis.made) and axis.made[0] in ("from", "chosen by", "moved by")

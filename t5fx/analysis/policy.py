@@ -19,6 +19,7 @@ from t5fx.analysis.axis import Axis
 from t5fx.analysis.layout import Axes
 from t5fx.analysis.legality import (
     check_independent,
+    check_masks,
     check_same_tokens,
     find_heads,
     find_layout,
@@ -170,6 +171,7 @@ def _judge(
     _measure(view, site, binding, config)
     check_same_tokens(view, axes, binding)
     check_independent(view, binding)
+    check_masks(view, axes, binding)
     if decided is None and not config.selects(site.fqn):
         raise Refusal("excluded", "left out by `include` or `exclude`")
     if decided is False:
@@ -195,6 +197,10 @@ def _judge(
         _enough(site, config)
     if asked and config.policy == "flops":
         _pays(site, 1.0)  # before a check of kernels, which takes its time
+    if binding.masks:
+        names = ", ".join(f"'{mask.node.name}'" for mask in binding.masks)
+        values = ", by its values in each call" if any(m.checked for m in binding.masks) else ""
+        site.detail = f"keys that {names} hides do not count{values}"
     trained = _is_trained(view, match, owner)
     call = _call(view, entry, trained)
     choice = choose(config.impl, call)
@@ -285,6 +291,7 @@ def _call(view: View, entry: Plan, trained: bool) -> Call:
         axes=len(entry.grid),
         trained=trained,
         node=settings_of(_node(entry) | {"scale": binding.scale}),
+        masked=bool(binding.masks),
     )
 
 
@@ -355,7 +362,8 @@ def _is_faster(view: View, entry: Plan, trained: bool) -> None:
     else:
         found = cost(shape, node, value.device)
     site.seconds_before, site.seconds_after = found.softmax, found.ttt
-    site.detail = f"measured{', with the backward pass' if trained else ''}: {found}"
+    measured = f"measured{', with the backward pass' if trained else ''}: {found}"
+    site.detail = "; ".join(filter(None, (site.detail, measured)))
     if not found.pays:
         raise Refusal("below-break-even", f"{site.num_tokens} tokens; {site.detail}")
 

@@ -335,8 +335,9 @@ def _impl(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
     """What `impl` "auto" is for a call in the graph; its argument, so that caches can tell."""
     q, k, v, *lists = fx.map_arg(arguments, View.meta)
     parameters = [tensor for some in lists for tensor in some]
-    node = {n: x for n, x in keywords.items() if n not in ("grid", "prefix")}
-    return resolved(node["impl"], q, k, v, parameters, len(keywords["grid"]), node)
+    node = {n: x for n, x in keywords.items() if n not in ("grid", "prefix", "key_mask")}
+    masked = keywords.get("key_mask") is not None
+    return resolved(node["impl"], q, k, v, parameters, len(keywords["grid"]), node, masked)
 
 
 def _shared(gm: fx.GraphModule) -> fx.GraphModule:

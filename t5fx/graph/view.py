@@ -219,13 +219,13 @@ class View:
         return float(getattr(torch, name)(*tensors))
 
     @cached_property
-    def _mutations(self) -> dict[fx.Node, int]:
-        """Where each tensor that is changed in place (through any view of it) last is."""
-        found: dict[fx.Node, int] = {}
+    def _mutations(self) -> dict[fx.Node, list[int]]:
+        """Where each tensor that is changed in place (through any view of it) is, in order."""
+        found: dict[fx.Node, list[int]] = {}
         for node in self.graph.nodes:
             for tensor in changed(node):
-                found[self.base_of(tensor)] = self.order[node]
-                found[self.base_of(node)] = self.order[node]
+                for base in {self.base_of(tensor), self.base_of(node)}:
+                    found.setdefault(base, []).append(self.order[node])
         return found
 
     def base_of(self, node: fx.Node) -> fx.Node:
@@ -243,8 +243,14 @@ class View:
 
     def mutated(self, node: fx.Node, after: fx.Node | None = None) -> bool:
         """Whether a tensor is changed in place anywhere, or after node `after` has run."""
-        last = self._mutations.get(self.base_of(node), -1)
-        return last >= 0 if after is None else last > self.order[after]
+        found = self._mutations.get(self.base_of(node))
+        return bool(found) and (after is None or found[-1] > self.order[after])
+
+    def mutated_before(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
+        """What changed a tensor in place last, after a node made it and before another reads it."""
+        found = self._mutations.get(self.base_of(node), ())
+        places = [p for p in found if self.order[node] < p < self.order[reader]]
+        return list(self.order)[places[-1]] if places else None
 
     def depends_on_input(self, node: fx.Node) -> bool:
         """Whether the values of a node depend on the inputs of the model, not only its sizes."""

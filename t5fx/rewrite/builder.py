@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch.nn import functional
 
 from t5fx.analysis.axis import Axis
+from t5fx.analysis.key_masks import LEAST, KeyMask
+from t5fx.errors import RefusedCallError
 from t5fx.graph.blocks import INSIDE
 from t5fx.graph.sizes import Size
 from t5fx.graph.view import View
@@ -18,7 +21,7 @@ from t5fx.patterns.base import Binding, Operand
 #: Overloads of the ATen operators that are added to ATen graphs, where not "default".
 _OVERLOADS = {
     **{"to": "dtype", "mul": "Tensor", "div": "Tensor", "repeat_interleave": "self_int"},
-    **{"flatten": "using_ints"},
+    **{"flatten": "using_ints", "select": "int", "gt": "Scalar"},
 }
 
 
@@ -27,6 +30,25 @@ STRIDED = {
     *("permute", "transpose", "t", "mT", "slice", "select", "getitem", "unbind", "chunk", "split"),
     *("expand", "movedim"),
 }
+
+
+def counted(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask that is added to scores is 0; elsewhere it must hide the key.
+
+    Raises `RefusedCallError` where it does not; in compiled code a check is part of the graph.
+    """
+    seen = mask == 0
+    legal = (seen | (mask <= LEAST)).all()
+    message = f"expected a mask that is 0 where keys count and at most {LEAST} elsewhere"
+    if torch.compiler.is_compiling() or detect_fake_mode([mask]) is not None:
+        torch._assert_async(legal, message)
+    elif not legal:
+        raise RefusedCallError(
+            f"{message}, got values from {mask.min():.4g} to {mask.max():.4g}: other numbers are "
+            f"a bias, which a TTT node has no place for; t5fx.softmax(model) brings the original "
+            f"attention back for such calls"
+        )
+    return seen
 
 
 def _heads_last(count: int, heads: int | None) -> list[int]:
@@ -99,6 +121,47 @@ class Builder:
         if batch == 0:
             node = self.call("unsqueeze", node, 0)
         return node if binding.heads is not None else self.call("unsqueeze", node, 1)
+
+    def key_mask(self, masks: tuple[KeyMask, ...], binding: Binding, q: fx.Node) -> fx.Node:
+        """[B, N], true for tokens that count as keys; q: the queries [B, H, N, D]."""
+        found: fx.Node | None = None
+        for mask in masks:
+            one = self._counting(mask, binding, q)
+            found = one if found is None else self.call("logical_and", found, one)
+        assert found is not None
+        return found
+
+    def _counting(self, mask: KeyMask, binding: Binding, q: fx.Node) -> fx.Node:
+        """What one mask says of the tokens of an item: its diagonal, where it has queries."""
+        node = self.replaced.get(mask.node, mask.node)
+        for _ in range(-min(mask.rows, mask.columns) - len(self.view.shape(node))):
+            node = self.call("unsqueeze", node, 0)
+        rank = len(self.view.shape(node))
+        rows, columns = mask.rows + rank, mask.columns + rank
+        order = [i for i in range(rank) if i not in (rows, columns)]
+        if [*order, rows, columns] != list(range(rank)):
+            node = self.call("permute", node, [*order, rows, columns])
+        if self.view.shape(node)[-2] == 1:
+            node = self.call("select", node, -2, 0)
+        else:
+            node = self.call("diagonal", node, 0, -2, -1)
+        count = len(mask.outer_axes(self.view))
+        heads = binding.heads_in(count)
+        if heads is not None and count - heads < len(self.view.shape(node)):
+            node = self.call("select", node, heads - count - 1, 0)
+        batch = [i for i in range(count) if i != heads]
+        tokens = self.size_of(q, 2)
+        if len(batch) > 1 and count == len(binding.q.batch):
+            sizes = [self.size_of(binding.q.like, binding.q.batch[i]) for i in batch]
+            node = self.call("expand", node, [*sizes, tokens])
+            node = self.call("reshape", node, [-1, tokens])
+        else:
+            node = self.call("expand", node, [self.size_of(q, 0), tokens])
+        if mask.checked:
+            return self._stamp(self.graph.call_function(counted, (node,)))
+        if mask.kind == "added":
+            return self.call("gt", node, LEAST / 2)
+        return self.call("bitwise_not", node) if mask.kind == "fill" else node
 
     def broadcast(self, node: fx.Node, heads: Size) -> fx.Node:
         """Keys or values [B, 1, N, D] of one head for all heads of the queries."""

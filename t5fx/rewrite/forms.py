@@ -11,7 +11,7 @@ import linecache
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class Judged:
     """What the graph of the whole model says about one attention of a module.
 
     child: name of its node in the module, "t5", "t5_1", ...; heads, merged: as in `Binding`; size:
-    (heads, channels of a head); scale: that of the logits; axes: of the grid, 0 for none.
+    (heads, channels of a head); scale: that of the logits; axes: of the grid, 0 for none; masked:
+    whether keys may be hidden; checked: whether the values of a mask have to be looked at.
     """
 
     child: str
@@ -48,6 +49,8 @@ class Judged:
     size: tuple[int | None, int | None] = (None, None)
     scale: float = 0.0
     axes: int = 0
+    masked: bool = False
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Verdict:
     sites: tuple[Judged, ...]
     inline: frozenset[str] = frozenset()
 
+    @property
+    def masks(self) -> tuple[tuple[bool, bool], ...]:
+        """Of each attention what is known of its masks."""
+        return tuple((site.masked, site.checked) for site in self.sites)
+
 
 @dataclass
 class Form:
@@ -67,9 +75,9 @@ class Form:
 
     function: takes the module, what knows the layout of its tokens, and the arguments' leaves at
     `positions`; returns the leaves of the result. typed: it fixes dtypes or a device. proved: it
-    holds for every call of its kind; otherwise it leaves out a mask that only the calls of the
-    whole model were proved to have empty. own: it holds tensors of the module that it was made
-    for.
+    holds for every call of its kind; otherwise only in calls of the whole model of which the same
+    was proved of the attentions' masks, `masks`. own: it holds tensors of the module that it was
+    made for.
     """
 
     function: Callable[..., list[Any]]
@@ -82,6 +90,7 @@ class Form:
     proved: bool
     flags: Any
     own: bool = False
+    masks: tuple[tuple[bool, bool], ...] = ()
 
     def serves(self, structure: str, constants: tuple[Any, ...], leaves: list[Any]) -> bool:
         if self.structure != structure or not fits(self.constants, constants):
@@ -178,6 +187,8 @@ def build(
             f"{match.refusal.reason} ({match.refusal.detail}); call the model as when it was "
             f"linearized, or linearize again with this call as the example"
         )
+    if trusted and not _without_doubt(found, verdict, view.trusted):
+        proved, view.trusted = False, True
     plans = []
     site = result.graph.placeholder("t5_site")
     first = next(iter(result.graph.nodes))
@@ -204,6 +215,7 @@ def build(
         proved,
         flags,
         own,
+        verdict.masks,
     )
 
 
@@ -220,6 +232,26 @@ def _matches(view: View, verdict: Verdict) -> list[Match]:
 def _refused(found: list[Match], verdict: Verdict) -> list[tuple[Match, Judged]]:
     pairs = zip(found, verdict.sites, strict=True)
     return [(m, j) for m, j in pairs if j.rewritten and m.binding is None]
+
+
+def _without_doubt(found: list[Match], verdict: Verdict, trusted: bool) -> bool:
+    """Leave out of the masks what the whole model was proved not to need; whether that is none.
+
+    trusted: nothing was proved of the masks themselves.
+    """
+    certain = True
+    for match, judged in zip(found, verdict.sites, strict=True):
+        binding = match.binding
+        if binding is None or not judged.rewritten:
+            continue
+        kept = binding.masks if judged.masked else ()
+        kept = tuple(
+            replace(m, checked=judged.checked and (m.checked or (trusted and m.kind == "added")))
+            for m in kept
+        )
+        certain &= kept == binding.masks
+        binding.masks = kept
+    return certain
 
 
 def _drop_probabilities(view: View, matches: list[Match]) -> None:

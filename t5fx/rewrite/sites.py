@@ -153,6 +153,8 @@ def _replace(view: View, entry: Plan, replaced: dict[fx.Node, fx.Node]) -> None:
         if entry.grid:
             kwargs["grid"] = tuple(build.size(g) for g in entry.grid)
             kwargs["prefix"] = build.total(entry.prefix)
+        if binding.masks:
+            kwargs["key_mask"] = build.key_mask(binding.masks, binding, q)
         new = build.module(entry.match.key, (q, k, v), kwargs)
         new = build.restored(new, binding)
         value, node_dtype = view.val(old), view.val(binding.q.like)

@@ -128,7 +128,8 @@ def find_form(module: Any, structure: str, leaves: list[Any]) -> Form | None:
     flags = flags_of(module, forms[-1].flags)
     for form in reversed(forms):
         if form.flags == flags and form.serves(structure, constants, leaves):
-            if form.proved or runtime.running()[0] is not None:
+            kind = runtime.running()[0]
+            if form.proved or (kind is not None and form.masks == kind.verdicts[state.name].masks):
                 return form  # type: ignore[no-any-return]
     return None
 

@@ -56,7 +56,9 @@ def _judged(entry: Plan) -> Judged:
         return Judged(child, rewritten=False)
     size = (entry.site.num_heads, entry.site.head_dim)
     return Judged(
-        *(child, True, binding.heads, binding.merged, size, binding.scale, len(entry.grid))
+        *(child, True, binding.heads, binding.merged, size, binding.scale, len(entry.grid)),
+        masked=bool(binding.masks),
+        checked=any(mask.checked for mask in binding.masks),
     )
 
 
