@@ -66,6 +66,13 @@ class Shape:
     grid: tuple[int, ...]
     dtype: str
     trained: bool
+    masked: bool = False  # whether there is a key mask
+
+    def key_mask(self, batch: int) -> Tensor | None:
+        """One that hides the last token."""
+        return (
+            torch.arange(self.tokens).expand(batch, -1) < self.tokens - 1 if self.masked else None
+        )
 
 
 @dataclass(frozen=True)
@@ -226,23 +233,27 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 class _Softmax(nn.Module):
     """Softmax attention between projections, [B, N, H, D] thrice to [B, N, H * Dv]."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, key_mask: Tensor | None = None) -> None:
         super().__init__()
         self.scale = scale
+        self.key_mask = None if key_mask is None else key_mask[:, None, None]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = scaled_dot_product_attention(q, k, v, self.key_mask, scale=self.scale)
         return out.transpose(1, 2).flatten(2)
 
 
 class _Node(nn.Module):
     """The node in its place. Its parameters are inputs, as in a compiled model."""
 
-    def __init__(self, node: TTT, grid: tuple[int, ...], prefix: int) -> None:
+    def __init__(
+        self, node: TTT, grid: tuple[int, ...], prefix: int, key_mask: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.counts = tuple(map(len, node.tensors()))
-        self.settings = node.settings() | {"grid": list(grid), "prefix": prefix}
+        place = {"grid": list(grid), "prefix": prefix, "key_mask": key_mask}
+        self.settings = node.settings() | place
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -270,14 +281,15 @@ def _measure(shape: Shape, settings: dict[str, Any], device: torch.device) -> Co
         ]
         tensors = [tensor for some in node.tensors() for tensor in some]
         parameters = [t.detach().requires_grad_(shape.trained) for t in tensors]
+        place, mask = (shape.grid, shape.prefix), shape.key_mask(batch)
         calls = [
-            _call(_Softmax(scale), inputs, shape.trained),
-            _call(_Node(node, shape.grid, shape.prefix), [*inputs, *parameters], shape.trained),
+            _call(_Softmax(scale, mask), inputs, shape.trained),
+            _call(_Node(node, *place, mask), [*inputs, *parameters], shape.trained),
         ]
         difference, allowed = 0.0, 0.0
         if node.impl == "triton":
             node.impl = "reference"
-            plain = _Node(node, shape.grid, shape.prefix)
+            plain = _Node(node, *place, mask)
             exact = _call(plain, [*inputs, *parameters], shape.trained)
             difference, allowed = _difference(calls[1](), exact()), _ROUNDINGS * _rounding(dtype)
         rounds = time_rounds(calls, device)

@@ -354,6 +354,7 @@ def _is_faster(view: View, entry: Plan, trained: bool) -> None:
     shape = Shape(
         *(sizes.batch, sizes.heads, sizes.tokens, sizes.channels, values.channels),
         *(site.prefix or 0, site.grid or (), str(value.dtype).removeprefix("torch."), trained),
+        masked=bool(binding.masks),
     )
     if entry.config.impl == "auto" and site.impl == "triton":
         costs = {i: cost(shape, node | {"impl": i}, value.device) for i in ("triton", "reference")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from t5fx.kernels.near import reference
 from t5fx.kernels.precision import widest
 
 
-def key_shift(k: Tensor) -> Tensor:
+def key_shift(k: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """How far the keys of each head are shifted from the origin: |mean of k| / mean of |k|.
 
     The shift ratio r of "Linearizing Vision Transformer with Test-Time Training" (arXiv
@@ -24,26 +25,39 @@ def key_shift(k: Tensor) -> Tensor:
 
     Args:
         k: [..., N, D], any floating dtype.
+        key_mask: [..., N], which of them count; None for all.
 
     Returns:
         [...], in the wider of k's dtype and float32; 0 where all keys are 0.
     """
     k = k.to(torch.promote_types(k.dtype, torch.float32))
+    if key_mask is not None:  # both means are by the same number
+        k = torch.where(key_mask[..., None], k, 0)
     lengths = k.norm(dim=-1).mean(-1)
     return k.mean(-2).norm(dim=-1) / lengths.clamp_min(torch.finfo(k.dtype).tiny)
 
 
-def softmax_attention(q: Tensor, k: Tensor, scale: float, queries: Sequence[int]) -> Tensor:
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    queries: Sequence[int],
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """The attention probabilities of some queries: softmax over the keys of s q_i . k_j.
 
     Args:
-        q, k: [..., N, D]; scale: s; queries: Q positions of tokens.
+        q, k: [..., N, D]; scale: s; queries: Q positions of tokens; key_mask: [..., N], which
+            tokens count as keys, one at least; None for all.
 
     Returns:
         [..., Q, N], in the wider of q's dtype and float32.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    return (scale * q[..., list(queries), :].to(wide) @ k.to(wide).mT).softmax(-1)
+    logits = scale * q[..., list(queries), :].to(wide) @ k.to(wide).mT
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[..., None, :], -math.inf)
+    return logits.softmax(-1)
 
 
 def implicit_attention(
@@ -93,6 +107,7 @@ def node_attention(
     *,
     grid: Sequence[int] = (),
     prefix: int = 0,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """`implicit_attention` of a TTT node, near attention included, in less time.
 
@@ -103,7 +118,7 @@ def node_attention(
     Args:
         node: it stays as it is.
         q, k: [B, H, N, D]; v: [B, H, N, Dv]; the tokens ordered prefix, grid, suffix.
-        queries: Q positions of tokens. grid, prefix: as the node takes them.
+        queries: Q positions of tokens. grid, prefix, key_mask: as the node takes them.
 
     Returns:
         [B, H, Q, N], in the widest of the tensors' dtypes and float32.
@@ -112,7 +127,7 @@ def node_attention(
     wide = widest(q, k, v, *(tensor for some in lists for tensor in some))
     weights, conv, mixing, affine = ([t.detach().to(wide) for t in some] for some in lists)
     q, k, v = (x.detach().to(wide) for x in (q, k, v))
-    place = {"grid": list(grid), "prefix": prefix}
+    place = {"grid": list(grid), "prefix": prefix, "key_mask": key_mask}
     alone = replace(node.variant, neighborhood=0, coarse=0)
     # The reference differentiates to the values alone, on every device and in every dtype.
     settings = {"scale": node.scale, "impl": "reference", **alone.settings(), **place}

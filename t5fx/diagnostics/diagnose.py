@@ -151,18 +151,26 @@ class _Watched:
     shifts: list[Tensor] = field(default_factory=list)
     layout: Layout | None = None
     inputs: tuple[Tensor, Tensor, Tensor] | None = None
+    key_mask: Tensor | None = None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int] = (), prefix: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Sequence[int] = (),
+        prefix: int = 0,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
-        self.shifts.append(key_shift(k).mean(0))
+        self.shifts.append(key_shift(k, None if key_mask is None else key_mask[:, None]).mean(0))
         if self.layout is None:
             self.layout = Layout.of(q.shape[2], grid, prefix)
             if self.keeps:
                 self.inputs = (q[:1], k[:1], v[:1])
+                self.key_mask = None if key_mask is None else key_mask[:1]
         if self.runs:
-            return TTT.forward(self.node, q, k, v, grid, prefix)
-        return attention(self.node)(q, k, v)
+            return TTT.forward(self.node, q, k, v, grid, prefix, key_mask)
+        return attention(self.node)(q, k, v, key_mask=key_mask)
 
     def diagnosis(self, key: str, queries: Sequence[Query] | None) -> SiteDiagnosis:
         assert self.layout is not None
@@ -177,7 +185,10 @@ class _Watched:
         assert self.layout is not None
         layout, (q, k, v) = self.layout, self.inputs
         tokens = tuple(layout.token(query) for query in queries or layout.defaults)
-        softmax = softmax_attention(q, k, self.node.scale, tokens)
+        mask = self.key_mask
+        heads = None if mask is None else mask[:, None]
+        softmax = softmax_attention(q, k, self.node.scale, tokens, heads)
         prefix = layout.prefix if layout.grid else 0
-        node = node_attention(self.node, q, k, v, tokens, grid=layout.grid, prefix=prefix)
+        place = {"grid": layout.grid, "prefix": prefix, "key_mask": mask}
+        node = node_attention(self.node, q, k, v, tokens, **place)
         return Maps(tokens, softmax[0].cpu(), node[0].cpu())

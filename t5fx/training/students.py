@@ -42,18 +42,28 @@ class Student:
         """The node's parameters that are trained, by name."""
         return {name: p for name, p in self.node.named_parameters() if p.requires_grad}
 
-    def softmax(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    def softmax(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *_: Any,
+        key_mask: Tensor | None = None,
+        **__: Any,
+    ) -> Tensor:
         """What the original does here, and kept to find out who reads it."""
-        out = self.attend(q, k, v)
+        out = self.attend(q, k, v, key_mask=key_mask)
         self.merged = merge_heads(out)
         return out
 
     def learn(self, q: Tensor, k: Tensor, v: Tensor, *layout: Any, **named: Any) -> Tensor:
         """The softmax attention's output, or the student's own, and the loss of the one on it.
 
-        The gradients of the loss are added to the student's where it `learns`.
+        The gradients of the loss are added to the student's where it `learns`. Tokens that do not
+        count as keys do not count in the loss.
         """
-        out = self.attend(q, k, v)
+        key_mask = named.get("key_mask")
+        out = self.attend(q, k, v, key_mask=key_mask)
         wanted = merge_heads(out).float()
         learning = torch.set_grad_enabled(self.learns)
         with learning, torch.autocast(q.device.type, enabled=False):
@@ -61,6 +71,8 @@ class Student:
             error = merge_heads(got) - wanted
             if self.weight is not None:
                 error, wanted = error @ self.weight.mT, wanted @ self.weight.mT
+            if key_mask is not None:
+                error, wanted = (torch.where(key_mask[..., None], x, 0) for x in (error, wanted))
             tiny = torch.finfo(torch.float32).tiny
             loss = error.square().sum() / wanted.square().sum().clamp_min(tiny)
             if self.learns:
@@ -93,8 +105,18 @@ def merge_heads(x: Tensor) -> Tensor:
 def attention(node: TTT) -> Callable[..., Tensor]:
     """The softmax attention that a node replaced, as its forward."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        return functional.scaled_dot_product_attention(q, k, v, scale=node.scale)
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *_: Any,
+        key_mask: Tensor | None = None,
+        **__: Any,
+    ) -> Tensor:
+        mask = None
+        if key_mask is not None:  # of an item none of whose keys counts all do
+            mask = (key_mask | ~key_mask.any(1, keepdim=True))[:, None, None]
+        return functional.scaled_dot_product_attention(q, k, v, mask, scale=node.scale)
 
     return forward
 
