@@ -64,6 +64,84 @@ def twice(p, t):
     return p @ t, p.mean(1)
 
 
+def keys(x):
+    return x.flatten(1)[:, :16] > 0
+
+
+def crossed(x, join, later=0):
+    """A mask of the queries' tokens and the keys'."""
+    rows, columns = keys(x), x.flatten(1)[:, later : later + 16] > 0
+    return join(rows[:, None, :, None], columns[:, None, None])
+
+
+LEAST = torch.finfo(torch.float32).min
+
+#: Masks of whole tokens as models write them, of `keys(x)`.
+KEY_MASKS = {
+    "of keys": lambda t, m: F.scaled_dot_product_attention(t, t, t, attn_mask=m[:, None, None]),
+    "expanded": lambda t, m: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=m[:, None, None].expand(-1, 1, 16, -1)
+    ),
+    "repeated": lambda t, m: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=m.view(2, 1, 1, 16).repeat(1, 1, 16, 1)
+    ),
+    "for both tokens": lambda t, m: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=m[:, None, None] & m[:, None, :, None]
+    ),
+    "as a product": lambda t, m: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=m[:, None, None] * m[:, None, :, None]
+    ),
+    "filled in place": lambda t, m: F.scaled_dot_product_attention(t, t, t, attn_mask=filled(m)),
+    "added": lambda t, m: soft(0.5 * (t @ t.mT) + (1 - m[:, None, None].float()) * LEAST, t),
+    "added twice": lambda t, m: soft(
+        0.5 * (t @ t.mT) + torch.where(m[:, None, None], 0.0, -torch.inf) + torch.zeros(16, 16), t
+    ),
+    "inverted": lambda t, m: soft(0.5 * (t @ t.mT) + inverted(m), t),
+    "filling scores": lambda t, m: soft(
+        0.5 * (t @ t.mT).masked_fill(~m[:, None, None], -torch.inf), t
+    ),
+    "choosing scores": lambda t, m: soft(
+        torch.where(m[:, None, None], 0.5 * (t @ t.mT), torch.tensor(-torch.inf)), t
+    ),
+    "keys first": lambda t, m: (
+        (0.5 * (t @ t.mT)).masked_fill(~m[:, None, :, None], -1e9).softmax(-2).mT @ t
+    ),
+    "by product of flat heads": lambda t, m: flat(t, m),
+}
+
+
+def filled(m):
+    both = (m.unsqueeze(-1) & m.unsqueeze(1)).unsqueeze(1)
+    mask = torch.zeros_like(both, dtype=torch.float32)
+    mask.masked_fill_(~both, LEAST)
+    return mask
+
+
+def inverted(m):
+    hidden = 1.0 - m[:, None, None].expand(-1, 1, 16, -1).float()
+    return hidden.masked_fill(hidden.to(torch.bool), LEAST)
+
+
+def flat(t, m):
+    scores = torch.bmm(0.5 * t.flatten(0, 1), t.flatten(0, 1).mT).view(2, 2, 16, 16)
+    scores = (scores + filled(m)).view(4, 16, 16).softmax(-1)
+    return torch.bmm(scores, t.flatten(0, 1)).view(t.shape)
+
+
+@pytest.mark.parametrize("case", KEY_MASKS)
+def test_masks_of_whole_tokens_are_the_nodes(case):
+    core = KEY_MASKS[case]
+    model = Attention(lambda m, t, x: core(t, keys(x))).eval()
+    lin = t5fx.linearize(model, (X,), config=ALL)
+    assert "hides" in t5fx.report(lin).rewritten[0].detail
+    (node,) = (module for module in lin.modules() if isinstance(module, TTT))
+    given = []
+    hook = node.register_forward_pre_hook(lambda _, args, kw: given.append(kw), with_kwargs=True)
+    lin(X)
+    hook.remove()
+    assert torch.equal(given[0]["key_mask"], keys(X))
+
+
 CASES = {
     "cross-attention": lambda m, t, x: F.scaled_dot_product_attention(
         t, m.tokens(m.embed_other, x), t
@@ -104,11 +182,24 @@ CASES = {
         t @ t.mT + torch.zeros(2, 2, 16, 16).masked_fill(t @ m.bias[:, :4] > 0, -math.inf), t
     ),
     "masked": lambda m, t, x: F.scaled_dot_product_attention(
-        t, t, t, attn_mask=(x.flatten(1)[:, :16] > 0)[:, None, None]
+        t, t, t, attn_mask=(x.flatten(1)[:, None, :16, None] > x.flatten(1)[:, None, None, :16])
     ),
+    "masked differently by head": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=(x.flatten(1)[:, :32] > 0).view(2, 2, 1, 16)
+    ),
+    "masked by rows": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=(x.flatten(1)[:, :16] > 0)[:, None, :, None].expand(-1, 1, -1, 16)
+    ),
+    "masked for one of two": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=crossed(x, torch.logical_or)
+    ),
+    "masked by other tokens": lambda m, t, x: F.scaled_dot_product_attention(
+        t, t, t, attn_mask=crossed(x, torch.logical_and, later=3)
+    ),
+    "masked a little": lambda m, t, x: soft(t @ t.mT - 5.0 * keys(x)[:, None, None].float(), t),
     "masked in place": lambda m, t, x: soft(t @ t.mT + blinded(), t),
     "masked fill": lambda m, t, x: soft(
-        (t @ t.mT).masked_fill((x.flatten(1)[:, :16] > 0)[:, None, None], -1e9), t
+        (t @ t.mT).masked_fill((x.flatten(1)[:, :16] > 0)[:, None, None], -1.0), t
     ),
     "additive-bias": lambda m, t, x: F.scaled_dot_product_attention(t, t, t, attn_mask=m.bias),
     "additive-bias sum": lambda m, t, x: soft(t @ t.mT + m.bias, t),

@@ -342,7 +342,7 @@ def test_kinds_of_calls_may_alternate_and_a_mask_is_never_assumed_to_be_empty():
     for _ in range(2):
         torch.testing.assert_close(lin(x, empty=True), expected)
         torch.testing.assert_close(lin(x), expected)
-    mask = torch.zeros(2, 1, 1, 16, dtype=torch.bool)
+    mask = torch.rand(2, 1, 16, 16) > 0.5  # of each query's own
     with pytest.raises(RefusedCallError, match=r"'attn'.*masked"):
         lin(x, mask)
     tokens = lin.embed(x).flatten(2).mT
@@ -351,6 +351,26 @@ def test_kinds_of_calls_may_alternate_and_a_mask_is_never_assumed_to_be_empty():
         lin.attn(tokens, mask)
     with t5fx.softmax(lin):
         assert not torch.allclose(lin(x, mask), expected)
+
+
+def test_calls_with_a_mask_of_keys_and_with_an_empty_one_may_alternate():
+    x = torch.randn(2, 3, 8, 8)
+    lin = t5fx.linearize(Guided().eval(), (x,), config=ALL)
+    expected, tokens = lin(x), lin.embed(x).flatten(2).mT
+    mask = (torch.arange(16) < torch.tensor([[16], [9]]))[:, None, None]
+    hidden = lin(x, mask)
+    torch.testing.assert_close(hidden[0], expected[0])
+    assert not torch.allclose(hidden[1], expected[1])
+    for _ in range(2):
+        torch.testing.assert_close(lin(x, empty=True), expected)
+        torch.testing.assert_close(lin(x, mask), hidden)
+        torch.testing.assert_close(lin(x), expected)
+    torch.testing.assert_close(lin.attn(tokens, mask), hidden)
+    # Numbers are looked at in each call.
+    numbers = torch.zeros(2, 1, 1, 16).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(lin(x, numbers), hidden)
+    with pytest.raises(RefusedCallError, match="0 where keys count"):
+        lin(x, numbers.clamp(min=-1.0))
 
 
 def test_an_owner_that_was_told_another_way_of_attention_proves_itself_or_is_refused():
