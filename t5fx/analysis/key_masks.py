@@ -205,7 +205,8 @@ class _Reader:
                 below[into] = roles[out]
             return source, tuple(below)
         if name == "reshape" or (name == "getitem" and _adds_axes(node)):
-            return source, self._regrouped(node, source, roles)
+            regrouped = self._regrouped(node, source, roles)
+            return None if regrouped is None else (source, regrouped)
         return None
 
     def _repeats(self, node: fx.Node, source: fx.Node) -> bool:
@@ -216,17 +217,17 @@ class _Reader:
 
     def _regrouped(
         self, node: fx.Node, source: fx.Node, roles: tuple[Role, ...]
-    ) -> tuple[Role, ...]:
+    ) -> tuple[Role, ...] | None:
         groups = regroup_node(self.view, node)
         if groups is None:
-            raise _UnprovedError
+            return None
         below: list[Role] = [None] * len(self.view.shape(source))
         for ins, outs in groups:
             kinds = {roles[i] for i in outs} - {None}
             if not kinds:
                 continue
             if len(ins) != 1 or len(outs) != 1:
-                raise _UnprovedError
+                return None
             below[ins[0]] = kinds.pop()
         return tuple(below)
 

@@ -194,8 +194,10 @@ def refusal(view: View, mask: fx.Node) -> tuple[str, str]:
         detail = f"'{mask.name}', which stems from '{learned.target}', is added to the scores"
         return "additive-bias", detail
     if given is not None:
-        return "masked", f"'{mask.name}', which stems from the input '{given.name}', masks keys"
-    return "masked", f"'{mask.name}' masks keys, and could not be proved to hide none"
+        source = f"'{mask.name}', which stems from the input '{given.name}',"
+    else:
+        source = f"'{mask.name}'"
+    return "masked", f"{source} could not be proved to hide the same keys from all queries"
 
 
 def _triangle(view: View, node: fx.Node) -> bool:

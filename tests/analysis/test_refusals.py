@@ -83,7 +83,7 @@ KEY_MASKS = {
         t, t, t, attn_mask=m[:, None, None].expand(-1, 1, 16, -1)
     ),
     "repeated": lambda t, m: F.scaled_dot_product_attention(
-        t, t, t, attn_mask=m.view(2, 1, 1, 16).repeat(1, 1, 16, 1)
+        t, t, t, attn_mask=m[:, None, None].repeat(1, 1, 16, 1)
     ),
     "for both tokens": lambda t, m: F.scaled_dot_product_attention(
         t, t, t, attn_mask=m[:, None, None] & m[:, None, :, None]
@@ -123,8 +123,9 @@ def inverted(m):
 
 
 def flat(t, m):
-    scores = torch.bmm(0.5 * t.flatten(0, 1), t.flatten(0, 1).mT).view(2, 2, 16, 16)
-    scores = (scores + filled(m)).view(4, 16, 16).softmax(-1)
+    scores = torch.bmm(0.5 * t.flatten(0, 1), t.flatten(0, 1).mT)
+    scores = scores.view(t.shape[0], 2, 16, 16)
+    scores = (scores + filled(m)).flatten(0, 1).softmax(-1)
     return torch.bmm(scores, t.flatten(0, 1)).view(t.shape)
 
 

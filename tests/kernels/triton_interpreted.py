@@ -108,6 +108,26 @@ def test_strides_without_convolution(layout):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_a_key_mask(dtype):
+    """The kernels get operands for which they compute what the reference does with the mask."""
+    tensors, keywords, grad = arguments(
+        batch=2, heads=1, head_dim=16, value_dim=16, grid=(2, 3), dtype=dtype
+    )
+    mask = torch.arange(8) < torch.tensor([[8], [5]])
+    case = (tensors, keywords | {"key_mask": mask}, grad)
+    results = run_op(*case)
+    assert_close(results, run_reference(*case), parity.TOLERANCE[dtype])
+    whole = run_op(tensors, keywords | {"key_mask": mask[:1].expand(2, -1)}, grad)
+    plain = run_op(tensors, keywords, grad)
+    assert all(torch.equal(a, b) for a, b in zip(whole, plain, strict=True))
+    q, k, v, weights, conv = split(tensors)
+    for changes in ({"neighborhood": 3}, {"key_norm_eps": 0.0}):
+        gate = torch.ones(1) if "neighborhood" in changes else None
+        with pytest.raises(NodeArgumentError, match="key_mask: expected what kernels take"):
+            ttt(q, k, v, weights, conv, gate, **keywords | changes, key_mask=mask, impl="triton")
+
+
 def test_heads_of_72():
     check(batch=1, heads=1, head_dim=72, value_dim=16, grid=(2, 2), prefix=0, dtype=torch.float16)
 
