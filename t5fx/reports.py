@@ -37,7 +37,7 @@ class Site:
         fqn: name of the module that owns the attention.
         status: "rewritten" or "skipped".
         reason: why it was skipped, one of `t5fx.reports.REASONS`; None where it was rewritten.
-        detail: a sentence on the reason, or on what was measured.
+        detail: a sentence on the reason, on a mask of keys, or on what was measured.
         pattern: name of the pattern that recognised it.
         num_tokens: N.
         num_heads: H.
@@ -167,7 +167,7 @@ class Report:
             more = f" (and {len(details) - 1} other details)" if len(details) > 1 else ""
             sentence = details[0] or REASONS[reason]
             yield Text(f"{reason} ({count}): {sentence}{more}")
-        measured = Counter(s.detail for s in self.rewritten if s.seconds_before is not None)
+        measured = Counter(s.detail for s in self.rewritten if s.detail)
         for detail, count in measured.items():
             yield Text(f"rewritten ({count}): {detail}")
         chosen = Counter((s.impl, s.impl_reason) for s in self.rewritten if s.impl is not None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from t5fx.graph.view import View
+from t5fx.graph.view import CONSTANT, View
 
 Interval = tuple[float, float]
 
@@ -198,6 +198,20 @@ def refusal(view: View, mask: fx.Node) -> tuple[str, str]:
     else:
         source = f"'{mask.name}'"
     return "masked", f"{source} could not be proved to hide the same keys from all queries"
+
+
+def origin(view: View, mask: fx.Node) -> fx.Node:
+    """The input of the model that a mask stems from; itself where there is none."""
+    seen: set[fx.Node] = set()
+    stack = [mask]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder" and CONSTANT not in node.meta:
+            return node
+        if node not in seen:
+            seen.add(node)
+            stack.extend(view.inputs(node))
+    return mask
 
 
 def _triangle(view: View, node: fx.Node) -> bool:

@@ -25,6 +25,7 @@ from t5fx.analysis.legality import (
     find_layout,
     in_words,
 )
+from t5fx.analysis.masks import origin
 from t5fx.analysis.match import Match, find
 from t5fx.analysis.measure import Cost, Shape, cost
 from t5fx.analysis.tokens import layout_of
@@ -198,9 +199,10 @@ def _judge(
     if asked and config.policy == "flops":
         _pays(site, 1.0)  # before a check of kernels, which takes its time
     if binding.masks:
-        names = ", ".join(f"'{mask.node.name}'" for mask in binding.masks)
+        names = dict.fromkeys(origin(view, mask.node).name for mask in binding.masks)
         values = ", by its values in each call" if any(m.checked for m in binding.masks) else ""
-        site.detail = f"keys that {names} hides do not count{values}"
+        shown = " and ".join(f"'{name}'" for name in names)
+        site.detail = f"tokens that a mask from {shown} hides do not count as keys{values}"
     trained = _is_trained(view, match, owner)
     call = _call(view, entry, trained)
     choice = choose(config.impl, call)

@@ -124,7 +124,7 @@ def inverted(m):
 
 def flat(t, m):
     scores = torch.bmm(0.5 * t.flatten(0, 1), t.flatten(0, 1).mT)
-    scores = scores.view(t.shape[0], 2, 16, 16)
+    scores = scores.view(t.shape[0], 2, t.shape[2], t.shape[2])
     scores = (scores + filled(m)).flatten(0, 1).softmax(-1)
     return torch.bmm(scores, t.flatten(0, 1)).view(t.shape)
 

@@ -95,3 +95,18 @@ def test_half_precision_is_measured_in_float32():
     wide = node_attention(node.float(), q.float(), k.float(), v.float(), (4,), grid=(3, 3))
     assert found.dtype == torch.float32
     close(found, wide)
+
+
+def test_tokens_that_a_mask_hides_are_as_if_they_were_not_there():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 9, 4, dtype=torch.float64).unbind()
+    mask = (torch.arange(9) < 7)[None]
+    short = [x[:, :, :7] for x in (q, k, v)]
+    close(key_shift(k, mask[:, None]), key_shift(short[1]))
+    found = softmax_attention(q, k, 0.3, (0, 5), mask[:, None])
+    close(found[..., :7], softmax_attention(*short[:2], 0.3, (0, 5)))
+    node = TTT(2, 4, 4, 2, scale=0.3, neighborhood=3, coarse=2).double()
+    place = {"grid": (2, 3), "prefix": 1}
+    maps = node_attention(node, q, k, v, (0, 5), **place, key_mask=mask)
+    close(maps[..., :7], node_attention(node, *short, (0, 5), **place))
+    assert not maps[..., 7:].any() and not found[..., 7:].any()

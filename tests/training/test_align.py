@@ -380,3 +380,16 @@ def test_stops_when_nothing_moves():
     for bad in ({"own": 1.5}, {"own": -0.1}, {"until": 0}):
         with pytest.raises(TrainingError, match="expected a"):
             t5fx.Align([], **bad)
+
+
+def test_tokens_that_a_mask_hides_are_not_in_the_loss():
+    node = TTT(2, 4, 4, 1, scale=0.5, locality="none")
+    q, k, v = torch.randn(3, 2, 2, 9, 4).unbind()
+    losses = []
+    for tokens, mask in ((6, None), (9, (torch.arange(9) < 6).expand(2, -1))):
+        student = Student("site", node)
+        student.learns = True
+        student.learn(*(x[:, :, :tokens] for x in (q, k, v)), key_mask=mask)
+        gradients = [p.grad for p in student.parameters.values()]
+        losses.append((student.take_loss(), *gradients))
+    torch.testing.assert_close(losses[1], losses[0])
