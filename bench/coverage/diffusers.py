@@ -210,7 +210,7 @@ CASES = (
     ),
     case(
         "LuminaNextDiT2DModel",
-        "2 0+8x8+0, 2 masked",
+        "2 0+8x8+0, 2 cross-attention",
         {"sample_size": 16, "in_channels": 4, "hidden_size": 24, "num_layers": 2}
         | {"num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 16, "norm_eps": 1e-5}
         | {"learn_sigma": False, "qk_norm": True, "cross_attention_dim": 32},
@@ -255,7 +255,7 @@ CASES = (
     ),
     case(
         "QwenImageTransformer2DModel",
-        "2 masked",
+        "2 grid-unknown",
         heads(2, 16, patch_size=2, in_channels=16, out_channels=4, joint_attention_dim=16)
         | {"guidance_embeds": False, "axes_dims_rope": (8, 4, 4)},
         {
@@ -321,7 +321,7 @@ CASES = (
     ),
     case(
         "ErnieImageTransformer2DModel",
-        "2 masked",
+        "2 0+4x6+7",
         {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32}
         | {"in_channels": 4, "out_channels": 4, "patch_size": 2, "text_in_dim": 16}
         | {"rope_theta": 256, "rope_axes_dim": (8, 4, 4), "qk_layernorm": True},
@@ -382,7 +382,7 @@ CASES = (
     ),
     case(
         "CosmosTransformer3DModel",
-        "2 0+2x4x6+0, 2 masked",
+        "2 0+2x4x6+0, 2 cross-attention",
         heads(2, 12, in_channels=4, out_channels=4, mlp_ratio=2, text_embed_dim=16)
         | {"adaln_lora_dim": 4, "max_size": (4, 32, 32), "patch_size": (1, 2, 2)}
         | {"rope_scale": (2.0, 1.0, 1.0), "extra_pos_embed_type": "learnable"},
@@ -403,7 +403,7 @@ CASES = (
     ),
     case(
         "HunyuanVideoTransformer3DModel",
-        "3 masked",
+        "2 0+2x4x6+7, 1 masked",
         heads(2, 10, 1, in_channels=4, out_channels=4, num_single_layers=1, patch_size=1)
         | {"num_refiner_layers": 1, "patch_size_t": 1, "guidance_embeds": True}
         | {"text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4)},
@@ -525,7 +525,7 @@ CASES = (
     ),
     case(
         "MochiTransformer3DModel",
-        "5 masked",
+        "1 cross-attention, 4 masked",
         heads(2, 8, patch_size=2, pooled_projection_dim=16, in_channels=4, text_embed_dim=16)
         | {"qk_norm": "rms_norm", "time_embed_dim": 4, "max_sequence_length": 16},
         VIDEO

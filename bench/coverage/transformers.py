@@ -99,7 +99,7 @@ CASES = (
     ),
     case(
         "Siglip2VisionModel",
-        "3 masked",
+        "2 grid-unknown, 1 masked",
         {**TINY, "num_patches": 16, "patch_size": 8},
         {
             "pixel_values": (1, 16, 192),
@@ -107,7 +107,7 @@ CASES = (
             "spatial_shapes": torch.tensor([[4, 4]]),
         },
     ),
-    case("SiglipTextModel", "2 masked", TEXT, WORDS),
+    case("SiglipTextModel", "2 grid-unknown", TEXT, WORDS),
     case(
         "BeitModel",
         "2 additive-bias",
@@ -214,7 +214,7 @@ CASES = (
     case("Wav2Vec2Model", "2 0+49+0", AUDIO, WAVE),
     case(
         "Wav2Vec2Model masked",
-        "2 masked",
+        "2 0+49+0",
         AUDIO | {"feat_extract_norm": "layer"},
         WAVE | {"attention_mask": torch.ones(1, 800, dtype=torch.long)},
     ),
@@ -455,7 +455,7 @@ CASES = (
         {"vocab_size": 17, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2},
         {"input_ids": integers(1, 16)},
     ),
-    case("BertModel", "2 masked", TEXT, WORDS),
+    case("BertModel", "2 grid-unknown", TEXT, WORDS),
     case("BertModel no mask", "2 grid-unknown", TEXT, {"input_ids": integers(1, 7)}),
     case(
         "T5EncoderModel",
