@@ -310,9 +310,11 @@ MISSES: dict[str, tuple[set[str], Callable[..., Any]]] = {
     ),
     "bias": ({"additive-bias"}, _changed(lambda m, s: s + m.bias)),
     "bias in place": ({"additive-bias"}, _changed(lambda m, s: s.add_(m.bias))),
-    "keys hidden": (
+    "pairs hidden": (
         {"masked"},
-        lambda m, q, k, v: m.weighted(m.weights(m.scores(q, k).masked_fill(_mean(k) > 0, -1e9)), v),
+        lambda m, q, k, v: m.weighted(
+            m.weights(m.scores(q, k).masked_fill(_mean(k) > _mean(q).mT, -1e9)), v
+        ),
     ),
     "soft cap": ({"scores-changed"}, _changed(lambda m, s: 5 * torch.tanh(s / 5))),
     "clamped": ({"scores-changed"}, _changed(lambda m, s: s.clamp(-1, 1))),
