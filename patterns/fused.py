@@ -82,12 +82,12 @@ class Fused(Pattern):
         query, key, value = (view.arg(node, name) for name in ("query", "key", "value"))
         masks: tuple[KeyMask, ...] = ()
         if mask is not None and not harmless(view, mask):
-            rank, boolean = len(view.shape(query)), view.val(mask)
-            kind = "bool" if boolean is not None and boolean.dtype == torch.bool else "added"
-            found = key_mask(view, mask, query, rank - 2, rank - 1, kind, node)
-            if found is None:
+            rank, hidden = len(view.shape(query)), view.val(mask)
+            kind = "bool" if hidden is not None and hidden.dtype == torch.bool else "added"
+            known = key_mask(view, mask, query, rank - 2, rank - 1, kind, node)
+            if known is None:
                 raise Refusal(*refusal(view, mask))
-            masks = (found,)
+            masks = (known,)
         dropout = view.arg(node, "dropout_p", 0.0) or 0.0
         scale = view.arg(node, "scale")
         return replace(fused_binding(view, node, (query, key, value), scale, dropout), masks=masks)

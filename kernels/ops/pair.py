@@ -30,7 +30,7 @@ def join(forward: Any, backward: Any) -> None:
         parts = rest[:weights], rest[weights : weights + conv], rest[weights + conv :]
         grads = backward(grad, q, k, v, *parts, *ctx.settings[:known])
         # torch takes an empty list, such as no grid, for one of tensors.
-        nothing = [[] if isinstance(x, list) and not x else None for x in ctx.settings]
+        nothing: list[Any] = [[] if isinstance(x, list) and not x else None for x in ctx.settings]
         return *grads[:3], grads[3 : 3 + weights], grads[3 + weights :], *nothing
 
     torch.library.register_autograd(forward.name(), differentiate, setup_context=_save)

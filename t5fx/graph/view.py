@@ -243,7 +243,7 @@ class View:
 
     def mutated(self, node: fx.Node, after: fx.Node | None = None) -> bool:
         """Whether a tensor is changed in place anywhere, or after node `after` has run."""
-        found = self._mutations.get(self.base_of(node))
+        found = self._mutations.get(self.base_of(node), [])
         return bool(found) and (after is None or found[-1] > self.order[after])
 
     def mutated_before(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
