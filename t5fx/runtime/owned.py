@@ -129,7 +129,8 @@ def find_form(module: Any, structure: str, leaves: list[Any]) -> Form | None:
     for form in reversed(forms):
         if form.flags == flags and form.serves(structure, constants, leaves):
             kind = runtime.running()[0]
-            if form.proved or (kind is not None and form.masks == kind.verdicts[state.name].masks):
+            verdict = None if kind is None else kind.verdicts.get(state.name)
+            if form.proved or (verdict is not None and form.masks == verdict.masks):
                 return form  # type: ignore[no-any-return]
     return None
 
