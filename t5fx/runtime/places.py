@@ -76,7 +76,7 @@ class Places:
         self._formulas: dict[str, int] = {}
 
     def layout(self, entry: Plan) -> Layout:
-        grid = tuple(self._term(axis) for axis in entry.grid)
+        grid = tuple(self._term(axis, entry.match.owner) for axis in entry.grid)
         prefix: Term | None = self._total(entry.prefix)
         suffix = self._total(entry.suffix)
         if prefix is None and suffix is None:
@@ -91,7 +91,7 @@ class Places:
         sizes = [axis.size if isinstance(axis, Axis) else axis for axis in axes]
         return sum(sizes) if all(isinstance(n, int) for n in sizes) else None
 
-    def _term(self, axis: Axis | fx.Node | int) -> Term:
+    def _term(self, axis: Axis | fx.Node | int, owner: str) -> Term:
         if isinstance(axis, int):
             return axis
         assert isinstance(axis, Axis)
@@ -100,6 +100,8 @@ class Places:
         if axis.at is not None:
             names = [name for _, name in module_stack(axis.at[0]) if name]
             for name in reversed(names):
+                if f"{owner}.".startswith(f"{name}."):
+                    continue  # its output comes after the attention
                 found = self._shown(name, axis.size)
                 if found is not None:
                     return found

@@ -192,6 +192,8 @@ def test_inductors_own_patterns(name):
     if "causal_mask" in model.names:
         assert site.reason in ("causal", "masked")
         assert "causal" in site.detail or site.reason == "causal"
+    elif model.one_row and {"attn_mask", "attention_mask"} & {*model.names}:
+        assert site.status == "rewritten" and "a mask from 'mask'" in site.detail
     elif {"attn_mask", "attention_mask"} & {*model.names}:
         assert site.reason == "masked"
     else:
