@@ -124,7 +124,7 @@ def ttt(
     mixing = [] if gate is None else [gate]
     check_impl(variant, impl)
     check_counts(variant, weights, conv, mixing, affine, grid)
-    place = {"grid": list(grid), "prefix": prefix}
+    place: dict[str, Any] = {"grid": list(grid), "prefix": prefix}
     check_shapes(variant, q, k, v, weights, conv, mixing, affine, **place, key_mask=key_mask)
     parameters = [*weights, *conv, *mixing, *affine]
     settings = variant.settings() | {"scale": scale}

@@ -117,8 +117,14 @@ def _linear(
     closed = closed and (key_mask is None or eps > 0)
     qkv = (q, k, v)
     if key_mask is not None and (closed or impl == "triton"):
-        seen, place = key_mask[:, None, :, None], {"grid": grid, "prefix": prefix}
-        qkv = folded(q, k, v, seen, **place, convolved=bool(conv), eps=eps, exact=closed)
+        qkv = folded(
+            *(q, k, v, key_mask[:, None, :, None]),
+            grid=grid,
+            prefix=prefix,
+            convolved=bool(conv),
+            eps=eps,
+            exact=closed,
+        )
     call = (*qkv, weights, conv, scale, grid, prefix, eps)
     if impl == "triton":
         # Imported where it is asked for: Triton is slow to import.

@@ -189,6 +189,6 @@ class _Watched:
         heads = None if mask is None else mask[:, None]
         softmax = softmax_attention(q, k, self.node.scale, tokens, heads)
         prefix = layout.prefix if layout.grid else 0
-        place = {"grid": layout.grid, "prefix": prefix, "key_mask": mask}
+        place: dict[str, Any] = {"grid": layout.grid, "prefix": prefix, "key_mask": mask}
         node = node_attention(self.node, q, k, v, tokens, **place)
         return Maps(tokens, softmax[0].cpu(), node[0].cpu())
