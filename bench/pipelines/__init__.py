@@ -1,0 +1,1 @@
+"""What works in diffusers' pipelines: `python -m t5fx.bench.pipelines`."""
