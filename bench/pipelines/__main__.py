@@ -6,11 +6,13 @@ import argparse
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from t5fx.digest import code_digest
 
@@ -23,36 +25,35 @@ from .table import Row, merge, read, render, write
 DOCS = Path("docs")
 
 
-def measure(name: str) -> Row:
-    """The row of one family. Raises nothing that a check raises."""
+def measure(name: str) -> Iterator[Row]:
+    """The row of one family after each check, its digest only at last. Raises nothing."""
     start = perf_counter()
     family = checks.Family(name)
     row = Row(name, type(family.setup.pipe).__name__, type(family.original).__name__)
     packages = ("torch", "diffusers")
     row.versions = ", ".join(f"{p} {metadata.version(p).partition('+')[0]}" for p in packages)
-    row.digest = code_digest()[:12]
-    try:
-        for column, value in checks.explained(family).items():
-            setattr(row, column, str(value))
-        _check(row, family)
-    except Exception as error:
-        row.converted = f"no: {checks.message(error)}"
+    _try(row, "converted", lambda: checks.explained(family))
+    if not row.converted:
+        if row.rewritten == "0":
+            row.converted = "-"
+        else:
+            _try(row, "converted", lambda: {"converted": family.converted and ""})
+    if not row.converted:
+        for column, check in checks.CHECKS.items():
+            _try(row, column, partial(check, family))
+            yield row
     row.seconds = f"{perf_counter() - start:.0f}"
-    return row
+    row.digest = code_digest()[:12]
+    yield row
 
 
-def _check(row: Row, family: checks.Family) -> None:
-    if row.rewritten == "0":
-        row.converted = "-"
-        return
-    _ = family.converted
-    for name, check in checks.CHECKS.items():
-        try:
-            found = check(family)
-        except Exception as error:
-            found = f"no: {checks.message(error)}"
-        for column, value in (found if isinstance(found, dict) else {name: found}).items():
-            setattr(row, column, str(value))
+def _try(row: Row, column: str, check: Callable[[], Any]) -> None:
+    try:
+        found = check()
+    except Exception as error:
+        found = f"no: {checks.message(error)}"
+    for name, value in (found if isinstance(found, dict) else {column: found}).items():
+        setattr(row, name, str(value))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,13 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in FAMILIES:
         wanted = any(fnmatch(name, pattern) for pattern in options.rows.split(","))
         if wanted and (options.again or name not in known):
-            row = measure(name)
-            rows = merge(rows, [row])
-            write(options.out / "pipelines.csv", rows)
+            for row in measure(name):
+                rows = merge(rows, [row])
+                write(options.out / "pipelines.csv", rows)
             print(row, flush=True)
-    rows = merge(rows, [])
-    write(options.out / "pipelines.csv", rows)
-    (options.out / "pipelines.md").write_text(render(rows), encoding="utf-8")
+    (options.out / "pipelines.md").write_text(render(merge(rows, [])), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """New rows in place of old ones, in the order of the families; rows of no family are dropped."""
+    """New rows in place of old ones, in the families' order; rows of no family are dropped."""
     rows = {row.family: row for row in [*old, *new]}
     return [rows[name] for name in FAMILIES if name in rows]
 
@@ -107,8 +107,8 @@ one is in [diffusion pipelines](diffusion.md). `python -m t5fx.bench.pipelines` 
 """
 _CELLS = """
 An empty cell was not tried, since something before it does not work; - is what a family has not.
-Compilations: of `backend="t5"`, and of Inductor alone for the same calls; Inductor generates no code
-of its own for either here, which changes neither guards nor their number.
+Compilations: of `backend="t5"`, and of Inductor alone for the same calls, both without code in C++
+(`fallback_by_default`), which would take most of the time.
 """
 
 
