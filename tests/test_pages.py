@@ -10,6 +10,20 @@ from t5fx.bench.demos import dinov2
 
 ROOT = Path(__file__).parent.parent
 
+#: Pipelines of a hub, and the families whose tiny components stand for them.
+HUB = [
+    ("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-medium", "Stable Diffusion 3.5"),
+    ("FluxPipeline", "black-forest-labs/FLUX.1-dev", "Flux"),
+]
+
+
+def _from_hub(kind, name):
+    return (
+        f'pipe = diffusers.{kind}.from_pretrained(\n    "{name}", torch_dtype=torch.bfloat16\n'
+        f').to("cuda")'
+    )
+
+
 #: Pretrained weights come from a hub; two blocks and a step do where twelve and a hundred stand.
 SMALL = {"pretrained=True": "pretrained=False, depth=2"}
 PAGES = {
@@ -20,7 +34,17 @@ PAGES = {
     "docs/compile.md": {},
     "docs/training.md": SMALL | {"steps=100": "steps=1", "steps=50": "steps=1"},
     "docs/diagnostics.md": SMALL | {"blocks.2": "blocks.1"},
-    "docs/diffusion.md": {},
+    "docs/diffusion.md": {
+        **{_from_hub(kind, name): f'pipe, prompt = tiny("{family}")' for kind, name, family in HUB},
+        'pipe("a cat", ': "pipe(**prompt, num_inference_steps=1, ",
+        "1024": "32",
+        "768": "48",
+        "linearize(pipe.transformer, args, kwargs)": "linearize(pipe.transformer, args, kwargs, "
+        "config=t5fx.LinearizeConfig(min_tokens=0))",
+        "LinearizeConfig(grid=grid": "LinearizeConfig(min_tokens=0, grid=grid",
+        # Without code in C++, which would take most of the time.
+        'backend="t5")\n': 'backend="t5", options={"inductor": {"fallback_by_default": True}})\n',
+    },
     "docs/how-it-works.md": SMALL,
     "docs/extending.md": {},
 }
@@ -30,7 +54,15 @@ PAGES = {
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_does_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pages.run(ROOT / page, PAGES[page])
+    pages.run(ROOT / page, PAGES[page], {"__name__": page, "tiny": _tiny})
+
+
+def _tiny(family):
+    """A family's pipeline with tiny random components, and its prompt's embeddings."""
+    from t5fx.bench.pipelines.family import families
+
+    setup = families()[family]()
+    return setup.pipe, setup.call
 
 
 TUTORIAL = ROOT / "docs" / "tutorial.py"

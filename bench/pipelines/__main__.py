@@ -1,10 +1,9 @@
-"""Measures the families whose rows are not of the code as it is, and writes table and page."""
+"""Measures what is not measured of the code as it is, and writes the table and its page."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -16,35 +15,47 @@ from typing import Any
 
 from t5fx.digest import code_digest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from . import checks, images, packed, videos  # noqa: F401
-from .family import FAMILIES
+from . import checks
+from .family import families
 from .table import Row, merge, read, render, write
 
 DOCS = Path("docs")
 
 
-def measure(name: str) -> Iterator[Row]:
-    """The row of one family after each check, its digest only at last. Raises nothing."""
-    start = perf_counter()
+def measure(name: str, known: Row | None = None, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The row of one family after each check. Raises nothing.
+
+    known: the row as far as it was measured, whose cells are kept; columns: checks to be made,
+    instead of all.
+    """
     family = checks.Family(name)
-    row = Row(name, type(family.setup.pipe).__name__, type(family.original).__name__)
+    row = known or Row(name, type(family.setup.pipe).__name__, type(family.original).__name__)
     packages = ("torch", "diffusers")
     row.versions = ", ".join(f"{p} {metadata.version(p).partition('+')[0]}" for p in packages)
-    _try(row, "converted", lambda: checks.explained(family))
-    if not row.converted:
+    row.digest = digest()
+    if not row.sites:
+        _try(row, "converted", lambda: checks.explained(family))
         if row.rewritten == "0":
             row.converted = "-"
-        else:
+        elif not row.converted:
             _try(row, "converted", lambda: {"converted": family.converted and ""})
-    if not row.converted:
-        for column, check in checks.CHECKS.items():
+        yield row
+    for column, check in checks.CHECKS.items() if not is_refused(row) else ():
+        if not getattr(row, column) and column in (columns or checks.CHECKS):
+            start = perf_counter()
             _try(row, column, partial(check, family))
+            row.seconds = f"{float(row.seconds or 0) + perf_counter() - start:.0f}"
             yield row
-    row.seconds = f"{perf_counter() - start:.0f}"
-    row.digest = code_digest()[:12]
-    yield row
+
+
+def digest() -> str:
+    """Tells the code that is measured from other code."""
+    return code_digest()[:12]
+
+
+def is_refused(row: Row) -> bool:
+    """Whether nothing is converted, so that there is nothing to check."""
+    return row.converted == "-" or (row.converted.startswith("no: ") and not row.guidance)
 
 
 def _try(row: Row, column: str, check: Callable[[], Any]) -> None:
@@ -58,22 +69,24 @@ def _try(row: Row, column: str, check: Callable[[], Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m t5fx.bench.pipelines", description=__doc__)
-    parser.add_argument("--rows", default="*", help="families, as patterns with commas between")
-    parser.add_argument("--again", action="store_true", help="also those that are up to date")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="families, by patterns")
+    parser.add_argument("--again", action="store_true", help="also what is up to date")
+    parser.add_argument("--checks", default="", help=f"some of {', '.join(checks.CHECKS)}")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of pipelines.csv and .md")
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    rows = read(options.out / "pipelines.csv")
-    known = {row.family for row in rows if row.digest == code_digest()[:12]}
-    for name in FAMILIES:
-        wanted = any(fnmatch(name, pattern) for pattern in options.rows.split(","))
-        if wanted and (options.again or name not in known):
-            for row in measure(name):
-                rows = merge(rows, [row])
-                write(options.out / "pipelines.csv", rows)
+    path = options.out / "pipelines.csv"
+    for name in families():
+        if not any(fnmatch(name, pattern) for pattern in options.rows):
+            continue
+        kept = {row.family: row for row in read(path) if row.digest == digest()}
+        known = None if options.again else kept.get(name)
+        columns = options.checks.split(",") if options.checks else ()
+        for row in measure(name, known, columns):
+            write(path, merge(read(path), [row]))
             print(row, flush=True)
-    (options.out / "pipelines.md").write_text(render(merge(rows, [])), encoding="utf-8")
+    (options.out / "pipelines.md").write_text(render(read(path)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import t5fx
 from t5fx.frontend.capture import first_line
 from t5fx.runtime.lookup import nodes_in
 
-from .family import FAMILIES, Setup
+from .family import Setup, families
 
 #: Largest difference of outputs that are to be equal, as a share of the largest value.
 SAME = 1e-3
@@ -80,7 +80,7 @@ class Family:
     def fresh(self) -> Setup:
         """The pipeline anew, with the same weights."""
         torch.manual_seed(0)
-        return FAMILIES[self.name]()
+        return families()[self.name]()
 
     def convert(self, setup: Setup, *size: Any, **more: Any) -> nn.Module:
         """The model of a pipeline, converted with the first call that this makes of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,15 +69,21 @@ def _twice(value: Any) -> Any:
     return value * 2 if isinstance(value, list) else value
 
 
-#: Every family by its name, in the order of the table.
-FAMILIES: dict[str, Callable[[], Setup]] = {}
+_FAMILIES: dict[str, Callable[[], Setup]] = {}
+
+
+def families() -> dict[str, Callable[[], Setup]]:
+    """Every family by its name, in the order of the table: what makes its pipeline."""
+    for module in ("images", "packed", "videos"):
+        importlib.import_module(f"{__package__}.{module}")
+    return _FAMILIES
 
 
 def family(name: str) -> Callable[[Callable[[], Setup]], Callable[[], Setup]]:
     """Adds a function that makes a family's pipeline to the table."""
 
     def add(make: Callable[[], Setup]) -> Callable[[], Setup]:
-        FAMILIES[name] = make
+        _FAMILIES[name] = make
         return make
 
     return add

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t5fx.reports import REASONS
 
-from .family import FAMILIES
+from .family import families
 
 
 @dataclass
@@ -95,7 +95,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """New rows in place of old ones, in the families' order; rows of no family are dropped."""
     rows = {row.family: row for row in [*old, *new]}
-    return [rows[name] for name in FAMILIES if name in rows]
+    return [rows[name] for name in families() if name in rows]
 
 
 _ABOUT = """# Pipelines

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 
 from t5fx.bench.pipelines import checks
 from t5fx.bench.pipelines.__main__ import measure
-from t5fx.bench.pipelines.family import FAMILIES
+from t5fx.bench.pipelines.family import families
 from t5fx.bench.pipelines.table import COLUMNS, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers
@@ -51,7 +51,7 @@ def test_weights_may_be_stored_in_half_precision_and_brought_from_elsewhere():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_a_family_does_what_its_row_says(family):
     """Where this fails because more works: `python -m t5fx.bench.pipelines` writes the row anew."""
     rows = {row.family: row for row in read(ROWS)}
