@@ -56,9 +56,14 @@ def test_a_pipeline_is_saved_and_loaded_with_its_nodes(tmp_path):
     assert torch.equal(images(again), wanted)
     # And what was loaded is saved just so.
     again.save_pretrained(tmp_path / "again")
-    third = t5fx.from_pretrained(tmp_path / "again" / "transformer", dit())
     state = pipe.transformer.state_dict()
-    assert all(torch.equal(t, state[n]) for n, t in third.state_dict().items())
+    pipe.transformer = torch.compile(pipe.transformer, backend="t5")
+    pipe.save_pretrained(tmp_path / "compiled")
+    for folder in ("again", "compiled"):
+        index = json.loads((tmp_path / folder / "model_index.json").read_text())
+        assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+        third = t5fx.from_pretrained(tmp_path / folder / "transformer", dit())
+        assert all(torch.equal(t, state[n]) for n, t in third.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["renamed", "plain"])

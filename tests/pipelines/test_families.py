@@ -1,6 +1,8 @@
 """diffusers' pipelines: a fast test for each mechanism, every family's row at night."""
 
+import copy
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 
@@ -14,11 +16,15 @@ pytest.importorskip("diffusers")
 from t5fx.bench.pipelines import checks
 from t5fx.bench.pipelines.__main__ import measure
 from t5fx.bench.pipelines.family import families
-from t5fx.bench.pipelines.table import COLUMNS, read
+from t5fx.bench.pipelines.table import COLUMNS, read, render
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers
 
 ROWS = Path(__file__).parents[2] / "docs" / "pipelines.csv"
+
+
+#: A family is converted once for all its checks, which leave it as it is.
+made = functools.cache(checks.Family)
 
 
 @pytest.mark.parametrize(
@@ -33,13 +39,12 @@ ROWS = Path(__file__).parents[2] / "docs" / "pipelines.csv"
     ],
 )
 def test_a_mechanism_works(family, check):
-    check(checks.Family(family))
+    check(made(family))
 
 
 def test_weights_may_be_stored_in_half_precision_and_brought_from_elsewhere():
-    family = checks.Family("DiT")
-    setup = family.setup
-    setup.model = family.convert(setup)
+    setup = made("DiT").fresh()
+    setup.model = copy.deepcopy(made("DiT").converted)
     linear = setup.run()
     half, full = torch.bfloat16, torch.float32
     setup.model.enable_layerwise_casting(storage_dtype=half, compute_dtype=full)
@@ -70,8 +75,14 @@ def verdicts(row):
     return {name: found[name] for name in names} | works
 
 
+def test_the_page_is_that_of_the_rows():
+    rows = read(ROWS)
+    page = ROWS.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == render(rows), "run python -m t5fx.bench.pipelines"
+
+
 def test_the_first_call_of_a_pipeline_is_left_without_an_answer():
-    setup = checks.Family("Stable Diffusion 3.5").setup
+    setup = families()["Stable Diffusion 3.5"]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args, kwargs = t5fx.example_inputs(setup.model, setup.run)
