@@ -43,8 +43,8 @@ def test_a_mechanism_works(family, check):
 
 
 def test_weights_may_be_stored_in_half_precision_and_brought_from_elsewhere():
-    setup = made("DiT").fresh()
-    setup.model = copy.deepcopy(made("DiT").converted)
+    setup = made("PixArt Sigma").fresh()
+    setup.model = copy.deepcopy(made("PixArt Sigma").converted)
     linear = setup.run()
     half, full = torch.bfloat16, torch.float32
     setup.model.enable_layerwise_casting(storage_dtype=half, compute_dtype=full)
