@@ -106,8 +106,8 @@ one is in [diffusion pipelines](diffusion.md). `python -m t5fx.bench.pipelines` 
 ({versions}).
 """
 _CELLS = """
-An empty cell was not measured; - is what a family has not. Where the conversion itself fails, the other
-cells are empty.
+An empty cell was not measured; - is what a family has not. Where the conversion itself fails, the
+other cells are empty.
 Compilations: of `backend="t5"`, and of Inductor alone for the same calls, both without code in C++
 (`fallback_by_default`), which would take most of the time.
 """

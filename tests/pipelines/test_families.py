@@ -32,7 +32,7 @@ made = functools.cache(checks.Family)
     [
         ("Flux", checks.sizes),  # a grid that is a callable of the call's arguments
         ("PixArt Sigma", checks.guidance),  # beside attention to the prompt, which stays
-        ("AuraFlow", checks.lora),  # joint attention, its projections wrapped
+        ("Flux", checks.lora),  # the projections are wrapped
         ("DiT", checks.timesteps),
         ("DiT", checks.saved),
         ("DiT", checks.offload),
@@ -43,8 +43,8 @@ def test_a_mechanism_works(family, check):
 
 
 def test_weights_may_be_stored_in_half_precision_and_brought_from_elsewhere():
-    setup = made("PixArt Sigma").fresh()
-    setup.model = copy.deepcopy(made("PixArt Sigma").converted)
+    setup = made("Flux").fresh()
+    setup.model = copy.deepcopy(made("Flux").converted)
     linear = setup.run()
     half, full = torch.bfloat16, torch.float32
     setup.model.enable_layerwise_casting(storage_dtype=half, compute_dtype=full)
