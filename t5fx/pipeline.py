@@ -24,9 +24,9 @@ from t5fx.analysis.policy import Plan, plan
 from t5fx.config import LinearizeConfig
 from t5fx.errors import CaptureError, ConfigError, NothingRewrittenError, RefusedCallError
 from t5fx.frontend.calls import Signature
-from t5fx.frontend.capture import capture, first_line
+from t5fx.frontend.capture import Capture, capture, first_line
 from t5fx.frontend.copies import duplicate
-from t5fx.frontend.positions import is_coarser, objection, positions_in
+from t5fx.frontend.positions import Positions, is_coarser, lists_in, objection, positions_in
 from t5fx.frontend.record import Recorded
 from t5fx.frontend.shapes import add_shapes
 from t5fx.graph.view import View
@@ -132,6 +132,7 @@ def _judge(
         calls={n: calls_of(looked.recorded, n, template.get_submodule(n)) for n in verdicts},
         arguments=tuple(places.arguments),
         positions={grid: tuple(p for p in listed if is_coarser(grid, p.sides)) for grid in grids},
+        lists=tuple(places.lists),
     )
     make_forms(runtime, template, looked.recorded, kind)
     origins = {name: tuple(axes) for name, axes in places.origins.items()}
@@ -170,14 +171,24 @@ def _look(
             handle.remove()
     view = View(captured.graph, template, captured.constants)
     tried: dict[str, Tried] = {}
+    lists = _lists(captured, args, kwargs)
     plans = plan(
         view,
         config.called(lambda f: f(*args, **kwargs)),
         lambda m: m.key in existing if existing else None,
         tried=tried,
         objection=objector(config, args, kwargs),
+        lists=lists,
     )
     return Looked(captured, view, plans, tried, recorded)
+
+
+def _lists(
+    captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[fx.Node, Positions | str]:
+    """What the inputs of a capture that list positions say in the call that was captured."""
+    inputs = captured.graph.find_nodes(op="placeholder")
+    return {inputs[i]: one for i, one in lists_in(flatten(args, kwargs)[2]).items()}
 
 
 def objector(
@@ -317,7 +328,9 @@ def explained(
         view = View(captured.graph, template, captured.constants)
         resolved = config.called(lambda f: f(*bound[0], **bound[1]))
         against = objector(config, *bound)
-        _tell(told, view, plan(view, resolved, tried=told.patterns, objection=against))
+        lists = _lists(captured, *bound)
+        plans = plan(view, resolved, tried=told.patterns, objection=against, lists=lists)
+        _tell(told, view, plans)
     count_parameters(told, model)
     return told
 

@@ -37,6 +37,7 @@ ORDER = [
     "t5fx.analysis.opaque",
     "t5fx.analysis.axis",
     "t5fx.analysis.tokens",
+    "t5fx.analysis.packed",
     "t5fx.analysis.meaning",
     "t5fx.analysis.rules_compute",
     "t5fx.analysis.rules_cut",

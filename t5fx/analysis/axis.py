@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import fx
 
+from t5fx.frontend.positions import Positions
 from t5fx.graph.sizes import Size
 
 #: What made an axis: most often the name of a node and the number of its axis.
@@ -20,12 +21,14 @@ class _Axis:
 
     data: it depends on the inputs of the model, not on parameters alone. at: (node, axis) that has
     this size. example: its size in the captured example, where that is not a number itself.
+    tables: those that its positions were multiplied with row by row: see `t5fx.analysis.packed`.
     """
 
     size: Size
     data: bool = field(default=True, compare=False, kw_only=True)
     at: tuple[fx.Node, int] | None = field(default=None, compare=False, kw_only=True)
     example: int = field(default=0, compare=False, kw_only=True)
+    tables: tuple[Axis, ...] = field(default=(), compare=False, repr=False, kw_only=True)
 
     @property
     def inside(self) -> tuple[Axis, ...]:
@@ -119,6 +122,13 @@ class Repeat(Leaf):
 @dataclass(frozen=True)
 class Plain(Leaf):
     """An axis of which nothing is known but what made it."""
+
+
+@dataclass(frozen=True)
+class Row(Leaf):
+    """The rows of an input that lists positions: of a grid, or what they are instead, in words."""
+
+    positions: Positions | str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from t5fx.analysis.axis import Axis, Cat, Chosen, Merge, Repeat, Unit, made_by, runs_of
 from t5fx.analysis.layout import Axes
-from t5fx.analysis.tokens import layout_of
+from t5fx.analysis.packed import Listed, packed_layout
+from t5fx.analysis.tokens import Layout, layout_of
 from t5fx.analysis.variant import variant_of
 from t5fx.config import LinearizeConfig
 from t5fx.frontend.positions import is_coarser
@@ -171,45 +172,50 @@ def in_words(axis: Axis) -> str:
     return f"{axis.count} tokens of '{made[0]}'"
 
 
+def proved_layout(axes: Axes, binding: Binding) -> Layout | str:
+    """The layout of a site's tokens that the graph proves, or a sentence on what is missing."""
+    query, key = (axes[o.like][o.token] for o in (binding.q, binding.k))
+    found = layout_of(query)
+    return (packed_layout(query, key) or found) if isinstance(found, str) else found
+
+
 def find_layout(
-    tokens: Axis,
+    found: Layout | str,
     site: Site,
     config: LinearizeConfig,
     objection: Callable[[tuple[int, ...]], str | None],
 ) -> tuple[tuple[Axis | int, ...], tuple[Axis | int, ...], tuple[Axis | int, ...]]:
-    """prefix, grid and suffix of a site: as the graph proves them, or as they are given.
+    """prefix, grid and suffix of a site: as found by `proved_layout`, or as they are given.
 
     objection: says of a given grid why it is not that of the call, or None. Raises `Refusal`.
     """
-    found = layout_of(tokens)
     if config.grid is None and config.prefix is None and config.suffix is None:
         if isinstance(found, str):
             if variant_of(config, axes=2).does_without_grid:
                 return (), (), ()
             raise Refusal("grid-unknown", f"{found}; give `grid` (and `prefix`)")
-        site.prefix = sum(a.count for a in found.prefix)
-        site.suffix = sum(a.count for a in found.suffix)
-        site.grid = tuple(a.count for a in found.grid)
+        site.prefix, site.grid, site.suffix = found.counts
         return found.prefix, found.grid, found.suffix
     assert site.num_tokens is not None
-    proved = None if isinstance(found, str) else tuple(a.count for a in found.grid)
+    proved = None if isinstance(found, str) else found.counts[1]
     if config.grid is None and proved is None:
         raise Refusal("grid-unknown", f"{found}; give `grid` too")
     prefix, grid, suffix = given_layout(site.num_tokens, config, proved)
-    if not isinstance(found, str) and proved is not None:
-        before = sum(a.count for a in found.prefix)
+    if isinstance(found, str | Listed) and config.grid is not None:
+        if (against := objection(grid)) is not None:
+            raise Refusal("grid-unknown", against)
+    if isinstance(found, Layout):
+        before, proved, after = found.counts
         if prefix != before or not is_coarser(grid, proved):
             raise Refusal(
                 "grid-unknown",
                 f"expected the layout that the graph shows, {before} + "
-                f"{'x'.join(map(str, proved))} + {sum(a.count for a in found.suffix)}, got "
+                f"{'x'.join(map(str, proved))} + {after}, got "
                 f"{prefix} + {'x'.join(map(str, grid))} + {suffix}",
             )
         if config.grid is None:
             site.prefix, site.grid, site.suffix = prefix, grid, suffix
             return found.prefix, found.grid, found.suffix
-    elif (against := objection(grid)) is not None:
-        raise Refusal("grid-unknown", against)
     site.prefix, site.grid, site.suffix = prefix, grid, suffix
     return (prefix,), grid, (suffix,)
 

@@ -8,15 +8,17 @@ token axis whose runs hold exactly one grid has a layout; anything else is unkno
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import fx
 
-from t5fx.analysis.axis import Axis, Batch, Feature, Leaf, Plain, Repeat, Side, Unit, made_by
+from t5fx.analysis.axis import Axis, Batch, Feature, Leaf, Plain, Repeat, Row, Side, Unit, made_by
+from t5fx.analysis.packed import lists_positions, with_tables
 from t5fx.analysis.tokens import Layout, layout_of
+from t5fx.frontend.positions import Positions
 from t5fx.graph.sizes import Size, hint, same
 from t5fx.graph.view import CONSTANT, View
 
@@ -49,10 +51,16 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Axes:
-    """The meaning of every axis of every tensor of a graph: `axes[node][i]`."""
+    """The meaning of every axis of every tensor of a graph: `axes[node][i]`.
 
-    def __init__(self, view: View) -> None:
+    lists: what inputs that list positions tell of the grid, as `frontend.positions.lists_in`.
+    """
+
+    def __init__(
+        self, view: View, lists: Mapping[fx.Node, Positions | str] | None = None
+    ) -> None:
         self.view = view
+        self.lists = lists or {}
         self.known: dict[fx.Node, tuple[Axis, ...]] = {}
         self._data: dict[fx.Node, bool] = {}
         for node in view.graph.nodes:
@@ -100,6 +108,19 @@ class Axes:
         """A new axis that `node` makes."""
         return kind(self.view.shape(node)[i], (node.name, i), data=self.data(node))
 
+    def beside_batch(self, node: fx.Node) -> bool:
+        """Whether another input, whose first axis surely counts the batch, has other sizes of it."""
+        batches = [
+            self.view.shape(other)[0]
+            for other in self.view.graph.find_nodes(op="placeholder")
+            if (value := self.view.val(other)) is not None
+            and value.is_floating_point()
+            and value.dim() > 2
+            and other not in self.lists
+            and CONSTANT not in other.meta
+        ]
+        return bool(batches) and not any(same(b, self.view.shape(node)[0]) for b in batches)
+
     def plain(self, node: fx.Node, i: int) -> Plain:
         """A new axis of which no more is known."""
         return self.fresh(node, i, Plain)
@@ -109,6 +130,7 @@ class Axes:
 def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     """The first axis counts batch items, the same in all inputs; the others are undecided.
 
+    But for lists of positions, and for a table [N, D] beside inputs whose batch has another size.
     Only [B, N, C] has its channels last for sure; of [B, C, H, W], [B, H, W, C], [B, T, N, C] the
     operators that read them tell: a convolution, or what cuts two sides into equal patches.
     """
@@ -120,8 +142,13 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     kinds: list[type[Leaf]] = [Side if floating and rank > 3 else Plain] * rank
     if floating and rank == 3:
         kinds[-1] = Feature
-    first = replace(axes.fresh(node, 0, Batch), made=_BATCH)
-    return (first, *(axes.fresh(node, i, kinds[i]) for i in range(1, rank)))
+    result = [axes.fresh(node, i, kinds[i]) for i in range(rank)]
+    if not (floating and rank == 2 and axes.beside_batch(node)):
+        result[0] = replace(axes.fresh(node, 0, Batch), made=_BATCH)
+    if node in axes.lists:
+        rows = axes.fresh(node, rank - 2, Row)
+        result[rank - 2] = replace(rows, positions=axes.lists[node])
+    return tuple(result)
 
 
 @rule("get_attr")
@@ -130,18 +157,26 @@ def _parameter(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 
 def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
-    """Broadcast the inputs; of the axes that meet, the one that says most about tokens stays."""
+    """Broadcast the inputs; of the axes that meet, the one that says most about tokens stays.
+
+    Of those that say as much, it is that of the input with the most axes: a table has fewer.
+    """
     shape = axes.view.shape(node)
+    product = axes.view.op(node) == "mul"
+    sources = sorted(
+        axes.view.inputs(node), key=lambda n: -sum(not isinstance(a, Unit) for a in axes[n])
+    )
     result = []
     for i, size in enumerate(shape):
         meeting = []
-        for source in axes.view.inputs(node):
+        for source in sources:
             j = i - len(shape) + len(axes[source])
             if j >= 0 and same(axes[source][j].size, size):
                 meeting.append(axes[source][j])
         known = [a for a in meeting if not isinstance(a, Unit) or a.made]
         known = [a for a in known if not isinstance(a, Unit)] or known
-        result.append(meet(known) if known else (meeting or [axes.plain(node, i)])[0])
+        best = meet(known) if known else (meeting or [axes.plain(node, i)])[0]
+        result.append(with_tables(best, known, product=product))
     return tuple(result)
 
 
@@ -149,7 +184,8 @@ def meet(meeting: Sequence[Axis]) -> Axis:
     """Of several axes, the one that says most; a plain one where grids contradict each other."""
 
     def says(axis: Axis) -> tuple[bool, bool, int, bool]:
-        weight = 0 if isinstance(axis, Repeat) else 1 if isinstance(axis, Plain | Side) else 2
+        weight = 2 if isinstance(axis, Plain | Side) else 3
+        weight = 0 if isinstance(axis, Repeat) else 1 if lists_positions(axis) else weight
         return axis.data, _grids(axis), weight, not axis.repeats
 
     best = max(meeting, key=says)  # the first of equals

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,14 +24,17 @@ from t5fx.analysis.legality import (
     find_heads,
     find_layout,
     in_words,
+    proved_layout,
 )
 from t5fx.analysis.masks import origin
 from t5fx.analysis.match import Match, find
 from t5fx.analysis.measure import Cost, Shape, cost
-from t5fx.analysis.tokens import layout_of
+from t5fx.analysis.packed import Listed
+from t5fx.analysis.tokens import Layout
 from t5fx.analysis.variant import variant_of
 from t5fx.config import LinearizeConfig
 from t5fx.errors import GraphSpecError, MeasureError, SlowNodeWarning
+from t5fx.frontend.positions import Positions
 from t5fx.graph.sizes import expr, hint
 from t5fx.graph.view import View
 from t5fx.kernels import choice as choices
@@ -46,7 +49,8 @@ class Plan:
     """One attention and what is to become of it.
 
     prefix, grid, suffix: token layout where it is rewritten: axes of the graph, or numbers. impl:
-    what a measurement put in the place of the configuration's "auto", or None.
+    what a measurement put in the place of the configuration's "auto", or None. listed: where the
+    grid is what a list of positions among the arguments says, these.
     """
 
     match: Match
@@ -56,6 +60,7 @@ class Plan:
     grid: tuple[Axis | fx.Node | int, ...] = ()
     suffix: tuple[Axis | fx.Node | int, ...] = ()
     impl: str | None = None
+    listed: Listed | None = None
 
 
 def _undecided(match: Match) -> bool | None:
@@ -78,6 +83,8 @@ def plan(
     tried: dict[str, Tried] | None = None,
     owner: Callable[[str], nn.Module | None] | None = None,
     objection: Callable[[str, tuple[int, ...]], str | None] = _no_objection,
+    lists: Mapping[fx.Node, Positions | str] | None = None,
+    fixed: bool = False,
 ) -> list[Plan]:
     """Judge every attention of a graph.
 
@@ -90,9 +97,12 @@ def plan(
     None, nothing yet.
 
     objection: says of a grid that is given for an owner why it is not that of the call, or None.
+
+    lists: what inputs that list positions say in this call; fixed: grids that they tell are to be
+    constants of the graph, as those that are given.
     """
     matches = find(view, tried, owner)
-    axes = Axes(view) if matches else None
+    axes = Axes(view, lists) if matches else None
     plans = []
     for match in matches:
         name = public(match.owner)
@@ -102,7 +112,7 @@ def plan(
         plans.append(entry)
         assert axes is not None
         try:
-            _judge(view, axes, entry, decided(match), owner, objection)
+            _judge(view, axes, entry, decided(match), owner, objection, fixed)
             site.status = "rewritten"
         except Refusal as refusal:
             site.reason, site.detail = refusal.reason, refusal.detail
@@ -159,6 +169,7 @@ def _judge(
     decided: bool | None,
     owner: Callable[[str], nn.Module | None] | None,
     objection: Callable[[str, tuple[int, ...]], str | None],
+    fixed: bool,
 ) -> None:
     match, site, config = entry.match, entry.site, entry.config
     if match.binding is None:
@@ -177,12 +188,14 @@ def _judge(
         raise Refusal("excluded", "left out by `include` or `exclude`")
     if decided is False:
         raise Refusal("excluded", "not one of the sites that were rewritten before")
-    tokens = axes[binding.q.like][binding.q.token]
+    found = proved_layout(axes, binding)
     entry.prefix, entry.grid, entry.suffix = find_layout(
-        tokens, site, config, partial(objection, site.fqn)
+        found, site, config, partial(objection, site.fqn)
     )
-    if config.grid is not None:
-        _fix_sizes(view, (binding.q.like, binding.q.token), tokens)
+    if config.grid is None and isinstance(found, Listed):
+        entry.listed = found
+    if config.grid is not None or (entry.listed and fixed):
+        _fix_sizes(view, (binding.q.like, binding.q.token), found)
     for axis in (*entry.prefix, *entry.grid):
         if isinstance(axis, Axis) and axis.at is None and not isinstance(axis.size, int):
             if axis.size not in view.sizes:
@@ -213,14 +226,15 @@ def _judge(
         _is_faster(view, entry, trained)
 
 
-def _fix_sizes(view: View, at: tuple[fx.Node, int], tokens: Axis) -> None:
-    """Make constants of the sizes that numbers given as the grid are those of.
+def _fix_sizes(view: View, at: tuple[fx.Node, int], found: Layout | str) -> None:
+    """Make constants of the sizes that numbers which are the grid are those of.
 
     Where they are symbolic, that is a guard: other sizes are another graph.
     """
-    found = layout_of(tokens)
     sides = () if isinstance(found, str) else found.grid
-    for node, axis in (at, *(side.at for side in sides if side.at is not None)):
+    axes = [side for side in sides if isinstance(side, Axis)]
+    axes += [found.rows, found.run] if isinstance(found, Listed) else []
+    for node, axis in (at, *(one.at for one in axes if one.at is not None)):
         value = view.val(node)
         assert value is not None
         int(value.shape[axis])

@@ -47,6 +47,12 @@ def _linear(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     return (*source[:-1], axes.fresh(node, len(source) - 1, Feature))
 
 
+@rule("outer", "ger")
+def _outer(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
+    left, right = (axes[n] for n in axes.view.inputs(node))
+    return (*left, *right)
+
+
 @rule("matmul", "baddbmm", "addmm")
 def _matmul(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     operands = [axes[n] for n in axes.view.inputs(node)[-2:]]

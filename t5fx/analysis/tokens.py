@@ -13,11 +13,17 @@ from t5fx.graph.sizes import Size, exactly, quotient, same
 
 @dataclass(frozen=True)
 class Layout:
-    """prefix, grid and suffix as axes (of the given sizes), in token order."""
+    """prefix, grid and suffix as axes (of the given sizes), in token order; numbers are sizes."""
 
     prefix: tuple[Axis, ...]
-    grid: tuple[Axis, ...]
+    grid: tuple[Axis | int, ...]
     suffix: tuple[Axis, ...]
+
+    @property
+    def counts(self) -> tuple[int, tuple[int, ...], int]:
+        """(prefix, grid, suffix) in the captured example."""
+        before, after = (sum(a.count for a in axes) for axes in (self.prefix, self.suffix))
+        return before, tuple(a if isinstance(a, int) else a.count for a in self.grid), after
 
 
 def layout_of(axis: Axis) -> Layout | str:
@@ -66,9 +72,9 @@ def merge(parts: Sequence[Axis], size: Size | None) -> Axis:
     return Merge(size, tuple(parts), data=data, example=example)
 
 
-def _flat(parts: Iterable[Axis]) -> tuple[Axis, ...]:
+def flat(parts: Iterable[Axis]) -> tuple[Axis, ...]:
     """The axes with each merge replaced by its parts, down to axes that are no merges."""
-    return tuple(a for p in parts for a in (_flat(p.parts) if isinstance(p, Merge) else (p,)))
+    return tuple(a for p in parts for a in (flat(p.parts) if isinstance(p, Merge) else (p,)))
 
 
 def _heal(parts: Sequence[Axis]) -> list[Axis]:
@@ -90,7 +96,7 @@ def split(whole: Axis, sizes: list[tuple[Size, int]]) -> list[Axis]:
     """Pieces of one axis, outermost first; a merge comes apart into what it was made of."""
     exprs = tuple(size for size, _ in sizes)
     if isinstance(whole, Merge):
-        for parts in dict.fromkeys((whole.parts, _flat(whole.parts))):
+        for parts in dict.fromkeys((whole.parts, flat(whole.parts))):
             hints = tuple(p.count for p in parts), tuple(h for _, h in sizes)
             groups = regroup(tuple(p.size for p in parts), exprs, hints)
             if groups is None or len(groups) < 2:

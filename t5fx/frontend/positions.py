@@ -17,6 +17,10 @@ from torch._subclasses.fake_tensor import is_fake
 from t5fx.graph.axes import regroup
 
 
+#: So many images one after the other are told apart, to say what they are.
+_IMAGES = 16
+
+
 @dataclass(frozen=True)
 class Positions:
     """An argument that lists the positions of a grid, row-major: [..., N, 2 to 4].
@@ -39,6 +43,58 @@ class Positions:
             kept = kept & (found - found[..., :1] == wanted.flatten()).all()
         return kept
 
+    def again(self, value: torch.Tensor) -> tuple[int, ...] | None:
+        """The sides in another call's list, along the same columns; None where it is no grid's.
+
+        Reads the values. A side may be of one position there.
+        """
+        if not may_list(value):
+            return None
+        rows = _rows(value)
+        if not bool(rows.isfinite().all()):
+            return None
+        sides = tuple(int(n) + 1 for n in (rows[-1] - rows[0])[list(self.columns)])
+        if min(sides) < 1 or math.prod(sides) != len(rows):
+            return None
+        rest = [i for i in range(rows.shape[1]) if i not in self.columns]
+        other = value.detach()[..., rest]
+        kept = Positions(self.leaf, sides, self.columns).kept(value.detach())
+        return sides if bool(kept) and bool((other == other[..., :1, :]).all()) else None
+
+
+def lists_in(leaves: Sequence[Any]) -> dict[int, Positions | str]:
+    """Of the leaves that list positions, by number: what they are. Reads their values.
+
+    In a list at least two columns vary, in whole numbers. A string says why it is not a grid's.
+    """
+    found: dict[int, Positions | str] = {}
+    for i, leaf in enumerate(leaves):
+        if may_list(leaf) and (one := _listed(i, leaf) or _other(leaf)):
+            found[i] = one
+    return found
+
+
+def _other(value: torch.Tensor) -> str:
+    """What the rows of a tensor are that are not the positions of one grid; "" if no positions."""
+    rows = _rows(value)
+    if not bool((rows == rows.round()).all()) or int((rows != rows[0]).any(0).sum()) < 2:
+        return ""
+    for column in range(rows.shape[1]):
+        _, counts = torch.unique_consecutive(rows[:, column], return_counts=True)
+        runs = rows.split(counts.tolist())
+        if 1 < len(runs) <= _IMAGES:
+            grids = [_listed(0, run) for run in runs]
+            if all(grids):
+                shown = ", then ".join(_shown(grid.sides) for grid in grids if grid)
+                return f"are those of {len(grids)} grids, {shown}; the node takes one"
+    return "are not those of a grid, row by row"
+
+
+def _rows(value: torch.Tensor) -> torch.Tensor:
+    """Of a list of positions those of the first item of its batch, exactly."""
+    rows = value.detach().flatten(0, -3)[0] if value.dim() > 2 else value.detach()
+    return rows.double().cpu()
+
 
 def positions_in(leaves: Sequence[Any]) -> tuple[Positions, ...]:
     """The lists of positions among the leaves of a call's arguments. Reads their values.
@@ -51,8 +107,7 @@ def positions_in(leaves: Sequence[Any]) -> tuple[Positions, ...]:
 
 
 def _listed(leaf: int, value: torch.Tensor) -> Positions | None:
-    rows = value.detach().flatten(0, -3)[0] if value.dim() > 2 else value.detach()
-    rows = rows.double().cpu()
+    rows = _rows(value)
     steps = rows - rows[0]
     varying = [i for i in range(steps.shape[1]) if bool(steps[:, i].any())]
     if len(varying) < 2 or not bool((steps >= 0).all()):

@@ -11,17 +11,19 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from t5fx.analysis.axis import Axis
+from t5fx.analysis.packed import Listed
 from t5fx.analysis.policy import Plan
 from t5fx.errors import CaptureError
 from t5fx.frontend.calls import formula, printed
 from t5fx.frontend.capture import Capture
+from t5fx.frontend.positions import Positions
 from t5fx.frontend.record import Recorded
 from t5fx.graph.modules import module_stack
 from t5fx.graph.sizes import Size, expr, same
 from t5fx.graph.view import View
 from t5fx.reports import Tried
 from t5fx.rewrite.forms import Judged, Verdict
-from t5fx.runtime.state import Layout, Source, Term
+from t5fx.runtime.state import LISTED, Layout, List, Source, Term
 
 
 def verdicts_of(
@@ -73,10 +75,13 @@ class Places:
         self.looked = looked
         self.origins = {name: list(axes) for name, axes in recorded.items()}
         self.arguments: list[Any] = []
+        self.lists: list[List] = []
         self._formulas: dict[str, int] = {}
 
     def layout(self, entry: Plan) -> Layout:
-        grid = tuple(self._term(axis, entry.match.owner) for axis in entry.grid)
+        listed, owner = entry.listed, entry.match.owner
+        terms = (self._term(axis, owner) for axis in entry.grid)
+        grid = self._listed(listed) if listed else tuple(terms)
         prefix: Term | None = self._total(entry.prefix)
         suffix = self._total(entry.suffix)
         if prefix is None and suffix is None:
@@ -85,6 +90,21 @@ class Places:
                 size = size + (axis.size if isinstance(axis, Axis) else axis)
             prefix = self._argument(size)
         return Layout(prefix, grid, suffix)
+
+    def _listed(self, layout: Listed) -> tuple[Term, ...]:
+        """The sides that a list of positions has in the call."""
+        positions = layout.rows.positions
+        assert isinstance(positions, Positions)
+        before = 0
+        for known in self.lists:
+            if known.positions == positions:
+                break
+            before += len(known.positions.sides)
+        else:
+            size = layout.run.size
+            tokens = size if isinstance(size, int) else self._argument(size)
+            self.lists.append(List(positions, tokens))
+        return tuple(Source(LISTED, before + i) for i in range(len(positions.sides)))
 
     def _total(self, axes: tuple[Axis | fx.Node | int, ...]) -> int | None:
         """The number of tokens of some runs, where it is always the same."""

@@ -7,6 +7,7 @@ to a call: where none is at hand the answer is an error, never another call's gr
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -31,11 +32,16 @@ KEPT = 64
 SHIFT = 2
 
 
+#: Stands for a module's name in a `Source`.
+LISTED = "(positions)"
+
+
 class Source(NamedTuple):
     """Where a size of the grid is read in a call: which number that a module's output showed.
 
     module: its name, with the numbers that its `Origin` hook records; "" for the call of the model
-    itself, with those that `Kind.arguments` computes from the arguments.
+    itself, with those that `Kind.arguments` computes from the arguments; LISTED for the sides that
+    `Kind.lists` have, one list after the other.
     """
 
     module: str
@@ -43,6 +49,16 @@ class Source(NamedTuple):
 
 
 Term = int | Source
+
+
+class List(NamedTuple):
+    """An argument that lists the positions of a grid, and how many tokens its rows are.
+
+    tokens: a number, or which of `Kind.arguments` computes it.
+    """
+
+    positions: Positions
+    tokens: Term
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,8 @@ class Kind:
     structure, constants, training: what calls of the kind have in common, with `guards`; given:
     the values of layouts that are callables. layouts: by owner, one for each of its attentions;
     arguments: formulas of the guards' symbols, for sizes that no module's output shows. positions:
-    for each grid that was given, the arguments that list its positions.
+    for each grid that was given, the arguments that list its positions. lists: the arguments that
+    tell the sides of grids, which each call has its own of.
     """
 
     structure: str
@@ -74,6 +91,7 @@ class Kind:
     calls: Mapping[str, frozenset[tuple[str, tuple[Any, ...]]]]
     arguments: tuple[Callable[..., int], ...] = ()
     positions: Mapping[tuple[int, ...], tuple[Positions, ...]] = field(default_factory=dict)
+    lists: tuple[List, ...] = ()
 
 
 class Records(threading.local):
@@ -120,9 +138,10 @@ class Runtime:
         self.sizes: dict[str, torch.Tensor] = {}
         self.entered: OrderedDict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = OrderedDict()
         self.checked = Unchanged()
+        self.sides: dict[Any, tuple[int, ...] | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("local", "kind", "sizes", "entered", "checked", "kinds", "forms")
+        left = ("local", "kind", "sizes", "entered", "checked", "sides", "kinds", "forms")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,12 +158,13 @@ class Runtime:
 
     # --- one call -------------------------------------------------------------------------------
 
-    def begin(self, kind: Kind, values: Mapping[str, Any]) -> None:
-        """A call of the model begins; values: of the kind's symbols."""
+    def begin(self, kind: Kind, values: Mapping[str, Any], sides: tuple[int, ...]) -> None:
+        """A call of the model begins; values: of the kind's symbols; sides: of its `lists`."""
         sizes: dict[str, torch.Tensor] = {}
         if kind.arguments:
-            known = [values[name] for name in kind.guards.symbols]
-            sizes[""] = _as_sizes([formula(*known) for formula in kind.arguments])
+            sizes[""] = _as_sizes(_computed(kind, values))
+        if sides:
+            sizes[LISTED] = _as_sizes(list(sides))
         self._set(kind, sizes)
 
     def end(self) -> None:
@@ -244,7 +264,7 @@ class Runtime:
 
     def _origins(self, owner: str) -> list[str]:
         names = {
-            t.module or "the model"
+            "the model" if t.module in ("", LISTED) else t.module
             for kind in self.kinds
             for layout in kind.layouts.get(owner) or ()
             if layout is not None
@@ -351,8 +371,11 @@ class Runtime:
 
     def kind_of(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
-    ) -> tuple[Kind, dict[str, Any]] | None:
-        """The judged kind of a call, with the values of its symbols; None where none is."""
+    ) -> tuple[Kind, dict[str, Any], tuple[int, ...]] | None:
+        """The judged kind of a call, with the values of its symbols and the sides in its lists.
+
+        None where there is none.
+        """
         args, kwargs = self.signature.bind(args, kwargs)
         structure, _, leaves = flatten(args, kwargs)
         constants = constants_of(leaves)
@@ -362,9 +385,50 @@ class Runtime:
                 continue
             if kind.constants == constants:
                 values = kind.guards.accept(leaves, typed=False)
-                if values is not None:
-                    return kind, values
+                if values is None:
+                    continue
+                sides = self._sides(kind, values, leaves)
+                if sides is not None:
+                    return kind, values, sides
         return None
+
+    def _sides(
+        self, kind: Kind, values: Mapping[str, Any], leaves: list[Any]
+    ) -> tuple[int, ...] | None:
+        """The sides that a kind's lists of positions tell; None where they tell of no grid.
+
+        Where values cannot be looked at, as in torch.export, they are those of the example, and
+        the graph holds the positions against them.
+        """
+        found: list[int] = []
+        for positions, tokens in kind.lists:
+            leaf = leaves[positions.leaf]
+            if torch.compiler.is_exporting() or torch.jit.is_tracing():
+                shown = " x ".join(map(str, positions.sides))
+                torch._assert_async(positions.kept(leaf), f"expected positions {shown}")
+                sides: tuple[int, ...] | None = positions.sides
+            else:
+                sides = self._read(positions, leaf)
+            if sides is None:
+                return None
+            if isinstance(tokens, Source):
+                tokens = _computed(kind, values)[tokens.place]
+            if math.prod(sides) != tokens:
+                return None
+            found += sides
+        return tuple(found)
+
+    @torch.compiler.disable(
+        reason="which positions the tokens of this call have is read from its values; give `grid` "
+        "as numbers for one graph of the whole model, or compile its blocks"
+    )
+    def _read(self, positions: Positions, leaf: torch.Tensor) -> tuple[int, ...] | None:
+        """The sides that a list of positions tells, read once for every change of it."""
+        key = (positions.leaf, positions.columns)
+        if key not in self.sides or not self.checked(key, [leaf]):
+            self.sides[key] = positions.again(leaf)
+            self.checked.note(key, [leaf])
+        return self.sides[key]
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layouts that are callables, evaluated for a call; None where none is."""
@@ -385,6 +449,12 @@ def size_of(tensor: torch.Tensor, axis: int) -> int:
     if torch.jit.is_tracing():
         return int(torch.ops.aten.sym_size.int(tensor, axis))
     return tensor.shape[axis]
+
+
+def _computed(kind: Kind, values: Mapping[str, Any]) -> list[int]:
+    """What a kind's formulas say of a call."""
+    known = [values[name] for name in kind.guards.symbols]
+    return [formula(*known) for formula in kind.arguments]
 
 
 def _as_sizes(sizes: list[int]) -> torch.Tensor:
