@@ -27,6 +27,12 @@ class Listed(Layout):
     rows: Row
     run: Axis
 
+    @property
+    def positions(self) -> Positions:
+        """What the list says in the captured call."""
+        assert isinstance(self.rows.positions, Positions)
+        return self.rows.positions
+
 
 def lists_positions(axis: Axis) -> bool:
     """Whether an axis is (partly) the rows of a list of positions."""
@@ -79,8 +85,7 @@ def packed_layout(query: Axis, key: Axis) -> Layout | str:
     before, after = runs[:i], runs[i + 1 :]
     if not isinstance(table, Row):
         return Layout(before, _sides(table), after)
-    assert isinstance(table.positions, Positions)
-    return Listed(before, table.positions.sides, after, table, runs[i])
+    return Listed(before, _sizes(table), after, table, runs[i])
 
 
 def _unpicked(axis: Axis) -> tuple[Axis, ...]:

@@ -18,7 +18,7 @@ from t5fx.analysis.policy import plan
 from t5fx.backend import adapters as adapters
 from t5fx.backend.adapters import Place
 from t5fx.backend.ddp import average_gradients
-from t5fx.backend.layouts import SITE, Layouts, Variants, set_layouts
+from t5fx.backend.layouts import LIST, SITE, Layouts, Lists, Told, Variants, set_layouts
 from t5fx.backend.notices import summary_of, trace_artifact, warn_nothing, warn_untrained
 from t5fx.backend.options import Options
 from t5fx.backend.sharing import share_nodes
@@ -43,9 +43,9 @@ from t5fx.frontend.dynamo import (
     read,
     resolve,
 )
-from t5fx.frontend.positions import Unchanged
+from t5fx.frontend.positions import Positions, Unchanged, lists_in
 from t5fx.graph.blocks import close_checkpoints
-from t5fx.graph.view import View
+from t5fx.graph.view import CONSTANT, View
 from t5fx.kernels import TTT
 from t5fx.kernels.choice import resolved
 from t5fx.reports import Report
@@ -96,7 +96,7 @@ def t5(
         return compile_graph(_shared(gm), example_inputs)
     layouts = Layouts(chosen.config, region)
     config = layouts.resolved()
-    report, sites = _rewrite(region, chosen, config, layouts)
+    report, sites = _rewrite(region, chosen, config, layouts, _lists(region, example_inputs))
     log.info("%s", summary_of(report))
     log.debug("%s", report)
     trace_artifact("t5fx_report", lambda: str(report))
@@ -106,10 +106,10 @@ def t5(
     lowered, fakes = _lower(gm, region, sites)
     checkpoints = region.checkpoints
 
-    def make(config: LinearizeConfig, inputs: list[Any]) -> Callable[..., Any]:
+    def make(config: LinearizeConfig, told: Told, inputs: list[Any]) -> Callable[..., Any]:
         """The graph with the layouts of a configuration, compiled."""
         ready = _copy(gm, lowered, _graph_copy(lowered.graph))
-        set_layouts(ready.graph, _TTT, config)
+        set_layouts(ready.graph, _TTT, config, told)
         if not any(isinstance(x, int) for x in inputs):  # which Inductor's subgraphs do not take
             share_nodes(ready)
         close_checkpoints(ready, checkpoints)
@@ -118,9 +118,10 @@ def t5(
         log.debug("%s", ready.graph)
         return compile_graph(ready, inputs)
 
-    function = make(config, [*fakes, *example_inputs])
-    if chosen.config.has_callables:
-        function = Variants(layouts, config, function, make)
+    lists = Lists(sites, len(example_inputs))
+    function = make(config, lists.told, [*fakes, *example_inputs])
+    if chosen.config.has_callables or lists.told:
+        function = Variants(layouts, lists, config, function, make)
     return Compiled(function, sites, chosen, region.numbers.read, layouts)
 
 
@@ -215,12 +216,26 @@ def _in_linearized(region: Region) -> bool:
     return any(id(tensor.value) in own for tensor in region.tensors.values())
 
 
+def _lists(region: Region, example_inputs: list[Any]) -> dict[fx.Node, Positions | str]:
+    """What the inputs of a graph that list positions say, but for those that the model has."""
+    given = [
+        None if node in region.tensors or CONSTANT in node.meta else value
+        for node, value in zip(region.inputs, example_inputs, strict=True)
+    ]
+    return {region.inputs[i]: one for i, one in lists_in(given).items()}
+
+
 def _rewrite(
-    region: Region, options: Options, resolved: LinearizeConfig, layouts: Layouts
+    region: Region,
+    options: Options,
+    resolved: LinearizeConfig,
+    layouts: Layouts,
+    lists: dict[fx.Node, Positions | str],
 ) -> tuple[Report, list[Site]]:
     """Rewrite a graph in place; afterwards the nodes of its sites exist, beside the model.
 
-    resolved: the configuration with the layouts of the call that is being compiled.
+    resolved: the configuration with the layouts of the call that is being compiled; lists: what
+    the inputs say there that list positions.
     """
     anchors: dict[str, tuple[fx.Node, Place]] = {}
     config, adapter = options.config, options.adapter
@@ -247,6 +262,8 @@ def _rewrite(
         region.public,
         owner=region.owner,
         objection=layouts.objection(),
+        lists=lists,
+        fixed=True,
     )
     report = Report("this graph", sites=[entry.site for entry in plans])
     report.opaque = [] if plans else opaque_operators(region.view)
@@ -326,6 +343,7 @@ def _lower(
                 keywords["impl"] = _impl(arguments, keywords)
                 new = graph.call_function(_TTT, arguments, keywords)
             new.meta = {**call.meta, SITE: region.public(call.target)}
+            new.meta[LIST] = by_key[call.target].listed
             call.replace_all_uses_with(new)
             graph.erase_node(call)
     return owner, fakes

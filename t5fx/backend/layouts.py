@@ -5,26 +5,31 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from t5fx.analysis.legality import given_layout
+from t5fx.backend.sites import Site
 from t5fx.config import LinearizeConfig
 from t5fx.errors import ConfigError, RefusedCallError
 from t5fx.frontend.calls import Signature
 from t5fx.frontend.dynamo import Region, traced_module
-from t5fx.frontend.positions import Unchanged, may_list, objection
+from t5fx.frontend.positions import Positions, Unchanged, lists_in, may_list, objection
 from t5fx.graph.view import View
 from t5fx.patterns.base import Refusal
 from t5fx.pipeline import objector
 from t5fx.rewrite.forms import flatten
 from t5fx.runtime.state import KEPT
 
-#: Key of a TTT node's metadata: the name of its module in the model.
-SITE = "t5fx_site"
+#: Keys of a TTT node's metadata: the name of its module in the model; the list of positions among
+#: the graph's inputs that tells its grid, or None.
+SITE, LIST = "t5fx_site", "t5fx_list"
+
+#: The sides of grids that the lists of positions among a graph's inputs tell.
+Told = dict[Positions, tuple[int, ...]]
 
 
 class Layouts:
@@ -100,14 +105,44 @@ class Layouts:
         self._checked.note("lists", lists)
 
 
-def set_layouts(graph: fx.Graph, operator: Any, config: LinearizeConfig) -> None:
+class Lists:
+    """The lists of positions that tell the grids of a graph, seen from its calls.
+
+    inputs: the number of the graph's inputs.
+    """
+
+    def __init__(self, sites: Iterable[Site], inputs: int) -> None:
+        self.told: Told = {one.listed: one.listed.sides for one in sites if one.listed}
+        self._inputs = inputs
+        self._unchanged = Unchanged()
+
+    def __call__(self, args: Sequence[Any]) -> Told:
+        """What they tell in a call, of whose arguments the last are the graph's inputs."""
+        for positions in self.told:
+            value = args[positions.leaf - self._inputs]
+            if not self._unchanged(positions.leaf, [value]):
+                sides = positions.again(value)
+                if sides is None:
+                    raise RefusedCallError(
+                        f"expected positions of the tokens on one grid, row by row, as when the "
+                        f"model was compiled (there {' x '.join(map(str, positions.sides))}), got "
+                        f"{lists_in([value]).get(0, 'others')}"
+                    )
+                self.told = {**self.told, positions: sides}
+                self._unchanged.note(positions.leaf, [value])
+        return self.told
+
+
+def set_layouts(graph: fx.Graph, operator: Any, config: LinearizeConfig, told: Told) -> None:
     """Give the TTT nodes of a graph the layouts of another call, in place.
 
     Raises `RefusedCallError` where that is no layout of their tokens, or not one of as many axes.
     """
     for node in graph.find_nodes(op="call_function", target=operator):
         name, old = node.meta[SITE].rpartition(".")[0], node.kwargs["grid"]
-        chosen = config.at(name)
+        chosen, listed = config.at(name), node.meta[LIST]
+        if listed is not None:
+            node.kwargs = {**node.kwargs, "grid": told[listed]}
         if chosen.grid is None:
             continue  # the graph itself shows it
         try:
@@ -124,32 +159,37 @@ def set_layouts(graph: fx.Graph, operator: Any, config: LinearizeConfig) -> None
 
 
 class Variants:
-    """The compiled forms of one graph: one for each result of the callables that give layouts.
+    """The compiled forms of one graph: one for each layout that callables or positions tell.
 
-    make: compiles the graph with the layouts of a configuration, for the given inputs.
+    make: compiles the graph with the layouts of a configuration and of lists, for given inputs.
     """
 
     def __init__(
         self,
         layouts: Layouts,
+        lists: Lists,
         config: LinearizeConfig,
         first: Callable[..., Any],
-        make: Callable[[LinearizeConfig, list[Any]], Callable[..., Any]],
+        make: Callable[[LinearizeConfig, Told, list[Any]], Callable[..., Any]],
     ) -> None:
-        self.layouts, self.make = layouts, make
-        self._first = (config.layout_key, first)
+        self.layouts, self.lists, self.make = layouts, lists, make
+        self._first = (self._key(config, lists.told), first)
         self._others: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
     def __call__(self, *args: Any) -> Any:
-        config = self.layouts.resolved()
-        key = config.layout_key
+        config, told = self.layouts.resolved(), self.lists(args)
+        key = self._key(config, told)
         if key == self._first[0]:
             return self._first[1](*args)
         # They are compiled outside of Dynamo, for the sizes at hand.
         sizes = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in args)
         if (key, sizes) not in self._others:
-            self._others[key, sizes] = self.make(config, list(args))
+            self._others[key, sizes] = self.make(config, told, list(args))
             if len(self._others) > KEPT:
                 self._others.popitem(last=False)
         self._others.move_to_end((key, sizes))
         return self._others[key, sizes](*args)
+
+    @staticmethod
+    def _key(config: LinearizeConfig, told: Told) -> tuple[Any, ...]:
+        return (config.layout_key, *told.values())

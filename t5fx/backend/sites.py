@@ -22,6 +22,7 @@ from t5fx.frontend.dynamo import (
     Tensor,
     is_sharded,
 )
+from t5fx.frontend.positions import Positions
 from t5fx.graph.sizes import expr, same
 from t5fx.kernels import TTT
 from t5fx.rewrite.sites import settings
@@ -35,7 +36,8 @@ class Site:
     """A rewritten site of a graph: which input is its anchor, and what its node is.
 
     key: of the node in the graph; name: in the model. node: that of the model which is being
-    compiled; dtype, device: of its parameters, as the graph was compiled.
+    compiled; dtype, device: of its parameters, as the graph was compiled. listed: the positions
+    among the graph's inputs that tell its grid.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Site:
     node: weakref.ref[TTT]
     dtype: torch.dtype
     device: torch.device
+    listed: Positions | None = None
 
     def present(self) -> TTT:
         """`node`, while the model is being compiled."""
@@ -134,7 +137,8 @@ def add_site(
     like = next(node.parameters())
     if new and entry.impl is not None:
         node.impl = entry.impl  # for later graphs too
-    site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like))
+    listed = entry.listed and entry.listed.positions
+    site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like), listed)
     sites.append(site)
     if new:
         made.append(site)

@@ -16,7 +16,6 @@ from t5fx.analysis.policy import Plan
 from t5fx.errors import CaptureError
 from t5fx.frontend.calls import formula, printed
 from t5fx.frontend.capture import Capture
-from t5fx.frontend.positions import Positions
 from t5fx.frontend.record import Recorded
 from t5fx.graph.modules import module_stack
 from t5fx.graph.sizes import Size, expr, same
@@ -93,9 +92,7 @@ class Places:
 
     def _listed(self, layout: Listed) -> tuple[Term, ...]:
         """The sides that a list of positions has in the call."""
-        positions = layout.rows.positions
-        assert isinstance(positions, Positions)
-        before = 0
+        positions, before = layout.positions, 0
         for known in self.lists:
             if known.positions == positions:
                 break
