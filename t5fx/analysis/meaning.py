@@ -56,9 +56,7 @@ class Axes:
     lists: what inputs that list positions tell of the grid, as `frontend.positions.lists_in`.
     """
 
-    def __init__(
-        self, view: View, lists: Mapping[fx.Node, Positions | str] | None = None
-    ) -> None:
+    def __init__(self, view: View, lists: Mapping[fx.Node, Positions | str] | None = None) -> None:
         self.view = view
         self.lists = lists or {}
         self.known: dict[fx.Node, tuple[Axis, ...]] = {}
@@ -109,7 +107,7 @@ class Axes:
         return kind(self.view.shape(node)[i], (node.name, i), data=self.data(node))
 
     def beside_batch(self, node: fx.Node) -> bool:
-        """Whether another input, whose first axis surely counts the batch, has other sizes of it."""
+        """Whether other inputs, whose first axis surely counts the batch, say it has another size."""
         batches = [
             self.view.shape(other)[0]
             for other in self.view.graph.find_nodes(op="placeholder")

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import is_fake
 
 from t5fx.graph.axes import regroup
 
-
 #: So many images one after the other are told apart, to say what they are.
 _IMAGES = 16
 
