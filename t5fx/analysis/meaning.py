@@ -107,7 +107,7 @@ class Axes:
         return kind(self.view.shape(node)[i], (node.name, i), data=self.data(node))
 
     def beside_batch(self, node: fx.Node) -> bool:
-        """Whether other inputs, whose first axis surely counts the batch, say it has another size."""
+        """Whether inputs whose first axis surely counts the batch say that it has another size."""
         batches = [
             self.view.shape(other)[0]
             for other in self.view.graph.find_nodes(op="placeholder")
@@ -166,15 +166,14 @@ def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     )
     result = []
     for i, size in enumerate(shape):
-        meeting = []
-        for source in sources:
-            j = i - len(shape) + len(axes[source])
-            if j >= 0 and same(axes[source][j].size, size):
-                meeting.append(axes[source][j])
+        places = [(axes[source], i - len(shape) + len(axes[source])) for source in sources]
+        there = [its[j] for its, j in places if j >= 0]
+        meeting = [axis for axis in there if same(axis.size, size)]
         known = [a for a in meeting if not isinstance(a, Unit) or a.made]
         known = [a for a in known if not isinstance(a, Unit)] or known
         best = meet(known) if known else (meeting or [axes.plain(node, i)])[0]
-        result.append(with_tables(best, known, product=product))
+        tables = [a for a in there if a not in known and lists_positions(a)]
+        result.append(with_tables(best, [*known, *tables], product=product))
     return tuple(result)
 
 

@@ -36,7 +36,7 @@ class Listed(Layout):
 
 def lists_positions(axis: Axis) -> bool:
     """Whether an axis is (partly) the rows of a list of positions."""
-    return any(isinstance(run, Row) for run in _rows(axis))
+    return any(isinstance(row, Row) for row in _rows(axis))
 
 
 def with_tables(axis: Axis, meeting: Sequence[Axis], *, product: bool) -> Axis:
@@ -50,7 +50,7 @@ def with_tables(axis: Axis, meeting: Sequence[Axis], *, product: bool) -> Axis:
             found = [run.tables for run in runs_of(other)]
         elif product and _is_table(other):
             rows = _rows(other)
-            if len(rows) != len(runs) or not all(map(_as_many, runs, rows)):
+            if not _aligned(runs, rows):
                 continue
             found = [(row,) if _tells(row) else () for row in rows]
         else:
@@ -128,6 +128,16 @@ def _sides(row: Axis) -> tuple[Axis, ...]:
     return parts if told and 2 <= len(parts) <= 3 else ()
 
 
-def _as_many(run: Axis, row: Axis) -> bool:
-    """Whether a run has as many tokens as a table has rows: for a list, in the example at hand."""
-    return same(run.size, row.size) or (isinstance(row, Row) and run.count == row.count)
+def _aligned(runs: Sequence[Axis], rows: Sequence[Axis]) -> bool:
+    """Whether each run of tokens has as many as the run of a table at its place.
+
+    Of a list of positions they are counted in each call; that, and the whole, leave one other run
+    that need not be proved to be as long.
+    """
+    if [run.count for run in runs] != [row.count for row in rows]:
+        return False
+    pairs = [p for p in zip(runs, rows, strict=True) if not same(p[0].size, p[1].size)]
+    others = [row for _, row in pairs if not isinstance(row, Row)]
+    return not others or (
+        len(others) == 1 and not _sides(others[0]) and any(isinstance(row, Row) for row in rows)
+    )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -104,10 +106,33 @@ def _export(
     shapes = _dynamic_shapes(model, args, kwargs) if dynamic else None
     hook = model.register_forward_hook(_register_outputs)
     try:
-        with symbolic_config.patch(backed_size_oblivious=ones), torch.enable_grad():
+        with (
+            symbolic_config.patch(backed_size_oblivious=ones),
+            torch.enable_grad(),
+            _attributes_kept(model),
+        ):
             return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:
         hook.remove()
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards attributes of modules, and of objects that they have, are what they were.
+
+    Tables that the code makes in its first call and keeps would be a trace's, and fail the next.
+    """
+    owned = [one for module in model.modules() for one in vars(module).values()]
+    others = torch.Tensor | nn.Module | type | FunctionType | ModuleType
+    owned = [x for x in owned if hasattr(x, "__dict__") and not isinstance(x, others)]
+    known = [(vars(x), dict(vars(x))) for x in (*model.modules(), *owned)]
+    try:
+        yield
+    finally:
+        for now, before in known:
+            for name in [name for name in now if now[name] is not before.get(name)]:
+                del now[name]
+            now.update(before)
 
 
 def _register_outputs(_model: nn.Module | None, _args: Any, outputs: Any) -> None:
