@@ -172,7 +172,9 @@ def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
         known = [a for a in meeting if not isinstance(a, Unit) or a.made]
         known = [a for a in known if not isinstance(a, Unit)] or known
         best = meet(known) if known else (meeting or [axes.plain(node, i)])[0]
-        tables = [a for a in there if a not in known and lists_positions(a)]
+        # Those of a table may have another expression for their size: that they met proves it.
+        count = max((a.count for a in known), default=1)
+        tables = [a for a in there if a not in known and a.count == count > 1]
         result.append(with_tables(best, [*known, *tables], product=product))
     return tuple(result)
 

@@ -131,13 +131,11 @@ def _sides(row: Axis) -> tuple[Axis, ...]:
 def _aligned(runs: Sequence[Axis], rows: Sequence[Axis]) -> bool:
     """Whether each run of tokens has as many as the run of a table at its place.
 
-    Of a list of positions they are counted in each call; that, and the whole, leave one other run
-    that need not be proved to be as long.
+    The product itself proves that all of them are as many, and those of a list of positions are
+    counted in each call: one run is left that need not be proved to be as long.
     """
-    if [run.count for run in runs] != [row.count for row in rows]:
+    pairs = list(zip(runs, rows, strict=False))
+    if len(runs) != len(rows) or any(run.count != row.count for run, row in pairs):
         return False
-    pairs = [p for p in zip(runs, rows, strict=True) if not same(p[0].size, p[1].size)]
-    others = [row for _, row in pairs if not isinstance(row, Row)]
-    return not others or (
-        len(others) == 1 and not _sides(others[0]) and any(isinstance(row, Row) for row in rows)
-    )
+    known = [isinstance(row, Row) or same(run.size, row.size) for run, row in pairs]
+    return known.count(False) <= 1
