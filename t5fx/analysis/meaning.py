@@ -8,6 +8,7 @@ token axis whose runs hold exactly one grid has a layout; anything else is unkno
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -15,10 +16,22 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from t5fx.analysis.axis import Axis, Batch, Feature, Leaf, Plain, Repeat, Row, Side, Unit, made_by
+from t5fx.analysis.axis import (
+    Axis,
+    Batch,
+    Cat,
+    Feature,
+    Leaf,
+    Plain,
+    Repeat,
+    Row,
+    Side,
+    Unit,
+    made_by,
+)
 from t5fx.analysis.packed import lists_positions, with_tables
 from t5fx.analysis.tokens import Layout, layout_of
-from t5fx.frontend.positions import Positions
+from t5fx.frontend.positions import Handed, Positions
 from t5fx.graph.sizes import Size, hint, same
 from t5fx.graph.view import CONSTANT, View
 
@@ -143,10 +156,30 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     result = [axes.fresh(node, i, kinds[i]) for i in range(rank)]
     if not (floating and rank == 2 and axes.beside_batch(node)):
         result[0] = replace(axes.fresh(node, 0, Batch), made=_BATCH)
-    if node in axes.lists:
-        rows = axes.fresh(node, rank - 2, Row)
-        result[rank - 2] = replace(rows, positions=axes.lists[node])
+    known = axes.lists.get(node)
+    if isinstance(known, Handed):
+        result[known.axis] = _handed(axes, node, known)
+    elif known is not None:
+        result[rank - 2] = replace(axes.fresh(node, rank - 2, Row), positions=known)
     return tuple(result)
+
+
+def _handed(axes: Axes, node: fx.Node, known: Handed) -> Axis:
+    """The tokens of an input whose layout an earlier graph has proved."""
+    whole, count = axes.fresh(node, known.axis, Plain), math.prod(known.sides)
+    size = whole.size - known.prefix - known.suffix
+    rows = Row(size, whole.made, positions=known, at=(node, known.axis), example=count)
+    parts: list[tuple[str, Size, int]] = [
+        ("before", known.prefix, known.prefix),
+        ("grid", size, count),
+        ("after", known.suffix, known.suffix),
+    ]
+    runs = tuple(
+        Plain(size, (*whole.made, part), example=n, tables=(rows,) if part == "grid" else ())
+        for part, size, n in parts
+        if n
+    )
+    return runs[0] if len(runs) == 1 else Cat(whole.size, runs)
 
 
 @rule("get_attr")

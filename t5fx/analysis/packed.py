@@ -8,6 +8,7 @@ has to be the position on one grid, exactly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,9 @@ from t5fx.analysis.axis import Axis, Batch, Cat, Merge, Picked, Row, Unit, runs_
 from t5fx.analysis.tokens import Layout, flat
 from t5fx.frontend.positions import Positions
 from t5fx.graph.sizes import Size, same
+
+#: What Dynamo calls an argument of a model.
+_DYNAMO = re.compile(r"^l_(?:kwargs_)?(\w+)_$")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def packed_layout(query: Axis, key: Axis) -> Layout | str:
     for i, tables in enumerate(told):
         for table in tables:
             if isinstance(table, Row) and isinstance(table.positions, str):
-                return f"their positions, in the argument '{table.made[0]}', {table.positions}"
+                name = _DYNAMO.sub(r"\1", str(table.made[0]))
+                return f"their positions, in the argument '{name}', {table.positions}"
             grids.setdefault((i, _sizes(table)), table)
     if not grids:
         return ""

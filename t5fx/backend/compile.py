@@ -18,6 +18,7 @@ from t5fx.analysis.policy import plan
 from t5fx.backend import adapters as adapters
 from t5fx.backend.adapters import Place
 from t5fx.backend.ddp import average_gradients
+from t5fx.backend.handed import Handing, handed_to, offers_of
 from t5fx.backend.layouts import LIST, SITE, Layouts, Lists, Told, Variants, set_layouts
 from t5fx.backend.notices import summary_of, trace_artifact, warn_nothing, warn_untrained
 from t5fx.backend.options import Options
@@ -96,13 +97,18 @@ def t5(
         return compile_graph(_shared(gm), example_inputs)
     layouts = Layouts(chosen.config, region)
     config = layouts.resolved()
-    report, sites = _rewrite(region, chosen, config, layouts, _lists(region, example_inputs))
+    known = _lists(region, example_inputs) | handed_to(region, example_inputs)
+    offers = offers_of(region, known)
+    report, sites = _rewrite(region, chosen, config, layouts, known)
+    listed = [site.listed for site in sites] + [offer.grid for offer in offers]
+    lists = Lists([one for one in listed if isinstance(one, Positions)], len(example_inputs))
     log.info("%s", summary_of(report))
     log.debug("%s", report)
     trace_artifact("t5fx_report", lambda: str(report))
     if not sites:
         warn_nothing(report, region)
-        return compile_graph(gm, example_inputs)
+        plain = compile_graph(gm, example_inputs)
+        return Handing(plain, offers, gm, lists) if offers else plain
     lowered, fakes = _lower(gm, region, sites)
     checkpoints = region.checkpoints
 
@@ -118,11 +124,11 @@ def t5(
         log.debug("%s", ready.graph)
         return compile_graph(ready, inputs)
 
-    lists = Lists(sites, len(example_inputs))
     function = make(config, lists.told, [*fakes, *example_inputs])
     if chosen.config.has_callables or lists.told:
         function = Variants(layouts, lists, config, function, make)
-    return Compiled(function, sites, chosen, region.numbers.read, layouts)
+    compiled = Compiled(function, sites, chosen, region.numbers.read, layouts)
+    return Handing(compiled, offers, gm, lists) if offers else compiled
 
 
 class Compiled:

@@ -12,12 +12,11 @@ import torch
 from torch import fx, nn
 
 from t5fx.analysis.legality import given_layout
-from t5fx.backend.sites import Site
 from t5fx.config import LinearizeConfig
 from t5fx.errors import ConfigError, RefusedCallError
 from t5fx.frontend.calls import Signature
 from t5fx.frontend.dynamo import Region, traced_module
-from t5fx.frontend.positions import Positions, Unchanged, lists_in, may_list, objection
+from t5fx.frontend.positions import Positions, Reading, Unchanged, lists_in, may_list, objection
 from t5fx.graph.view import View
 from t5fx.patterns.base import Refusal
 from t5fx.pipeline import objector
@@ -111,26 +110,25 @@ class Lists:
     inputs: the number of the graph's inputs.
     """
 
-    def __init__(self, sites: Iterable[Site], inputs: int) -> None:
-        self.told: Told = {one.listed: one.listed.sides for one in sites if one.listed}
+    def __init__(self, lists: Iterable[Positions], inputs: int) -> None:
+        self.told: Told = {one: one.sides for one in lists}
         self._inputs = inputs
-        self._unchanged = Unchanged()
+        self._reading = Reading()
 
     def __call__(self, args: Sequence[Any]) -> Told:
         """What they tell in a call, of whose arguments the last are the graph's inputs."""
+        told: Told = {}
         for positions in self.told:
             value = args[positions.leaf - self._inputs]
-            if not self._unchanged(positions.leaf, [value]):
-                sides = positions.again(value)
-                if sides is None:
-                    raise RefusedCallError(
-                        f"expected positions of the tokens on one grid, row by row, as when the "
-                        f"model was compiled (there {' x '.join(map(str, positions.sides))}), got "
-                        f"{lists_in([value]).get(0, 'others')}"
-                    )
-                self.told = {**self.told, positions: sides}
-                self._unchanged.note(positions.leaf, [value])
-        return self.told
+            sides = self._reading(positions, value)
+            if sides is None:
+                raise RefusedCallError(
+                    f"expected positions of the tokens on one grid, row by row, as when the "
+                    f"model was compiled (there {' x '.join(map(str, positions.sides))}), got "
+                    f"positions that {lists_in([value]).get(0, 'do not vary')}"
+                )
+            told[positions] = sides
+        return told
 
 
 def set_layouts(graph: fx.Graph, operator: Any, config: LinearizeConfig, told: Told) -> None:

@@ -86,7 +86,7 @@ def capture(
 def _failed(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> CaptureError:
-    why = "".join(f". Note that {cause}" for cause in causes(model, args, kwargs))
+    why = "".join(f". Note that {cause}" for cause in causes(model, args, kwargs, error))
     return CaptureError(
         f"expected a model that torch.export can trace; {type(model).__name__} failed with "
         f"{type(error).__name__}: {first_line(error)}{why}"

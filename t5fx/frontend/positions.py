@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from t5fx.graph.axes import regroup
 
@@ -61,6 +62,42 @@ class Positions:
         return sides if bool(kept) and bool((other == other[..., :1, :]).all()) else None
 
 
+#: By tensor: the axis and (prefix, grid, suffix) along it, of outputs of compiled graphs.
+_handed: Any = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Handed(Positions):
+    """A tensor along an axis of which the tokens lie as the graph that returned it has proved.
+
+    axis, prefix, suffix: the rest of what that is; columns: none.
+    """
+
+    axis: int = 0
+    prefix: int = 0
+    suffix: int = 0
+
+    @classmethod
+    def of(cls, leaf: int, value: torch.Tensor) -> Handed | None:
+        """What is known of a tensor, or None."""
+        if value not in _handed:
+            return None
+        axis, (prefix, sides, suffix) = _handed[value]
+        return cls(leaf, sides, (), axis, prefix, suffix)
+
+    def again(self, value: torch.Tensor) -> tuple[int, ...] | None:
+        """The grid of another tensor with as many tokens before and after it, or None."""
+        known = Handed.of(self.leaf, value)
+        if known is None or replace(known, sides=self.sides) != self:
+            return None
+        return known.sides if len(known.sides) == len(self.sides) else None
+
+
+def hand_on(value: torch.Tensor, axis: int, layout: tuple[int, tuple[int, ...], int]) -> None:
+    """Note of a tensor that its tokens along an axis have this (prefix, grid, suffix)."""
+    _handed[value] = (axis, layout)
+
+
 def lists_in(leaves: Sequence[Any]) -> dict[int, Positions | str]:
     """Of the leaves that list positions, by number: what they are. Reads their values.
 
@@ -78,8 +115,9 @@ def _other(value: torch.Tensor) -> str:
     rows = _rows(value)
     if not bool((rows == rows.round()).all()) or int((rows != rows[0]).any(0).sum()) < 2:
         return ""
-    for column in range(rows.shape[1]):
-        _, counts = torch.unique_consecutive(rows[:, column], return_counts=True)
+    begins = (rows == rows[0]).all(1).cumsum(0)  # of images that all have the same number
+    for column in (*rows.T, begins):
+        _, counts = torch.unique_consecutive(column, return_counts=True)
         runs = rows.split(counts.tolist())
         if 1 < len(runs) <= _IMAGES:
             grids = [_listed(0, run) for run in runs]
@@ -204,3 +242,24 @@ class Unchanged:
     def note(self, key: Any, tensors: Sequence[torch.Tensor]) -> None:
         if not any(tensor.is_inference() for tensor in tensors):  # which count no changes
             self._seen[key] = [(weakref.ref(tensor), tensor._version) for tensor in tensors]
+
+
+class Reading:
+    """The sides that lists of positions tell, each list read once for every change of it.
+
+    What was read is kept in one piece with what it was read of: threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Positions, tuple[Any, int, tuple[int, ...] | None]] = {}
+
+    def __call__(self, positions: Positions, value: torch.Tensor) -> tuple[int, ...] | None:
+        if value.is_inference():  # which counts no changes
+            return positions.again(value)
+        seen = self._seen.get(positions)
+        if seen is not None and seen[0]() is value and seen[1] == value._version:
+            return seen[2]
+        version = value._version
+        sides = positions.again(value)
+        self._seen[positions] = (weakref.ref(value), version, sides)
+        return sides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,17 @@ def check_has_code(model: nn.Module) -> None:
                 )
 
 
-def causes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[str]:
+def causes(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception
+) -> Iterator[str]:
     """Why a trace of `model(*args, **kwargs)` may have failed, and what to do: a clause each."""
+    if isinstance(error, TypeError) and "unhashable" in str(error) and "SymInt" in str(error):
+        yield (
+            f"{_place(error)} puts numbers into a set or a dictionary which it has read from the "
+            f"values of the arguments (as `mask.sum(1).tolist()` does), so that the number of "
+            f"tokens depends on values, which a trace does not have: change that code to sizes, or "
+            f"linearize the modules that it calls with these tokens, one by one, with `grid` given"
+        )
     for name, module in model.named_modules():
         if ".ao.nn.quantized" in type(module).__module__:
             yield (
@@ -51,6 +61,13 @@ def causes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             f"the parameters are of {_listed(dtypes)} and the arguments of {_listed(others)}: "
             f"convert one of them"
         )
+
+
+def _place(error: Exception) -> str:
+    """The last line of code outside of torch that an error went through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    last = frames[-1]
+    return f"'{last.line}' in {last.filename}:{last.lineno}"
 
 
 def _listed(kinds: set[Any]) -> str:

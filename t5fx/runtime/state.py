@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from t5fx.config import LinearizeConfig
 from t5fx.errors import LayoutUnknownError, RefusedCallError
 from t5fx.frontend.calls import Guards, Signature
-from t5fx.frontend.positions import Positions, Unchanged, may_list, objection
+from t5fx.frontend.positions import Positions, Reading, Unchanged, may_list, objection
 from t5fx.reports import Report
 from t5fx.rewrite.forms import Verdict, constants_of, flatten
 
@@ -138,10 +138,10 @@ class Runtime:
         self.sizes: dict[str, torch.Tensor] = {}
         self.entered: OrderedDict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = OrderedDict()
         self.checked = Unchanged()
-        self.sides: dict[Any, tuple[int, ...] | None] = {}
+        self.reading = Reading()
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("local", "kind", "sizes", "entered", "checked", "sides", "kinds", "forms")
+        left = ("local", "kind", "sizes", "entered", "checked", "reading", "kinds", "forms")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -423,12 +423,8 @@ class Runtime:
         "as numbers for one graph of the whole model, or compile its blocks"
     )
     def _read(self, positions: Positions, leaf: torch.Tensor) -> tuple[int, ...] | None:
-        """The sides that a list of positions tells, read once for every change of it."""
-        key = (positions.leaf, positions.columns)
-        if key not in self.sides or not self.checked(key, [leaf]):
-            self.sides[key] = positions.again(leaf)
-            self.checked.note(key, [leaf])
-        return self.sides[key]
+        """The sides that a list of positions tells."""
+        return self.reading(positions, leaf)
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layouts that are callables, evaluated for a call; None where none is."""

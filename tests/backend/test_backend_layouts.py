@@ -193,3 +193,73 @@ def test_names_of_arguments_in_the_graph_of_dynamo(eager):
             warnings.simplefilter("error", NothingRewrittenWarning)
             whole(model, {"min_tokens": 0})(torch.randn(2, 3, 16, 24))
         assert t5fx.adapter(model), tokens
+
+
+# --- without any layout given ---------------------------------------------------------------------
+
+PROVED = {"min_tokens": 0}
+
+
+@functools.cache
+def proved():
+    config = t5fx.LinearizeConfig(**PROVED)
+    return trained(t5fx.linearize(packed.model(), (), call(3, 4), config=config))
+
+
+@pytest.mark.parametrize("compiled", [whole, in_place])
+def test_positions_are_read_at_each_call(eager, compiled):
+    model = packed.model()
+    fast = compiled(model, dict(PROVED))
+    with torch.no_grad():
+        fast(**call(3, 4))
+        trained_values(model)
+        graphs = counters["stats"]["unique_graphs"]
+        for size in ((3, 4), (4, 3), (2, 6), (4, 3)):
+            torch.testing.assert_close(fast(**call(*size)), proved()(**call(*size)))
+        assert counters["stats"]["unique_graphs"] == graphs  # of Dynamo
+        torch.testing.assert_close(fast(**call(5, 3)), proved()(**call(5, 3)))
+        for ids in (call(3, 4)["ids"].flip(0), torch.zeros(12, 3)):
+            with pytest.raises(RefusedCallError, match="expected positions of the tokens on one"):
+                fast(**(call(3, 4) | {"ids": ids}))
+
+
+def test_positions_of_two_grids_are_left(eager):
+    other = call(4, 6)
+    other["ids"] = torch.cat([call(3, 4)["ids"], call(2, 6)["ids"]])
+    with pytest.warns(
+        NothingRewrittenWarning, match="'ids', are those of 2 grids, 3 x 4, then 2 x 6"
+    ):
+        whole(packed.model(), dict(PROVED))(**other)
+
+
+class Broken(torch.nn.Module):
+    """An image whose tokens go through graph breaks, before and between the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 16, 4, 4)
+        self.blocks = torch.nn.ModuleList(packed.Block() for _ in range(2))
+
+    def forward(self, image, text):
+        x, rope = torch.cat([text, self.embed(image).flatten(2).mT], 1), text.new_ones(1)
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = x + block(x, rope)
+        return x
+
+
+def test_a_layout_goes_on_past_graph_breaks(eager):
+    torch.manual_seed(0)
+    model = Broken().eval()
+    text, sizes = torch.randn(2, 3, 16), ((16, 24), (24, 16), (12, 32), (20, 24))
+    images = [torch.randn(2, 3, *size) for size in sizes]
+    config = t5fx.LinearizeConfig(**PROVED)
+    lin = trained(t5fx.linearize(model, (images[0], text), config=config))
+    fast = whole(model, dict(PROVED))
+    with torch.no_grad():
+        fast(images[0], text)
+        known = dict(lin.named_parameters())
+        for name, parameter in t5fx.adapter(model).named_parameters():
+            parameter.copy_(known[name])
+        for image in (*images, *images):
+            torch.testing.assert_close(fast(image, text), lin(image, text))

@@ -13,6 +13,7 @@ from vits import Shape
 import t5fx
 from t5fx.errors import CaptureError, NothingRewrittenError, RefusedCallError
 from t5fx.frontend.calls import Signature
+from t5fx.frontend.capture import capture
 from t5fx.runtime.lookup import runtimes
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
@@ -233,6 +234,39 @@ def test_errors_say_what_to_do():
 
     with pytest.raises(CaptureError, match="Untraceable failed with"):
         t5fx.linearize(Untraceable(), (images,))
+
+
+def test_a_table_made_in_the_first_call_is_not_a_traces():
+    class Tables:
+        table = None
+
+        def __call__(self, x):
+            if self.table is None:
+                self.table = torch.arange(1.0, 9.0, device=x.device)
+            return x * self.table
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tables = Tables()
+
+        def forward(self, x):
+            return self.tables(x[:4]) if x.shape[0] > 4 else self.tables(x)
+
+    model, x = Model(), torch.ones(6, 8)
+    for _ in range(2):
+        capture(model, (x,), {}, dynamic=None)
+        assert model.tables.table is None
+    torch.testing.assert_close(model(x), torch.arange(1.0, 9.0).expand(4, 8))
+
+
+def test_numbers_of_values_in_a_set_are_named():
+    class Model(nn.Module):
+        def forward(self, mask):
+            return mask if len(set(mask.sum(1).tolist())) > 1 else -mask
+
+    with pytest.raises(CaptureError, match="puts numbers into a set"):
+        capture(Model(), (torch.ones(2, 3, dtype=torch.long),), {}, dynamic=None)
 
 
 def scripted_block(model):
