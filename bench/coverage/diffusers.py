@@ -119,38 +119,38 @@ CASES = (
     ),
     case(
         "FluxTransformer2DModel",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 16, 1, **FLUX, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8]),
         PACKED | {"pooled_projections": (B, 32)},
     ),
     case(
         "Flux2Transformer2DModel",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 16, 1, **FLUX, timestep_guidance_channels=256, axes_dims_rope=[4, 4, 4, 4]),
         PACKED | {"img_ids": IDS4, "txt_ids": torch.zeros(B, 7, 4), "guidance": NOW},
     ),
     case(
         "ChromaTransformer2DModel",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 16, 1, **FLUX, axes_dims_rope=[4, 4, 8], approximator_num_channels=8)
         | {"approximator_hidden_dim": 16, "approximator_layers": 1},
         PACKED,
     ),
     case(
         "BriaTransformer2DModel",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 8, 1, **FLUX, pooled_projection_dim=None, axes_dims_rope=[0, 4, 4]),
         PACKED,
     ),
     case(
         "LongCatImageTransformer2DModel",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 16, 1, **FLUX, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8]),
         PACKED | {"guidance": NOW},
     ),
     case(
         "OvisImageTransformer2DModel",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 16, 1, **FLUX, out_channels=4, axes_dims_rope=(4, 4, 8)),
         PACKED,
     ),
@@ -268,7 +268,7 @@ CASES = (
     ),
     case(
         "QwenImageTransformer2DModel no mask",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 16, patch_size=2, in_channels=16, out_channels=4, joint_attention_dim=16)
         | {"guidance_embeds": False, "axes_dims_rope": (8, 4, 4)},
         {
@@ -446,7 +446,7 @@ CASES = (
     ),
     case(
         "LTXVideoTransformer3DModel",
-        "2 grid-unknown, 2 masked",
+        "2 0+2x4x6+0, 2 masked",
         heads(2, 8, in_channels=4, out_channels=4, cross_attention_dim=16, caption_channels=16)
         | {"qk_norm": "rms_norm_across_heads"},
         {
@@ -461,7 +461,7 @@ CASES = (
     ),
     case(
         "LTX2VideoTransformer3DModel",
-        "6 cross-attention, 4 grid-unknown, 2 masked",
+        "2 0+2x4x6+0, 6 cross-attention, 2 grid-unknown, 2 masked",
         heads(2, 8, in_channels=4, out_channels=4, patch_size=1, patch_size_t=1)
         | {"cross_attention_dim": 16, "audio_in_channels": 4, "audio_out_channels": 4}
         | {"audio_num_attention_heads": 2, "audio_attention_head_dim": 4}

@@ -153,7 +153,7 @@ def _input(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     kinds: list[type[Leaf]] = [Side if floating and rank > 3 else Plain] * rank
     if floating and rank == 3:
         kinds[-1] = Feature
-    result = [axes.fresh(node, i, kinds[i]) for i in range(rank)]
+    result: list[Axis] = [axes.fresh(node, i, kinds[i]) for i in range(rank)]
     if not (floating and rank == 2 and axes.beside_batch(node)):
         result[0] = replace(axes.fresh(node, 0, Batch), made=_BATCH)
     known = axes.lists.get(node)
@@ -233,7 +233,8 @@ def _grids(axis: Axis) -> bool:
 
 def _shape_of(axis: Axis) -> tuple[Size, ...]:
     found = layout_of(axis)
-    return tuple(a.size for a in found.grid) if isinstance(found, Layout) else ()
+    sides = found.grid if isinstance(found, Layout) else ()
+    return tuple(a if isinstance(a, int) else a.size for a in sides)
 
 
 def rank_of(axes: Axes, node: fx.Node) -> int:
