@@ -137,7 +137,7 @@ def add_site(
     like = next(node.parameters())
     if new and entry.impl is not None:
         node.impl = entry.impl  # for later graphs too
-    listed = entry.listed and entry.listed.positions
+    listed = entry.listed.positions if entry.listed else None
     site = Site(key, name, tensor.position, identity, weakref.ref(node), *_like(like), listed)
     sites.append(site)
     if new:
