@@ -255,7 +255,7 @@ CASES = (
     ),
     case(
         "QwenImageTransformer2DModel",
-        "2 grid-unknown",
+        "2 7+4x6+0",
         heads(2, 16, patch_size=2, in_channels=16, out_channels=4, joint_attention_dim=16)
         | {"guidance_embeds": False, "axes_dims_rope": (8, 4, 4)},
         {
