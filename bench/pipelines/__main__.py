@@ -71,9 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m t5fx.bench.pipelines", description=__doc__)
     parser.add_argument("--rows", nargs="+", default=["*"], help="families, by patterns")
     parser.add_argument("--again", action="store_true", help="also what is up to date")
-    parser.add_argument("--checks", default="", help=f"some of {', '.join(checks.CHECKS)}")
+    some = {"choices": checks.CHECKS, "default": (), "metavar": "NAME"}
+    names = ", ".join(checks.CHECKS)
+    parser.add_argument("--checks", nargs="+", **some, help=f"some of {names}; all by default")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of pipelines.csv and .md")
     options = parser.parse_args(arguments)
+    for pattern in options.rows:
+        if not any(fnmatch(name, pattern) for name in families()):
+            known = ", ".join(map(repr, families()))
+            parser.error(f"--rows: expected patterns of {known}; got {pattern!r}")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     path = options.out / "pipelines.csv"
@@ -82,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         kept = {row.family: row for row in read(path) if row.digest == digest()}
         known = None if options.again else kept.get(name)
-        columns = options.checks.split(",") if options.checks else ()
-        for row in measure(name, known, columns):
+        for row in measure(name, known, options.checks):
             write(path, merge(read(path), [row]))
             print(row, flush=True)
     (options.out / "pipelines.md").write_text(render(read(path)), encoding="utf-8")

@@ -17,16 +17,6 @@ _FLUX |= {"joint_attention_dim": 32}
 _TRUE = {"guided": {"true_cfg_scale": 4.0}, "plain": {"true_cfg_scale": 1.0}}
 
 
-def _by_positions(img_ids: torch.Tensor, **_: Any) -> tuple[int, ...]:
-    """The grid that positions of tokens enumerate: [.., N, columns], those that vary."""
-    last = img_ids.reshape(-1, img_ids.shape[-1]).amax(0)
-    return tuple(int(n) + 1 for n in last if n > 0)
-
-
-def _positions() -> dict[str, Any]:
-    return {"grid": _by_positions, "prefix": TEXT}
-
-
 def _flux(kind: Any) -> Any:
     transformer = diffusers.FluxTransformer2DModel(
         **_FLUX, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8]
@@ -43,7 +33,7 @@ def _flux_prompt() -> dict[str, Any]:
 
 @family("Flux")
 def flux() -> Setup:
-    return Setup(_flux(diffusers.FluxPipeline), _flux_prompt(), **_TRUE, config=_positions())
+    return Setup(_flux(diffusers.FluxPipeline), _flux_prompt(), **_TRUE)
 
 
 @family("Flux Kontext")
@@ -53,7 +43,7 @@ def flux_kontext() -> Setup:
 
     pipe = _flux(diffusers.FluxKontextPipeline)
     call = _flux_prompt() | {"_auto_resize": False}
-    return Setup(pipe, call, **_TRUE, config=_positions(), sized=sized)
+    return Setup(pipe, call, **_TRUE, sized=sized)
 
 
 @family("Flux 2")
@@ -72,7 +62,7 @@ def flux_2() -> Setup:
     call = {"prompt_embeds": torch.randn(1, TEXT, 32)}
     # Its guidance is distilled: a number among the arguments.
     plain = {"guided": {"guidance_scale": 4.0}, "plain": {"guidance_scale": 1.0}}
-    return Setup(pipe, call, **plain, config=_positions())
+    return Setup(pipe, call, **plain)
 
 
 @family("QwenImage")
@@ -90,11 +80,7 @@ def qwen_image() -> Setup:
     pipe = ready(diffusers.QwenImagePipeline, *encoders(1), **parts)
     masks = {"of": "prompt_embeds_mask", "not_of": "negative_prompt_embeds_mask"}
     call = {k: v.long() if "mask" in k else v for k, v in prompt(32, **masks).items()}
-
-    def grid(img_shapes: Any, **_: Any) -> tuple[int, ...]:
-        return tuple(img_shapes[0][0][1:])
-
-    return Setup(pipe, call, **_TRUE, config={"grid": grid, "prefix": TEXT})
+    return Setup(pipe, call, **_TRUE)
 
 
 @family("Chroma")
@@ -107,7 +93,7 @@ def chroma() -> Setup:
     parts = {"transformer": transformer, "vae": autoencoder(), "scheduler": flow()}
     pipe = ready(diffusers.ChromaPipeline, *encoders(1), **parts)
     masks = {"of": "prompt_attention_mask", "not_of": "negative_prompt_attention_mask"}
-    return Setup(pipe, prompt(32, **masks), config=_positions())
+    return Setup(pipe, prompt(32, **masks))
 
 
 @family("Z-Image")

@@ -82,13 +82,8 @@ def ltx() -> Setup:
     parts = {"transformer": transformer, "vae": vae, "scheduler": flow()}
     pipe = ready(diffusers.LTXPipeline, *encoders(1), **parts)
     masks = {"of": "prompt_attention_mask", "not_of": "negative_prompt_attention_mask"}
-
-    def grid(num_frames: int, height: int, width: int, **_: Any) -> tuple[int, ...]:
-        return num_frames, height, width
-
     call = prompt(16, **masks) | {"num_frames": 9}
-    sizes = {"sizes": ((32, 32), (32, 64), (64, 32))}
-    return Setup(pipe, call, **sizes, config={"grid": grid})
+    return Setup(pipe, call, sizes=((32, 32), (32, 64), (64, 32)))
 
 
 @family("HunyuanVideo")
