@@ -41,7 +41,6 @@ PAGES = {
         "768": "48",
         "linearize(pipe.transformer, args, kwargs)": "linearize(pipe.transformer, args, kwargs, "
         "config=t5fx.LinearizeConfig(min_tokens=0))",
-        "LinearizeConfig(grid=grid": "LinearizeConfig(min_tokens=0, grid=grid",
         # Without code in C++, which would take most of the time.
         'backend="t5")\n': 'backend="t5", options={"inductor": {"fallback_by_default": True}})\n',
     },

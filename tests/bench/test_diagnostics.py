@@ -3,34 +3,14 @@
 import shutil
 from pathlib import Path
 
-import pages
 import pytest
 import torch
 from test_demo import tiny_vit
-from torch.nn.functional import scaled_dot_product_attention
-from vits import Shape
 
 import t5fx
 from t5fx.bench.demos import demo, diagnostics, dinov2
-from t5fx.kernels import TTT
 
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
-
-
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shape = Shape(depth=3, heads=4, grid=(4, 5))
-    q, k, v = torch.randn(3, 1, 4, 21, 8).unbind()
-    names = {
-        **{"model": shape.model(), "x": shape.images(), "image": torch.rand(3, 16, 20)},
-        **{"q": q, "k": k, "v": v, "node": TTT(4, 8, 8, 2, scale=1.0, neighborhood=3)},
-        "attend": lambda values: scaled_dot_product_attention(q, k, values),
-    }
-    blocks = [block for block in pages.blocks(PAGE) if block.language == "python"]
-    printed = [pages.execute(PAGE, block, names) for block in blocks]
-    assert len(blocks) == 4 and len(names["found"].mapped) == 2
-    assert len(list((tmp_path / "diagnosis").iterdir())) == 4
-    assert "run with its softmax attention" in "".join(printed)
 
 
 @pytest.mark.slow  # it converts and saves a model first

@@ -576,7 +576,9 @@ class TestTheCheckingProcess:
     def test_a_wrong_kernel(self, monkeypatch):
         found = self.asked(monkeypatch, SMALL.format(before=BROKEN))
         assert found.status == "failed"
-        assert found.reason.startswith("float16, 1 tokens, heads of 16 and 16, eager: out is ")
+        assert found.reason.startswith(
+            "float16, 1 tokens, heads of 16 and 16, eager: out has an error of "
+        )
 
     @INTERPRETED
     def test_an_error_in_a_kernel(self, monkeypatch):

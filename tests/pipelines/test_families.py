@@ -30,7 +30,7 @@ made = functools.cache(checks.Family)
 @pytest.mark.parametrize(
     ("family", "check"),
     [
-        ("Flux", checks.sizes),  # a grid that is a callable of the call's arguments
+        ("Flux", checks.sizes),  # packed tokens, whose grid their positions tell
         ("PixArt Sigma", checks.guidance),  # beside attention to the prompt, which stays
         ("Flux", checks.lora),  # the projections are wrapped
         ("DiT", checks.timesteps),
