@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from t5fx.bench.gpu import assembler, tune
-from t5fx.bench.gpu.lease import __main__, compiling, exactness, plan, run, summary, tools
+from t5fx.bench.gpu.lease import compiling, exactness, plan, run, summary, tools
 from t5fx.bench.gpu.lease.__main__ import main
 from t5fx.bench.gpu.lease.plan import Item, Step
 from t5fx.bench.harness import records, results
@@ -72,9 +72,7 @@ def test_every_step_of_a_rehearsal_leaves_rows(rehearsed):
     assert len(files) <= 8 and all(file.is_file() for file in files)
 
 
-def test_a_second_call_skips_what_is_done(rehearsed, monkeypatch, capsys):
-    """Its time counts from the call, however old the process is that makes it."""
-    monkeypatch.setattr(__main__, "_age", lambda: 1e6)
+def test_a_second_call_skips_what_is_done(rehearsed, capsys):
     before = lines(rehearsed / "rows.jsonl")
     assert main(["--rehearse", "tiny", "--out", str(rehearsed), "--steps", "parity", "ncu"]) == 0
     after = lines(rehearsed / "rows.jsonl")[len(before) :]
