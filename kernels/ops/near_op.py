@@ -19,7 +19,7 @@ from .precision import no_autocast, widest
 from .variant import Variant
 
 _SETTINGS = (
-    "float scale, SymInt[] grid, SymInt prefix, int neighborhood, int coarse, Tensor? key_mask=None"
+    "float scale, SymInt[] grid, SymInt prefix, int neighborhood, int coarse, Tensor? key_mask"
 )
 _NAMES = ("scale", "grid", "prefix", "neighborhood", "coarse", "key_mask")
 _SCHEMAS = {
@@ -73,7 +73,7 @@ def _backward_fake(grad, q, k, v, mixing, *_):  # type: ignore[no-untyped-def]
 
 
 def _named(settings: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(_NAMES, settings, strict=False))
+    return dict(zip(_NAMES, settings, strict=True))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -119,14 +119,14 @@ torch.library.register_autograd("t5fx::near_backward", pair.refuse)
 
 
 @register_flop_formula(torch.ops.t5fx.near_forward)
-def _forward_flops(q, k, v, base, mixing, scale, grid, prefix, side, cells, **_):  # type: ignore
+def _forward_flops(q, k, v, base, mixing, scale, grid, prefix, side, cells, key_mask, **_):  # type: ignore
     batch, heads, tokens, head_dim = q
     variant = Variant(neighborhood=side, coarse=cells)
     return batch * heads * variant.near_flops(tokens, head_dim, v[3], grid)
 
 
 @register_flop_formula(torch.ops.t5fx.near_backward)
-def _backward_flops(grad, q, k, v, mixing, scale, grid, prefix, side, cells, **_):  # type: ignore
+def _backward_flops(grad, q, k, v, mixing, scale, grid, prefix, side, cells, key_mask, **_):  # type: ignore
     """The logits and their weights' gradients again, and a product for each of dq, dk and dv."""
     batch, heads, tokens, head_dim = q
     variant = Variant(neighborhood=side, coarse=cells)

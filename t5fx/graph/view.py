@@ -206,7 +206,9 @@ class View:
     def _folded(self, node: fx.Node) -> float | None:
         """The value of a one-element tensor that the graph computes from constant numbers."""
         name, value = self.op(node), self.val(node)
-        if name not in _FOLDED or value is None or value.numel() != 1 or self.mutated(node):
+        if name not in _FOLDED or value is None or self.mutated(node):
+            return None
+        if any(size != 1 for size in self.shape(node)):
             return None
         if name in ("full", "scalar_tensor"):
             return self.scalar(node.args[-1])

@@ -403,7 +403,7 @@ class Runtime:
         found: list[int] = []
         for positions, tokens in kind.lists:
             leaf = leaves[positions.leaf]
-            if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            if _is_exporting() or torch.jit.is_tracing():
                 shown = " x ".join(map(str, positions.sides))
                 torch._assert_async(positions.kept(leaf), f"expected positions {shown}")
                 sides: tuple[int, ...] | None = positions.sides
@@ -445,6 +445,15 @@ def size_of(tensor: torch.Tensor, axis: int) -> int:
     if torch.jit.is_tracing():
         return int(torch.ops.aten.sym_size.int(tensor, axis))
     return tensor.shape[axis]
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export traces; Dynamo of torch 2.11 takes `is_exporting` itself for true."""
+    return torch.compiler.is_exporting()
+
+
+# What torch.compiler.assume_constant_result does, which imports all of Dynamo.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _computed(kind: Kind, values: Mapping[str, Any]) -> list[int]:

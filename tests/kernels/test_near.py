@@ -228,7 +228,7 @@ def test_opcheck():
     (q, k, v, _, _), _ = nodes.arguments(grid=(4, 5), requires_grad=True)
     base = torch.randn_like(v).requires_grad_()
     gate = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    plain = (0.7, [4, 5], 1, 3, 2)
+    plain = (0.7, [4, 5], 1, 3, 2, None)
     results = torch.library.opcheck(
         torch.ops.t5fx.near_forward.default, (q, k, v, base, [gate], *plain)
     )

@@ -213,7 +213,7 @@ def test_other_processors_get_the_same_without_a_warning(flag, tmp_path, monkeyp
 def call_of(args, settings, **change):
     """Arguments of the operator, some of them changed."""
     names = ("q", "k", "v", "base", "mixing")
-    known = dict(zip(names, args, strict=True)) | settings | change
+    known = dict(zip(names, args, strict=True)) | settings | {"key_mask": None} | change
     return list(known.values())
 
 
