@@ -53,6 +53,7 @@ def values(folder):
     }
 
 
+@pytest.mark.slow
 def test_all_stages(run, tmp_path, monkeypatch):
     run(*shown.STAGES)
     out = tmp_path / "out"
