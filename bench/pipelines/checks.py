@@ -345,4 +345,5 @@ CHECKS: dict[str, Callable[[Family], Any]] = {
 def message(error: BaseException) -> str:
     """One line on an error, with its type unless it is a check's own."""
     kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
-    return f"{kind}{first_line(error)}"
+    line = re.sub(r"/\S*/site-packages/", "", first_line(error))  # the same on every machine
+    return f"{kind}{line}"
