@@ -98,48 +98,29 @@ def _run(
     """
     q, k, v = qkv
     _check(q, k, v, other, mixing, key_mask, grid, prefix, neighborhood, coarse)
+    items: list[tuple[slice, Tensor | None]] = [(slice(None), None)]
     if key_mask is not None and not key_mask.all():
-        masks = key_mask.contiguous()
-        for i in range(len(q)):
-            item = slice(i, i + 1)
-            parts = [{n: x[item] for n, x in some.items()} for some in (other, results)]
-            tensors = {"q": q[item], "k": k[item], "v": v[item], **parts[0]}
-            mask = masks[i] if not masks[i].all() else None
-            _call(name, tensors, mixing, parts[1], mask, scale, grid, prefix, neighborhood, coarse)
-        return
-    tensors = {"q": q, "k": k, "v": v, **other}
-    _call(name, tensors, mixing, results, None, scale, grid, prefix, neighborhood, coarse)
-
-
-def _call(
-    name: str,
-    tensors: dict[str, Tensor],
-    mixing: Sequence[Tensor],
-    results: dict[str, Tensor],
-    mask: Tensor | None,
-    scale: float,
-    grid: Sequence[int],
-    prefix: int,
-    neighborhood: int,
-    coarse: int,
-) -> None:
-    q, v = tensors["q"], tensors["v"]
-    strides = (tensors[kind].stride() if kind in tensors else (0,) * 4 for kind in _TENSORS[:5])
-    gates = [gate.contiguous() for gate in mixing]
-    tensors |= dict(zip(_TENSORS[5:], gates, strict=False)) | results
-    call = _Call(
-        **{kind: x.data_ptr() for kind, x in tensors.items()},
-        mask=None if mask is None else mask.data_ptr(),
-        strides=_Strides(*itertools.chain.from_iterable(strides)),
-        **dict(zip(_SIZES, (*q.shape, v.shape[3]), strict=True)),
-        grid=_Grid(*(1,) * (3 - len(grid)), *grid),
-        prefix=prefix,
-        side=neighborhood,
-        cells=coarse,
-        scale=scale,
-        threads=torch.get_num_threads(),
-    )
-    launch(name, call, q, f"near attention's {name.removeprefix('near_')}")
+        masks = enumerate(key_mask.contiguous())
+        items = [(slice(i, i + 1), None if mask.all() else mask) for i, mask in masks]
+    gates = dict(zip(_TENSORS[5:], [gate.contiguous() for gate in mixing], strict=False))
+    for item, mask in items:
+        tensors = {
+            kind: x[item] for kind, x in {"q": q, "k": k, "v": v, **other, **results}.items()
+        }
+        strides = (tensors[kind].stride() if kind in tensors else (0,) * 4 for kind in _TENSORS[:5])
+        call = _Call(
+            **{kind: x.data_ptr() for kind, x in (tensors | gates).items()},
+            mask=None if mask is None else mask.data_ptr(),
+            strides=_Strides(*itertools.chain.from_iterable(strides)),
+            **dict(zip(_SIZES, (*tensors["q"].shape, v.shape[3]), strict=True)),
+            grid=_Grid(*(1,) * (3 - len(grid)), *grid),
+            prefix=prefix,
+            side=neighborhood,
+            cells=coarse,
+            scale=scale,
+            threads=torch.get_num_threads(),
+        )
+        launch(name, call, tensors["q"], f"near attention's {name.removeprefix('near_')}")
 
 
 def _check(
