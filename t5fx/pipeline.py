@@ -133,8 +133,19 @@ def _judge(
         arguments=tuple(places.arguments),
         positions={grid: tuple(p for p in listed if is_coarser(grid, p.sides)) for grid in grids},
         lists=tuple(places.lists),
+        values=looked.captured.values,
     )
-    make_forms(runtime, template, looked.recorded, kind)
+    try:
+        make_forms(runtime, template, looked.recorded, kind)
+    except Exception as error:
+        if not kind.values:
+            raise
+        raise CaptureError(
+            f"expected attention in modules that can be traced by themselves, where "
+            f"{type(template).__name__} reads numbers from the values of its arguments, got "
+            f"{type(error).__name__}: {first_line(error)}. Move the attention into a module whose "
+            f"forward reads none"
+        ) from error
     origins = {name: tuple(axes) for name, axes in places.origins.items()}
     captured = looked.captured
     constants = list(captured.constants.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,8 +73,8 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     dim = (axes.view.arg(node, "dim", 0) or 0) % len(whole)
     if len(written) != len(whole):
         return None
-    result = [
-        a if a == b or (a.features and b.features) or not b.data else b if not a.data else None
+    result: list[Axis | None] = [
+        a if a == b or (a.features and b.features) or not b.data else _filled(a, b)
         for a, b in zip(whole, written, strict=True)
     ]
     axis, new = whole[dim], written[dim]
@@ -92,14 +93,31 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
             before = replace(empty, size=start, made=(node.name, dim))
             left = axis.size - start - new.size
             rest = replace(empty, size=left, made=(node.name, dim, "rest"))
-            result[dim] = Cat(axis.size, tuple(r for r in (before, new, rest) if r.size != 0))
+            result[dim] = _joined(axis.size, [r for r in (before, new, rest) if r.size != 0])
         elif found is not None:
-            runs = (*runs[: found.start], new, *runs[found.stop :])
-            result[dim] = runs[0] if len(runs) == 1 else Cat(axis.size, runs, data=axis.data)
+            result[dim] = _joined(axis.size, [*runs[: found.start], new, *runs[found.stop :]])
     return tuple(
         axes.fresh(node, i, Feature if before.features else Plain) if a is None else a
         for i, (a, before) in enumerate(zip(result, whole, strict=True))
     )
+
+
+def _joined(size: Size, runs: Sequence[Axis]) -> Axis:
+    data = any(run.data for run in runs)
+    return runs[0] if len(runs) == 1 else Cat(size, tuple(runs), data=data)
+
+
+def _filled(axis: Axis, written: Axis) -> Axis | None:
+    """An axis of an item of a batch that is written, where that of the others is the same.
+
+    Runs of it that were made to be filled, and are not yet, are what is written to them.
+    """
+    before, after = runs_of(axis), runs_of(written)
+    if len(before) != len(after):
+        return None if axis.data else written
+    alike = all(a == b or not a.data for a, b in zip(before, after, strict=True))
+    sized = all(same(a.size, b.size) for a, b in zip(before, after, strict=True))
+    return written if not axis.data or (alike and sized) else None
 
 
 def _unknown(axis: Axis) -> Plain:

@@ -25,6 +25,7 @@ from torch.fx.experimental import _config as symbolic_config
 from t5fx.errors import CaptureError
 from t5fx.frontend.calls import Guards, guards_of
 from t5fx.frontend.unfit import causes
+from t5fx.frontend.values import Value, Values
 from t5fx.graph.blocks import inline_blocks
 from t5fx.graph.modules import module_name
 from t5fx.graph.view import View
@@ -37,7 +38,10 @@ CONSTANTS = "captured"
 
 @dataclass
 class Capture:
-    """A traced call; see the module's docstring. `note` says how sizes were captured, and why."""
+    """A traced call; see the module's docstring. `note` says how sizes were captured, and why.
+
+    values: numbers that the code has read from the arguments' values, which hold for the graph.
+    """
 
     graph: fx.Graph
     guards: Guards
@@ -45,6 +49,7 @@ class Capture:
     note: str
     dynamic: bool
     constants: dict[str, Any] = field(default_factory=dict)
+    values: tuple[Value, ...] = ()
 
 
 def capture(
@@ -59,28 +64,44 @@ def capture(
     restart: is called before each attempt. Raises `CaptureError` where the model cannot be traced,
     or not with dynamic sizes if these are asked for.
     """
-    reason = "asked for"
-    if dynamic is not False:
-        try:
-            restart()
-            program = _export(model, args, kwargs, dynamic=True)
-            captured = _from_program(model, program, args, kwargs, "dynamic sizes", dynamic=True)
-            if not captured.guards.pinned:
-                return captured
-            # The model fixes a size of one that was kept dynamic; without it, all is simpler.
-            restart()
-            program = _export(model, args, kwargs, dynamic=True, ones=False)
-            return _from_program(model, program, args, kwargs, "dynamic sizes", dynamic=True)
-        except Exception as error:
-            if dynamic:
-                raise _failed(model, args, kwargs, error) from error
-            reason = f"dynamic sizes failed: {first_line(error)}"
-    try:
+    failed: list[tuple[Exception, str]] = []
+    for given in (False, True):
+        missed = False
+        for sizes in [one for one in (True, False) if dynamic in (None, one)]:
+            values = Values(model, args, kwargs, given)
+            reason = failed[-1][1] if failed else "asked for"
+            try:
+                return _attempt(model, args, kwargs, values, restart, sizes, reason)
+            except Exception as error:
+                failed.append((error, f"dynamic sizes failed: {first_line(error)}"))
+            missed |= values.missed
+        if not missed:
+            break
+    raise _failed(model, args, kwargs, failed[-1][0]) from failed[-1][0]
+
+
+def _attempt(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: Values,
+    restart: Callable[[], None],
+    dynamic: bool,
+    reason: str,
+) -> Capture:
+    note = "dynamic sizes" if dynamic else f"static sizes ({reason})"
+    for ones in (True, False):
         restart()
-        program = _export(model, args, kwargs, dynamic=False)
-    except Exception as error:
-        raise _failed(model, args, kwargs, error) from error
-    return _from_program(model, program, args, kwargs, f"static sizes ({reason})", dynamic=False)
+        program = _export(model, args, kwargs, values, dynamic, ones)
+        captured = _from_program(model, program, args, kwargs, note, dynamic=dynamic)
+        # Where the model fixes a size of one that was kept dynamic, all is simpler without it.
+        if not captured.guards.pinned or not dynamic:
+            break
+    captured.values = values.read
+    if captured.values:
+        shown = ", ".join(str(one.value) for one in captured.values[:8])
+        captured.note += f"; numbers read from the values of the arguments: {shown}"
+    return captured
 
 
 def _failed(
@@ -97,8 +118,9 @@ def _export(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    values: Values,
     dynamic: bool,
-    ones: bool = True,
+    ones: bool,
 ) -> ExportedProgram:
     """torch.export; with `ones`, sizes of one are dynamic too (by default it takes them static)."""
     # torch.export marks the tensors it is given; an aborted one would leave its marks on them.
@@ -110,6 +132,7 @@ def _export(
             symbolic_config.patch(backed_size_oblivious=ones),
             torch.enable_grad(),
             _attributes_kept(model),
+            values,
         ):
             return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:

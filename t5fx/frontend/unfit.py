@@ -32,10 +32,11 @@ def causes(
     """Why a trace of `model(*args, **kwargs)` may have failed, and what to do: a clause each."""
     if isinstance(error, TypeError) and "unhashable" in str(error) and "SymInt" in str(error):
         yield (
-            f"{_place(error)} puts numbers into a set or a dictionary which it has read from the "
-            f"values of the arguments (as `mask.sum(1).tolist()` does), so that the number of "
-            f"tokens depends on values, which a trace does not have: change that code to sizes, or "
-            f"linearize the modules that it calls with these tokens, one by one, with `grid` given"
+            f"{_place(error)} puts numbers into a set or a dictionary that a trace does not have: "
+            f"sizes that are dynamic, or values that it reads (as `mask.sum(1).tolist()` does) and "
+            f"that not the arguments alone decide. Leave `dynamic` as None, change that code, or "
+            f"linearize the modules that it calls with these tokens, one by one, with `grid` "
+            f"given; torch.compile(model, backend='t5') breaks the graph there"
         )
     for name, module in model.named_modules():
         if ".ao.nn.quantized" in type(module).__module__:

@@ -88,12 +88,13 @@ def _returns_it(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Bounds:
-    """x[start:end:step] along axis `dim`."""
+    """x[start:end:step] along axis `dim`; one: x[start], without that axis."""
 
     dim: int
     start: Any
     end: Any
     step: Any
+    one: bool = False
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -103,9 +104,9 @@ class _Bounds:
 def scatter_writes(view: View) -> None:
     """Write parts of tensors out of place: `x[:, 3:] = y` becomes x = slice_scatter(x, y, 1, 3).
 
-    That is, slices (or all) of tensors that the graph itself makes, where no other view of what is
-    written is read afterwards. All else stays as it is, and everything in a graph that switches
-    gradients off, since what is changed in place keeps its history. Changes the graph.
+    That is, slices and items (or all) of tensors that the graph itself makes, where no other view
+    of what is written is read afterwards. All else stays as it is, and everything in a graph that
+    switches gradients off, since what is changed in place keeps its history. Changes the graph.
     """
     if any("set_grad_enabled" in str(node.target) for node in view.graph.nodes):
         return
@@ -133,7 +134,7 @@ def scatter_writes(view: View) -> None:
 
 
 def _part_of(view: View, node: fx.Node) -> tuple[fx.Node, list[_Bounds]] | None:
-    """The tensor and the part of it that a node writes: slices of slices of it."""
+    """The tensor and the part of it that a node writes: slices, or items, of slices of it."""
     written = changed(node)
     if len(written) != 1 or written[0] is not node.args[0] or node.kwargs:
         return None
@@ -146,6 +147,11 @@ def _part_of(view: View, node: fx.Node) -> tuple[fx.Node, list[_Bounds]] | None:
         if view.op(whole) == "slice":
             names = ("dim", "start", "end", "step")
             bounds.insert(0, _Bounds(*(view.arg(whole, name) for name in names)))
+        elif view.op(whole) == "select":
+            dim, index = view.arg(whole, "dim"), view.arg(whole, "index")
+            if not isinstance(index, int):
+                break
+            bounds.insert(0, _Bounds(dim, index, index + 1 or None, 1, one=True))
         elif view.op(whole) == "getitem" and view.val(whole.args[0]) is not None:
             if (keys := _keys(view, whole.args[0], whole.args[1])) is None:
                 break
@@ -157,18 +163,22 @@ def _part_of(view: View, node: fx.Node) -> tuple[fx.Node, list[_Bounds]] | None:
 
 
 def _keys(view: View, whole: fx.Node, key: Any) -> list[_Bounds] | None:
-    """The slices of x[key] where there is nothing else in it."""
+    """The slices and single places of x[key] where there is nothing else in it."""
     keys = list(key) if isinstance(key, tuple) else [key]
-    if keys.count(...) > 1 or not all(k is ... or isinstance(k, slice) for k in keys):
+    if keys.count(...) > 1 or not all(k is ... or type(k) in (slice, int) for k in keys):
         return None
     if ... in keys:
         at = keys.index(...)
         keys[at : at + 1] = [slice(None)] * (len(view.shape(whole)) - len(keys) + 1)
-    return [
-        _Bounds(i, k.start, k.stop, 1 if k.step is None else k.step)
-        for i, k in enumerate(keys)
-        if k != slice(None)
-    ]
+    found, dim = [], 0
+    for k in keys:
+        if isinstance(k, int):
+            found.append(_Bounds(dim, k, k + 1 or None, 1, one=True))
+            continue
+        if k != slice(None):
+            found.append(_Bounds(dim, k.start, k.stop, 1 if k.step is None else k.step))
+        dim += 1
+    return found
 
 
 def _alone(view: View, whole: fx.Node, write: fx.Node) -> bool:
@@ -227,7 +237,10 @@ def _scattered(view: View, node: fx.Node, whole: fx.Node, bounds: list[_Bounds])
     try:
         parts = [whole]
         for one in bounds:
-            parts.append(call(torch.ops.aten.slice.Tensor, parts[-1], *one.arguments))
+            if one.one:
+                parts.append(call(torch.ops.aten.select.int, parts[-1], one.dim, one.start))
+            else:
+                parts.append(call(torch.ops.aten.slice.Tensor, parts[-1], *one.arguments))
         copied = view.op(node) in _COPIES
         if copied:
             value = node.args[-1]
@@ -246,6 +259,8 @@ def _scattered(view: View, node: fx.Node, whole: fx.Node, bounds: list[_Bounds])
             raise ValueError(value)
         written = call(torch.ops.aten.clone.default, value) if copied and not bounds else value
         for one, part in zip(bounds[::-1], parts[-2::-1], strict=True):
+            if one.one:
+                written = call(torch.ops.aten.unsqueeze.default, written, one.dim)
             written = call(torch.ops.aten.slice_scatter.default, part, written, *one.arguments)
     except (KeyError, RuntimeError, TypeError, ValueError):
         for new in made[::-1]:

@@ -23,6 +23,7 @@ from t5fx.config import LinearizeConfig
 from t5fx.errors import LayoutUnknownError, RefusedCallError
 from t5fx.frontend.calls import Guards, Signature
 from t5fx.frontend.positions import Positions, Reading, Unchanged, may_list, objection
+from t5fx.frontend.values import Value
 from t5fx.reports import Report
 from t5fx.rewrite.forms import Verdict, constants_of, flatten
 
@@ -78,7 +79,8 @@ class Kind:
     the values of layouts that are callables. layouts: by owner, one for each of its attentions;
     arguments: formulas of the guards' symbols, for sizes that no module's output shows. positions:
     for each grid that was given, the arguments that list its positions. lists: the arguments that
-    tell the sides of grids, which each call has its own of.
+    tell the sides of grids, which each call has its own of. values: numbers that the code reads
+    from arguments.
     """
 
     structure: str
@@ -92,6 +94,7 @@ class Kind:
     arguments: tuple[Callable[..., int], ...] = ()
     positions: Mapping[tuple[int, ...], tuple[Positions, ...]] = field(default_factory=dict)
     lists: tuple[List, ...] = ()
+    values: tuple[Value, ...] = ()
 
 
 class Records(threading.local):
@@ -385,7 +388,7 @@ class Runtime:
                 continue
             if kind.constants == constants:
                 values = kind.guards.accept(leaves, typed=False)
-                if values is None:
+                if values is None or not self._reads(kind, leaves):
                     continue
                 sides = self._sides(kind, values, leaves)
                 if sides is not None:
@@ -417,6 +420,25 @@ class Runtime:
                 return None
             found += sides
         return tuple(found)
+
+    def _reads(self, kind: Kind, leaves: list[Any]) -> bool:
+        """Whether the code reads the numbers in this call that it did when the kind was judged.
+
+        Where values cannot be looked at, as in torch.export, the graph holds the call to them.
+        """
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            for one in kind.values:
+                wanted = f"expected arguments of which the model reads {one.value}"
+                torch._assert_async(one.again(leaves) == one.value, wanted)
+            return True
+        return not kind.values or self._hold(kind, leaves)
+
+    @torch.compiler.disable(
+        reason="the model reads numbers from the values of its arguments, and what was judged for "
+        "others does not hold for them; compile its blocks"
+    )
+    def _hold(self, kind: Kind, leaves: list[Any]) -> bool:
+        return all(one.holds(leaves) for one in kind.values)
 
     @torch.compiler.disable(
         reason="which positions the tokens of this call have is read from its values; give `grid` "

@@ -260,15 +260,6 @@ def test_a_table_made_in_the_first_call_is_not_a_traces():
     torch.testing.assert_close(model(x), torch.arange(1.0, 9.0).expand(4, 8))
 
 
-def test_numbers_of_values_in_a_set_are_named():
-    class Model(nn.Module):
-        def forward(self, mask):
-            return mask if len(set(mask.sum(1).tolist())) > 1 else -mask
-
-    with pytest.raises(CaptureError, match="puts numbers into a set"):
-        capture(Model(), (torch.ones(2, 3, dtype=torch.long),), {}, dynamic=None)
-
-
 def scripted_block(model):
     model.blocks[1] = torch.jit.script(nn.Sequential(nn.Linear(64, 64)))
     return model

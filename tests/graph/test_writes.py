@@ -114,10 +114,24 @@ def of_a_view(x, y):
     return x.cos()
 
 
+def one_position(x, y):
+    x = x * 2
+    x[:, 3] = y[:, 3]
+    return x.cos()
+
+
+def items(x, y):
+    x = x * 2
+    x[1, 2:] = y[0, 2:]
+    x[2, 1:, -3], x[-1] = y[1, 1:, 0], y[2]
+    return x.cos()
+
+
 @pytest.mark.parametrize("trace", [exported, by_dynamo])
 @pytest.mark.parametrize(
     "function",
-    [slice_written, two_axes, added_to, all_of_it, half_swapped, filled, of_a_view],
+    [slice_written, two_axes, added_to, all_of_it, half_swapped, filled, of_a_view]
+    + [one_position, items],
 )
 def test_made_a_value(trace, function):
     check(trace, function, left=0)
@@ -149,16 +163,10 @@ def value_changed_later(x, y):
     return x + y
 
 
-def one_position(x, y):
-    x = x * 2
-    x[:, 3] = y[:, 3]
-    return x.cos()
-
-
 @pytest.mark.parametrize("trace", [exported, by_dynamo])
 @pytest.mark.parametrize(
     "function",
-    [view_read_later, base_read_later, input_written, value_changed_later, one_position],
+    [view_read_later, base_read_later, input_written, value_changed_later],
 )
 def test_left_where_another_view_could_see_it(trace, function):
     check(trace, function)
