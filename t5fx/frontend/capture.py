@@ -35,6 +35,13 @@ from t5fx.patterns import patterns
 #: Module (child of the root) that holds the constants and subgraphs of captures.
 CONSTANTS = "captured"
 
+#: What is tried, in this order: (numbers that are read are given, dynamic sizes, those of one too).
+#: Numbers are given where it failed without, since such a capture serves fewer calls.
+_ATTEMPTS = (
+    *((False, True, True), (False, True, False), (False, False, True)),
+    *((True, True, True), (True, False, True)),
+)
+
 
 @dataclass
 class Capture:
@@ -64,44 +71,31 @@ def capture(
     restart: is called before each attempt. Raises `CaptureError` where the model cannot be traced,
     or not with dynamic sizes if these are asked for.
     """
-    failed: list[tuple[Exception, str]] = []
-    for given in (False, True):
-        missed = False
-        for sizes in [one for one in (True, False) if dynamic in (None, one)]:
-            values = Values(model, args, kwargs, given)
-            reason = failed[-1][1] if failed else "asked for"
-            try:
-                return _attempt(model, args, kwargs, values, restart, sizes, reason)
-            except Exception as error:
-                failed.append((error, f"dynamic sizes failed: {first_line(error)}"))
-            missed |= values.missed
-        if not missed:
-            break
-    raise _failed(model, args, kwargs, failed[-1][0]) from failed[-1][0]
-
-
-def _attempt(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    values: Values,
-    restart: Callable[[], None],
-    dynamic: bool,
-    reason: str,
-) -> Capture:
-    note = "dynamic sizes" if dynamic else f"static sizes ({reason})"
-    for ones in (True, False):
-        restart()
-        program = _export(model, args, kwargs, values, dynamic, ones)
-        captured = _from_program(model, program, args, kwargs, note, dynamic=dynamic)
-        # Where the model fixes a size of one that was kept dynamic, all is simpler without it.
-        if not captured.guards.pinned or not dynamic:
-            break
-    captured.values = values.read
-    if captured.values:
-        shown = ", ".join(str(one.value) for one in captured.values[:8])
-        captured.note += f"; numbers read from the values of the arguments: {shown}"
-    return captured
+    failed: Exception | None = None
+    reason, missed = "asked for", False
+    for given, sizes, ones in _ATTEMPTS:
+        if dynamic not in (None, sizes) or (given and not missed) or (missed and not ones):
+            continue
+        values = Values(model, args, kwargs, given)
+        note = "dynamic sizes" if sizes else f"static sizes ({reason})"
+        try:
+            restart()
+            program = _export(model, args, kwargs, values, sizes, ones)
+            captured = _from_program(model, program, args, kwargs, note, dynamic=sizes)
+        except Exception as error:
+            failed, missed = error, missed or values.missed
+            if sizes:
+                reason = f"dynamic sizes failed: {first_line(error)}"
+            continue
+        if captured.guards.pinned and sizes and ones and not given:
+            continue  # The model fixes a size of one that was kept dynamic: simpler without it.
+        captured.values = values.read
+        if captured.values:
+            shown = ", ".join(str(one.value) for one in captured.values[:8])
+            captured.note += f"; numbers read from the values of the arguments: {shown}"
+        return captured
+    assert failed is not None
+    raise _failed(model, args, kwargs, failed) from failed
 
 
 def _failed(
@@ -125,7 +119,7 @@ def _export(
     """torch.export; with `ones`, sizes of one are dynamic too (by default it takes them static)."""
     # torch.export marks the tensors it is given; an aborted one would leave its marks on them.
     args, kwargs = pytree.tree_map(_alias, (args, kwargs))
-    shapes = _dynamic_shapes(model, args, kwargs) if dynamic else None
+    shapes = _dynamic_shapes(model, args, kwargs, ones) if dynamic else None
     hook = model.register_forward_hook(_register_outputs)
     try:
         with (
@@ -217,11 +211,11 @@ def _unflatten_object(
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ones: bool
 ) -> dict[str, Any]:
     """Every size of every tensor automatic, under the names that `forward` gives its arguments."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    shapes: dict[str, Any] = pytree.tree_map(_all_dims, dict(bound.arguments))
+    shapes: dict[str, Any] = pytree.tree_map(partial(_all_dims, ones=ones), dict(bound.arguments))
     return shapes
 
 
@@ -233,13 +227,16 @@ def _alias(leaf: Any) -> Any:
     return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
-def _all_dims(leaf: Any) -> Any:
-    """Every size of a tensor, but the channels of [B, N, C] and [B, C, ...], which heads need."""
+def _all_dims(leaf: Any, ones: bool) -> Any:
+    """Every size of a tensor, but the channels of [B, N, C] and [B, C, ...], which heads need.
+
+    ones: sizes of one, too.
+    """
     if not isinstance(leaf, torch.Tensor):
         return None
-    sizes = dict.fromkeys(range(leaf.dim()), Dim.AUTO)
+    sizes = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if ones or size > 1}
     if leaf.is_floating_point() and leaf.dim() >= 3:
-        del sizes[2 if leaf.dim() == 3 else 1]
+        sizes.pop(2 if leaf.dim() == 3 else 1, None)
     return sizes
 
 

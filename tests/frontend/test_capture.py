@@ -160,6 +160,18 @@ def test_what_dynamic_sizes_cannot_do_is_captured_static():
     assert lin(images[:1]).shape[0] == 1
 
 
+def test_sizes_stay_dynamic_where_only_one_of_them_decides_between_broadcasts():
+    class Model(nn.Module):
+        def forward(self, x, mask):
+            heads = mask.repeat_interleave(2, 0).view(x.shape[0], 2, -1, mask.shape[-1])
+            return (x @ x.mT).unsqueeze(1) + heads[..., :1]
+
+    captured = capture(Model(), (torch.ones(3, 4, 6), torch.ones(3, 1, 5)), {}, dynamic=None)
+    assert captured.dynamic
+    assert captured.guards.accept([torch.ones(5, 7, 6), torch.ones(5, 1, 9)]) is not None
+    assert captured.guards.accept([torch.ones(5, 7, 6), torch.ones(5, 2, 9)]) is None
+
+
 def test_dynamic_says_what_is_asked_for():
     model, images = Shape(depth=1).model(), Shape().images()
     lin = t5fx.linearize(model, (images,), config=replace(ALL, dynamic=False))
