@@ -119,7 +119,7 @@ class Values(TorchFunctionMode):
         leaves = tuple(self._inputs[n] for n in needed if n.op == "placeholder")
         with _disable_current_modes():
             compute = fx.GraphModule(mode.tracer.root, graph)
-            value = Value(leaves, compute, 0).again(self._leaves).item()
+            value: Any = Value(leaves, compute, 0).again(self._leaves).item()
         self._known[node] = Value(leaves, compute, value)
         return self._known[node]
 
