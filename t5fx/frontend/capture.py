@@ -304,5 +304,6 @@ def _use_first_names(graph: fx.Graph, model: nn.Module) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """What an error says, in one line; of a long one, its first words."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else line[:300].rpartition(" ")[0] + " ..."
