@@ -73,15 +73,22 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     dim = (axes.view.arg(node, "dim", 0) or 0) % len(whole)
     if len(written) != len(whole):
         return None
+    axis, new = whole[dim], written[dim]
+    items: set[Axis] = set()
+    if same(new.size, 1):
+        index = axes.view.arg(node, "start")
+        written = tuple(_put_back(b, index, items) for b in written)
+        items = {replace(one, size=axis.size, example=axis.example) for one in items}
     result: list[Axis | None] = [
         a if a == b or (a.features and b.features) or not b.data else _filled(a, b)
         for a, b in zip(whole, written, strict=True)
     ]
-    axis, new = whole[dim], written[dim]
     result[dim] = None
     if axes.view.arg(node, "step", 1) != 1:  # between the others, as rotary embeddings do it
         if new.features:
             result[dim] = axes.fresh(node, dim, Feature)
+    elif len(items) == 1:  # item by item, those of another batch
+        (result[dim],) = items
     elif not axis.features:
         runs = runs_of(axis)
         start = _position(axes.view, axes.view.arg(node, "start"), axis.size)
@@ -118,6 +125,23 @@ def _filled(axis: Axis, written: Axis) -> Axis | None:
     alike = all(a == b or not a.data for a, b in zip(before, after, strict=True))
     sized = all(same(a.size, b.size) for a, b in zip(before, after, strict=True))
     return written if not axis.data or (alike and sized) else None
+
+
+def _put_back(axis: Axis, index: Any, items: set[Axis]) -> Axis:
+    """An axis of item `index` that is written to the place that it was picked from.
+
+    The axis that counts the items is added to `items`.
+    """
+    while isinstance(axis, Picked) and axis.index == index:
+        if axis.data:
+            items.add(axis.other)
+        axis = axis.whole
+    if isinstance(axis, Cat):
+        runs = tuple(_put_back(run, index, items) for run in axis.parts)
+        return replace(axis, parts=runs)
+    if isinstance(axis, Chosen):
+        return replace(axis, whole=_put_back(axis.whole, index, items))
+    return axis
 
 
 def _unknown(axis: Axis) -> Plain:
@@ -203,12 +227,15 @@ def _picked(rest: tuple[Axis, ...], axis: Axis, index: int) -> tuple[Axis, ...]:
     """Remember which position was taken, but for q, k and v out of one projection's features."""
     if axis.features or isinstance(axis, Unit):
         return rest
-    return tuple(
-        a
-        if a.features or isinstance(a, Unit)
-        else Picked(a.size, a, axis, index, data=a.data, example=a.example)
-        for a in rest
-    )
+
+    def one(a: Axis) -> Axis:
+        if a.features or isinstance(a, Unit):
+            return a
+        if isinstance(a, Cat):
+            return replace(a, parts=tuple(map(one, a.parts)))
+        return Picked(a.size, a, axis, index, data=a.data, example=a.example)
+
+    return tuple(map(one, rest))
 
 
 @rule("select")

@@ -18,7 +18,7 @@ from t5fx.analysis.layout import Axes, Layout, layout_of
 from t5fx.analysis.packed import Listed, packed_layout
 from t5fx.backend.layouts import Told
 from t5fx.frontend.calls import formula, printed
-from t5fx.frontend.dynamo import Region
+from t5fx.frontend.dynamo import Region, inside_compiled_module
 from t5fx.frontend.positions import Handed, Positions, hand_on
 from t5fx.graph.sizes import Size, expr
 from t5fx.graph.view import View
@@ -39,8 +39,8 @@ class Offer:
 
 
 def offers_of(region: Region, lists: dict[fx.Node, Positions | str]) -> tuple[Offer, ...]:
-    """What a graph that ends at a graph break proves of the tensors that it returns."""
-    if region.end is None:
+    """What a graph proves of the tensors that it returns, unless it ends with the compiled call."""
+    if region.end is None and not inside_compiled_module():
         return ()
     axes = Axes(region.view, lists)
     (last,) = region.view.graph.find_nodes(op="output")

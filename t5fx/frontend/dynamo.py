@@ -153,7 +153,7 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
     inner = any(names.values()) or len(labels) > 1
     return Region(
         *(view, inputs, tensors, labels, models, checkpoints, numbers, begin, end, ddp),
-        whole=end is None and not inner,
+        whole=begin is end is None and not (inner or inside_compiled_module()),
     )
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import t5fx
-from t5fx.errors import CaptureError
+from t5fx.errors import CaptureError, RefusedCallError
 from t5fx.frontend.capture import capture
 from t5fx.runtime.lookup import runtimes
 
@@ -129,8 +129,8 @@ class Packed(nn.Module):
         for i, (length, total) in enumerate(zip(lengths, totals, strict=True)):
             x[i, :length] = words[i, :length]
             x[i, length:total] = image[i]
-        assert not padded
-        return self.joint(x, table)[:, lengths[0] :]
+        out = self.joint(x, table)[:, lengths[0] :]
+        return -out if padded else out
 
 
 def call(length, height=12, width=16):
@@ -156,6 +156,21 @@ def test_tokens_whose_number_is_read_from_a_mask():
         lin(*call(4, 16, 12))
     (layout,) = runtime.kinds[-1].layouts["joint"]
     assert (layout.prefix, layout.grid) == (4, (4, 3))
+
+
+def test_items_of_a_batch_have_one_layout_or_are_refused():
+    two = [torch.cat([x, x.flip(-1) * 2 if x.is_floating_point() else x]) for x in call(4)]
+    model = Packed()
+    lin = t5fx.linearize(model, call(4), config=CONFIG)
+    (runtime,) = runtimes(lin)
+    with torch.no_grad():
+        outputs = lin(*two)
+        torch.testing.assert_close(outputs[:1], lin(*(x[:1] for x in two)))
+        torch.testing.assert_close(outputs[1:], lin(*(x[1:] for x in two)))
+        (layout,) = runtime.kinds[-1].layouts["joint"]
+        assert (layout.prefix, layout.grid) == (4, (3, 4))
+        with pytest.raises(RefusedCallError, match="grid-unknown"):
+            lin(*two[:2], torch.arange(6) < torch.tensor([[4], [3]]))
 
 
 def test_a_module_that_reads_and_attends_says_what_to_do():
