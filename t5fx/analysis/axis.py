@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import fx
@@ -265,6 +265,23 @@ def made_by(axis: Axis) -> Made:
 def runs_of(axis: Axis) -> tuple[Axis, ...]:
     """The runs of a concatenation; any other axis is one run."""
     return axis.parts if isinstance(axis, Cat) else (axis,)
+
+
+def put_back(axis: Axis, index: object, items: set[Axis]) -> Axis:
+    """An axis of what becomes item `index`, as it was before item `index` was picked.
+
+    The axis that counts the items is added to `items`.
+    """
+    while isinstance(axis, Picked) and axis.index == index:
+        if axis.data:
+            items.add(axis.other)
+        axis = axis.whole
+    if isinstance(axis, Cat):
+        runs = tuple(put_back(run, index, items) for run in axis.parts)
+        return replace(axis, parts=runs)
+    if isinstance(axis, Chosen):
+        return replace(axis, whole=put_back(axis.whole, index, items))
+    return axis
 
 
 def patches(axes: Iterable[Axis]) -> list[Piece]:

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from t5fx.analysis.axis import Axis, Cat, Chosen, Feature, Leaf, Picked, Plain, Unit, runs_of
+from t5fx.analysis.axis import (
+    Axis,
+    Cat,
+    Chosen,
+    Feature,
+    Leaf,
+    Picked,
+    Plain,
+    Unit,
+    put_back,
+    runs_of,
+)
 from t5fx.analysis.meaning import RULES, Axes, rank_of, rule
 from t5fx.analysis.rules_compute import attention, normalised, reduced
 from t5fx.graph.sizes import Size, expr, same
@@ -77,7 +88,7 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     items: set[Axis] = set()
     if same(new.size, 1):
         index = axes.view.arg(node, "start")
-        written = tuple(_put_back(b, index, items) for b in written)
+        written = tuple(put_back(b, index, items) for b in written)
         items = {replace(one, size=axis.size, example=axis.example) for one in items}
     result: list[Axis | None] = [
         a if a == b or (a.features and b.features) or not b.data else _filled(a, b)
@@ -87,7 +98,7 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if axes.view.arg(node, "step", 1) != 1:  # between the others, as rotary embeddings do it
         if new.features:
             result[dim] = axes.fresh(node, dim, Feature)
-    elif len(items) == 1:  # item by item, those of another batch
+    elif len(items) == 1 and (not axis.data or axis in items):  # those of another batch
         (result[dim],) = items
     elif not axis.features:
         runs = runs_of(axis)
@@ -125,23 +136,6 @@ def _filled(axis: Axis, written: Axis) -> Axis | None:
     alike = all(a == b or not a.data for a, b in zip(before, after, strict=True))
     sized = all(same(a.size, b.size) for a, b in zip(before, after, strict=True))
     return written if not axis.data or (alike and sized) else None
-
-
-def _put_back(axis: Axis, index: Any, items: set[Axis]) -> Axis:
-    """An axis of item `index` that is written to the place that it was picked from.
-
-    The axis that counts the items is added to `items`.
-    """
-    while isinstance(axis, Picked) and axis.index == index:
-        if axis.data:
-            items.add(axis.other)
-        axis = axis.whole
-    if isinstance(axis, Cat):
-        runs = tuple(_put_back(run, index, items) for run in axis.parts)
-        return replace(axis, parts=runs)
-    if isinstance(axis, Chosen):
-        return replace(axis, whole=_put_back(axis.whole, index, items))
-    return axis
 
 
 def _unknown(axis: Axis) -> Plain:

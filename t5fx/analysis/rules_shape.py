@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
 
-from t5fx.analysis.axis import Axis, Batch, Cat, Plain, Repeat, Spatial, Unit, runs_of
+from t5fx.analysis.axis import Axis, Batch, Cat, Plain, Repeat, Spatial, Unit, put_back, runs_of
 from t5fx.analysis.meaning import Axes, meet, rank_of, rule
 from t5fx.analysis.tokens import merge, split
 from t5fx.graph.axes import Groups, permutation, regroup_node
@@ -94,8 +95,8 @@ def _cat(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 def _stack(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     tensors = [n for n in axes.view.arg(node, "tensors") if isinstance(n, fx.Node)]
     dim = (axes.view.arg(node, "dim", 0) or 0) % rank_of(axes, node)
-    result = [meet([axes[n][i] for n in tensors]) for i in range(rank_of(axes, node) - 1)]
-    result.insert(dim, axes.plain(node, dim))
+    batch, result = _items(axes, tensors)
+    result.insert(dim, batch or axes.plain(node, dim))
     return tuple(result)
 
 
@@ -105,8 +106,18 @@ def _sequences(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     tensors = [n for n in axes.view.arg(node, "sequences") if isinstance(n, fx.Node)]
     if not axes.view.arg(node, "batch_first", False):
         return None
-    inner = [meet([axes[n][i] for n in tensors]) for i in range(rank_of(axes, node) - 1)]
-    return (axes.fresh(node, 0, Batch), *inner)
+    batch, result = _items(axes, tensors)
+    return (batch or axes.fresh(node, 0, Batch), *result)
+
+
+def _items(axes: Axes, tensors: Sequence[fx.Node]) -> tuple[Axis | None, list[Axis]]:
+    """The axes of several tensors that become one; the first is of what they are the items of."""
+    found: set[Axis] = set()
+    items = [[put_back(axis, i, found) for axis in axes[n]] for i, n in enumerate(tensors)]
+    batch = found.pop() if len(found) == 1 else None
+    if batch is not None and not same(batch.size, len(tensors)):
+        batch = None
+    return batch, [meet(axis) for axis in zip(*items, strict=True)]
 
 
 @rule("expand")

@@ -35,7 +35,7 @@ from t5fx.backend.sites import (
 )
 from t5fx.config import LinearizeConfig
 from t5fx.digest import code_digest
-from t5fx.errors import AdapterError
+from t5fx.errors import AdapterError, RefusedCallError
 from t5fx.frontend.dynamo import (
     Region,
     called,
@@ -85,6 +85,7 @@ def t5(
     Raises:
         ConfigError: an unknown option, or one outside its domain.
         AdapterError: an adapter that does not fit the model.
+        RefusedCallError: an attention that has the parameters of a node cannot be one in this call.
         GraphSpecError: a failure of the pass; names the site and says how to leave it out.
 
     torch wraps these in its `BackendCompilerFailed`.
@@ -279,6 +280,13 @@ def _rewrite(
             entry.site.status, entry.site.reason = "skipped", "excluded"
             entry.site.detail = objection
         blame_break(region, entry)
+        if entry.site.status != "rewritten" and decided(entry.match):
+            raise RefusedCallError(
+                f"this call asks of '{entry.site.fqn}', which has the parameters of a TTT node, "
+                f"what the node cannot do: {entry.site.reason} ({entry.site.detail}); call the "
+                f"model as before, or leave the attention out: options={{'exclude': "
+                f"['{entry.site.fqn}']}}"
+            )
     chosen = {e.match.key: e for e in plans if e.site.status == "rewritten"}
     sites: list[Site] = []
     made: list[Site] = []

@@ -23,6 +23,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from t5fx.frontend.breaks import Break, breaks
 from t5fx.graph.blocks import Checkpoint, open_checkpoints, open_multi_head_attention
 from t5fx.graph.modules import module_name
+from t5fx.graph.sizes import guard_equal
 from t5fx.graph.view import CONSTANT, View
 from t5fx.graph.writes import settle
 
@@ -148,6 +149,7 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
     numbers = Numbers({str(n.target): (t.position, t.value) for n, t in tensors.items()})
     view = View(graph, owner, numbers)
     settle(view)
+    _same_sizes(view)
     begin, end = breaks(gm)
     ddp = "DDPOptimizer" in str(getattr(gm, "compile_subgraph_reason", None))
     inner = any(names.values()) or len(labels) > 1
@@ -155,6 +157,18 @@ def read(gm: fx.GraphModule, example_inputs: list[Any]) -> Region:
         *(view, inputs, tensors, labels, models, checkpoints, numbers, begin, end, ddp),
         whole=begin is end is None and not (inner or inside_compiled_module()),
     )
+
+
+def _same_sizes(view: View) -> None:
+    """Guard that sequences that are padded to one length have it, if all do in the example.
+
+    Each may have a size of its own in a dynamic graph: images in a list, say. Only with equal sizes
+    is the batch on one grid; for a call with others Dynamo compiles anew.
+    """
+    for node in view.graph.nodes:
+        if view.op(node) == "pad_sequence":
+            sequences = [n for n in view.arg(node, "sequences") if isinstance(n, fx.Node)]
+            guard_equal([view.val(n).shape[0] for n in sequences])
 
 
 def _tensors(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[fx.Node, Tensor]]:

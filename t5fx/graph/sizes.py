@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -69,6 +71,34 @@ def same(a: Size | None, b: Size | None) -> bool:
     import sympy
 
     return bool(sympy.expand(a - b) == 0)
+
+
+def guard_equal(sizes: Sequence[int | torch.SymInt]) -> None:
+    """Guard that sizes are equal, if they are in the captured example.
+
+    Where they are computed alike, 8 * (a // 2) and 8 * (b // 2), it is a and b that are equal.
+    """
+    hints = [size if isinstance(size, int) else size.node.hint for size in sizes]
+    if None in hints or len(set(hints)) != 1:
+        return
+    for size in sizes[1:]:
+        if isinstance(size, torch.SymInt) and isinstance(sizes[0], torch.SymInt):
+            _guard_symbols(size, sizes[0])
+        if not size == sizes[0]:
+            raise AssertionError(f"expected the size {sizes[0]} of the example, got {size}")
+
+
+def _guard_symbols(size: torch.SymInt, other: torch.SymInt) -> None:
+    import sympy
+
+    wanted, given = size.node.expr, other.node.expr
+    there = sorted(given.free_symbols - wanted.free_symbols, key=str)
+    for here in permutations(sorted(wanted.free_symbols - given.free_symbols, key=str)):
+        pairs = list(zip(here, there, strict=False))
+        if wanted.xreplace(dict(pairs)) == given:
+            for pair in pairs:
+                size.node.shape_env.evaluate_expr(sympy.Eq(*pair))
+            return
 
 
 def exactly(whole: Size, parts: Size) -> bool:

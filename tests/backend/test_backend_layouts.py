@@ -288,3 +288,39 @@ def test_a_layout_goes_on_past_graph_breaks(eager, kind):
         for image in (*images, *images):
             torch.testing.assert_close(fast(image, text), lin(image, text))
     assert len(t5fx.adapter(model).nodes()) == 2
+
+
+class Listed(torch.nn.Module):
+    """As Z-Image: a list of images, each of a size of its own, padded to one number of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 16, 4, 4)
+        self.blocks = torch.nn.ModuleList(packed.Block() for _ in range(2))
+
+    def forward(self, images, text):
+        tokens = [self.embed(one[None])[0].flatten(1).mT for one in images]
+        x = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        x = x + self.blocks[0](x, text.new_ones(1))
+        joint = [
+            torch.cat([t[: len(one)], t.mean(0, True)]) for t, one in zip(x, tokens, strict=True)
+        ]
+        return self.blocks[1](torch.nn.utils.rnn.pad_sequence(joint, batch_first=True), text)
+
+
+def test_images_in_a_list_have_one_grid_where_they_have_one_size(eager):
+    torch.manual_seed(0)
+    model, one = Listed().eval(), torch.ones(1)
+    images = [torch.randn(2, 3, *size) for size in ((16, 24), (24, 16), (12, 32), (20, 24))]
+    lin = trained(
+        t5fx.linearize(model, (list(images[0]), one), config=t5fx.LinearizeConfig(**PROVED))
+    )
+    fast = whole(model, PROVED | {"adapter": lin})
+    mixed = [images[0][0], images[1][1][..., :12]]
+    with torch.no_grad():
+        for batch in (*images, *images):
+            torch.testing.assert_close(fast(list(batch), one), lin(list(batch), one))
+        with pytest.raises(RefusedCallError):
+            lin(mixed, one)
+        with pytest.raises(BackendCompilerFailed, match="what the node cannot do: grid-unknown"):
+            fast(mixed, one)
