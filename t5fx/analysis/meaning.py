@@ -182,21 +182,16 @@ def _handed(axes: Axes, node: fx.Node, known: Handed) -> Axis:
     return runs[0] if len(runs) == 1 else Cat(whole.size, runs)
 
 
-@rule("get_attr")
-def _parameter(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
-    return tuple(replace(axes.plain(node, i), data=False) for i in range(rank_of(axes, node)))
-
-
 def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     """Broadcast the inputs; of the axes that meet, the one that says most about tokens stays.
 
     Of those that say as much, it is that of the input with the most axes: a table has fewer.
     """
-    shape = axes.view.shape(node)
+    shape, sources = axes.view.shape(node), axes.view.inputs(node)
+    if len(sources) == 1 and len(axes[sources[0]]) == len(shape):
+        return axes[sources[0]]
     product = axes.view.op(node) == "mul"
-    sources = sorted(
-        axes.view.inputs(node), key=lambda n: -sum(not isinstance(a, Unit) for a in axes[n])
-    )
+    sources.sort(key=lambda n: -sum(not isinstance(a, Unit) for a in axes[n]))
     result = []
     for i, size in enumerate(shape):
         places = [(axes[source], i - len(shape) + len(axes[source])) for source in sources]
@@ -214,6 +209,8 @@ def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
 
 def meet(meeting: Sequence[Axis]) -> Axis:
     """Of several axes, the one that says most; a plain one where grids contradict each other."""
+    if len(meeting) == 1:
+        return meeting[0]
 
     def says(axis: Axis) -> tuple[bool, bool, int, bool]:
         weight = 2 if isinstance(axis, Plain | Side) else 3

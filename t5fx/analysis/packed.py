@@ -8,6 +8,7 @@ has to be the position on one grid, exactly.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,8 +49,10 @@ def with_tables(axis: Axis, meeting: Sequence[Axis], *, product: bool) -> Axis:
 
     product: the operator multiplies its inputs.
     """
-    runs = list(runs_of(axis))
+    runs, known = list(runs_of(axis)), runs_of(axis)
     for other in meeting:
+        if other is axis:
+            continue
         if other == axis:
             found = [run.tables for run in runs_of(other)]
         elif product and _is_table(other):
@@ -62,6 +65,8 @@ def with_tables(axis: Axis, meeting: Sequence[Axis], *, product: bool) -> Axis:
         for i, tables in enumerate(found):
             new = tuple(t for t in dict.fromkeys(tables) if t not in runs[i].tables)
             runs[i] = replace(runs[i], tables=runs[i].tables + new) if new else runs[i]
+    if all(map(operator.is_, runs, known)):
+        return axis
     return replace(axis, parts=tuple(runs)) if isinstance(axis, Cat) else runs[0]
 
 

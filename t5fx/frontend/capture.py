@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,6 +142,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """
     owned = [one for module in model.modules() for one in vars(module).values()]
     others = torch.Tensor | nn.Module | type | FunctionType | ModuleType
+    owned = [x for x in owned if type(x) is not OrderedDict]  # most: each module's dicts of hooks
     owned = [x for x in owned if hasattr(x, "__dict__") and not isinstance(x, others)]
     known = [(vars(x), dict(vars(x))) for x in (*model.modules(), *owned)]
     try:

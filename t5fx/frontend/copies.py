@@ -10,6 +10,7 @@ import copy
 import functools
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,11 +33,11 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
 
     Raises `CaptureError` where a model cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(d): type(d)() for m in model.modules() for d in _empty(m)}
     if share:
-        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
         for module in model.modules():
-            memo |= {id(d): kept for d, kept in _without_hooks(module)}
+            memo.update((id(d), kept) for d, kept in _without_hooks(module))
     try:
         with _copied(model):
             twin = copy.deepcopy(model, memo)
@@ -51,12 +52,18 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
     return twin
 
 
+def _empty(module: nn.Module) -> Iterator[Any]:
+    """A module's own dicts and sets with nothing in them: most are, and copying each takes time."""
+    own = vars(module).values()
+    return (value for value in own if type(value) in (dict, OrderedDict, set) and not value)
+
+
 def _without_hooks(module: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Each dict of a module's hooks, with what is left of it; and what FSDP keeps with a module."""
     for name, value in vars(module).items():
         if name.startswith("__composable_api_state_key"):
             yield value, type(value)()
-        elif name.startswith(("_forward_", "_backward_")) and "hooks" in name:
+        elif name.startswith(("_forward_", "_backward_")) and "hooks" in name and value:
             own = (
                 (key, hook)
                 for key, hook in value.items()

@@ -71,6 +71,8 @@ class View:
         self.root = root
         self.constants = constants or {}
         self._ops: dict[fx.Node, str] = {}
+        #: What a node yields, and its sizes where all are numbers: symbolic ones may become so.
+        self._shapes: dict[fx.Node, tuple[torch.Tensor, tuple[Size, ...]]] = {}
         #: Masks need no proof here: the graph of the whole model had it.
         self.trusted = False
 
@@ -176,7 +178,15 @@ class View:
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """Sizes of a tensor node."""
         value = self.val(node)
-        return () if value is None else tuple(expr(n) for n in value.shape)
+        if value is None:
+            return ()
+        known = self._shapes.get(node)
+        if known is not None and known[0] is value:
+            return known[1]
+        shape = tuple(expr(n) for n in value.shape)
+        if all(isinstance(n, int) for n in shape):
+            self._shapes[node] = value, shape
+        return shape
 
     @cached_property
     def sizes(self) -> dict[Size, fx.Node]:
@@ -221,13 +231,13 @@ class View:
         return float(getattr(torch, name)(*tensors))
 
     @cached_property
-    def _mutations(self) -> dict[fx.Node, list[int]]:
-        """Where each tensor that is changed in place (through any view of it) is, in order."""
-        found: dict[fx.Node, list[int]] = {}
+    def _mutations(self) -> dict[fx.Node, list[fx.Node]]:
+        """What changes each tensor in place (through any view of it), in order."""
+        found: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
             for tensor in changed(node):
                 for base in {self.base_of(tensor), self.base_of(node)}:
-                    found.setdefault(base, []).append(self.order[node])
+                    found.setdefault(base, []).append(node)
         return found
 
     def base_of(self, node: fx.Node) -> fx.Node:
@@ -246,13 +256,13 @@ class View:
     def mutated(self, node: fx.Node, after: fx.Node | None = None) -> bool:
         """Whether a tensor is changed in place anywhere, or after node `after` has run."""
         found = self._mutations.get(self.base_of(node), [])
-        return bool(found) and (after is None or found[-1] > self.order[after])
+        return bool(found) and (after is None or self.order[found[-1]] > self.order[after])
 
     def mutated_before(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """What changed a tensor in place last, after a node made it and before another reads it."""
         found = self._mutations.get(self.base_of(node), ())
-        places = [p for p in found if self.order[node] < p < self.order[reader]]
-        return list(self.order)[places[-1]] if places else None
+        first, last = self.order[node], self.order[reader]
+        return next((n for n in reversed(found) if first < self.order[n] < last), None)
 
     def depends_on_input(self, node: fx.Node) -> bool:
         """Whether the values of a node depend on the inputs of the model, not only its sizes."""
