@@ -14,6 +14,7 @@ import t5fx
 from t5fx.errors import CaptureError, NothingRewrittenError, RefusedCallError
 from t5fx.frontend.calls import Signature
 from t5fx.frontend.capture import capture
+from t5fx.frontend.copies import duplicate
 from t5fx.runtime.lookup import runtimes
 
 ALL = t5fx.LinearizeConfig(min_tokens=0)
@@ -297,3 +298,15 @@ def test_what_was_done_to_a_model_is_named(change, convert, said):
     model = change(Shape().model())
     with pytest.raises(CaptureError, match=said):
         t5fx.linearize(model, (convert(Shape().images()),))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_copy_has_empty_containers_of_its_own(share):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].known = model[1].known = {}
+    model[0].number = torch.ones(2)  # a tensor of which nobody may ask whether it is true
+    twin = duplicate(model, share=share)
+    twin.register_forward_hook(lambda *_: None)
+    twin[0].known["key"] = 1
+    assert twin[1].known is twin[0].known
+    assert not model[0].known and not model._forward_hooks and not twin[0]._forward_hooks
