@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +85,21 @@ def accelerator_on(device: torch.device, given: Accelerator | None = None) -> Ac
             "expected the package accelerate, found none: pip install t5fx[train]"
         ) from error
     accelerator = given or Accelerator(cpu=device.type == "cpu")
-    if process_count() not in (1, accelerator.num_processes):
-        raise TrainingError(
-            f"expected accelerate to see the {process_count()} processes of torch.distributed, got "
-            f"an Accelerator of {accelerator.num_processes}: start them with torchrun or "
-            f"accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE, make the "
-            f"Accelerator after torch.distributed is initialised, and say cpu=True on CPUs"
-        )
+    check_processes(accelerator)
     return accelerator
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Refuse an accelerator that does not see all processes, each of which would train alone.
+
+    Where torch.distributed is not initialised, WORLD_SIZE says how many a launcher has started.
+    """
+    ready = distributed.is_available() and distributed.is_initialized()
+    started = process_count() if ready else int(os.environ.get("WORLD_SIZE", "1"))
+    if started not in (1, accelerator.num_processes):
+        raise TrainingError(
+            f"expected accelerate to see the {started} processes that were started, got an "
+            f"Accelerator of {accelerator.num_processes}: start them with torchrun or accelerate "
+            f"launch, which set RANK, LOCAL_RANK and WORLD_SIZE, make the Accelerator after "
+            f"torch.distributed is initialised, and say cpu=True on CPUs (--cpu, of the recipes)"
+        )

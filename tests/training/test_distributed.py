@@ -248,3 +248,12 @@ def test_a_loader_is_split(ran):
         both = [x for batches in (one[half], two[half]) for batch in batches for x in batch]
         assert sorted(both) == list(range(8))
     assert one[:2] != one[2:]
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
+    """Such as those of torchrun on CPUs, where each makes an Accelerator() of its own."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tune = t5fx.FineTune(images(), loss, accelerator=accelerator)
+    with pytest.raises(TrainingError, match=r"the 2 processes .* got an Accelerator of 1: "):
+        tune(linearized())
