@@ -21,11 +21,21 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 import t5fx
 
-from .training import accelerator_for, add_options, config_of, newest_state, train
+from .training import (
+    accelerator_for,
+    add_options,
+    check_enough,
+    check_model,
+    config_of,
+    count,
+    newest_state,
+    pictures_in,
+    positive,
+    train,
+)
 
 #: Labels of the pictures, of 1,000; guidance and steps of sampling them.
 PICTURES, GUIDANCE, SAMPLING_STEPS = 16, 4.0, 50
@@ -37,19 +47,25 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
     accelerator = accelerator_for(options)
     set_seed(options.seed)
 
+    check_model(DiTTransformer2DModel, options.model)
     model = DiTTransformer2DModel.from_pretrained(options.model, subfolder="transformer")
     model.to(accelerator.device)
     scheduler = DDPMScheduler.from_pretrained(options.model, subfolder="scheduler")
     codec = Codec(None if options.pixels else options.model, accelerator.device)
     channels, side = model.config.in_channels, model.config.sample_size
-    data = ImageFolder(
-        str(options.data), pixels_of(side * codec.factor, 3 if codec.vae else channels)
-    )
+    data = pictures_in(options.data, pixels_of(side * codec.factor, 3 if codec.vae else channels))
+    check_enough(accelerator, data, options)
+    known = model.config.num_embeds_ada_norm
+    if len(data.classes) > known:
+        raise t5fx.TrainingError(
+            f"--data: expected a folder for each class, of which the model knows {known}, got "
+            f"{len(data.classes)} in {options.data}"
+        )
 
     # The 256 tokens of 256 px do not pay; the method's authors convert them all the same.
     config = config_of(options.config, min_tokens=0)
     linear = t5fx.linearize(model, (), example(model), config=config)
-    classes = torch.arange(PICTURES, device=accelerator.device) % model.config.num_embeds_ada_norm
+    classes = torch.arange(PICTURES, device=accelerator.device) % known
     del model
 
     def run(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -80,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
     train(accelerator, linear, groups, data, loss, draw, options)
     if accelerator.is_main_process:
         t5fx.save_pretrained(linear, options.out / "transformer")
+    accelerator.end_training()
     return linear
 
 
@@ -204,9 +221,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pixels", action="store_true", help="the model has no autoencoder")
     made.add_argument("--config", type=Path, help="a LinearizeConfig as JSON")
     made.add_argument("--align", type=int, default=200, help="steps without data before; 0: none")
-    made.add_argument("--lr", type=float, default=2e-4, help="of the new parameters")
-    made.add_argument("--lr-ratio", type=float, default=2.0, help="to the rate of the old ones")
-    made.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS)
+    made.add_argument("--lr", type=positive, default=2e-4, help="of the new parameters")
+    made.add_argument("--lr-ratio", type=positive, default=2.0, help="to the rate of the old ones")
+    made.add_argument("--sampling-steps", type=count, default=SAMPLING_STEPS)
     add_options(made, steps=400_000, batch=256, save=10_000)
     return made
 

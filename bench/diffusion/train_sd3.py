@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -28,16 +29,26 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
 import t5fx
+from t5fx.atomic import replacing
 
 from .train_dit import pixels_of
-from .training import accelerator_for, add_options, config_of, train
+from .training import (
+    accelerator_for,
+    add_options,
+    check_model,
+    config_of,
+    count,
+    pictures_in,
+    positive,
+    train,
+)
 
 #: The share of captions that are left out, for guidance; and what stands for none.
 DROPPED, NO_CAPTION = 0.1, ""
-INDEX = "index.json"
+#: What is in a cache; and in one that is not whole.
+INDEX, UNFINISHED = "index.json", "unfinished.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> nn.Module:
@@ -49,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
         accelerator.mixed_precision, torch.float32
     )
 
-    with accelerator.main_process_first():
-        if not (options.cache / INDEX).exists():
-            write_cache(options, accelerator.device, dtype)
+    check_model(SD3Transformer2DModel, options.model)
+    if not (options.cache / INDEX).exists():
+        write_cache(options, accelerator, dtype)
     data = Cache(options.cache)
 
     none = {n: v.to(accelerator.device) for n, v in data.caption(NO_CAPTION).items()}
@@ -78,13 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
     pipe = StableDiffusion3Pipeline.from_pretrained(options.model, transformer=linear, **absent)
     pipe.vae.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    captions = [name for name in data.captions if name != NO_CAPTION][: options.pictures]
+    captions = [name for name in data.captions if name != NO_CAPTION] or [NO_CAPTION]
+    height, width = (side * pipe.vae_scale_factor for side in latents.shape[1:])
+    if options.size != height:
+        raise t5fx.TrainingError(
+            f"--size: expected {height}, the pixels of a side in the cache {options.cache}, got "
+            f"{options.size}; another size needs another folder for --cache"
+        )
 
     def draw() -> Tensor:
         """A picture of each of the first captions."""
         found = []
-        height, width = (side * pipe.vae_scale_factor for side in latents.shape[1:])
-        for name in captions:
+        for name in captions[: options.pictures]:
             said = {n: v.to(accelerator.device) for n, v in data.caption(name).items()}
             found.append(
                 pipe(
@@ -119,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
     train(accelerator, linear, groups, data, loss, draw, options)
     if accelerator.is_main_process:
         t5fx.save_pretrained(linear, options.out / "transformer")
+    accelerator.end_training()
     return linear
 
 
@@ -160,32 +177,74 @@ class Cache(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 @torch.no_grad()
-def write_cache(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-    """Encode every picture, its middle, and every caption once; the index comes last."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(options.model, transformer=None)
-    pipe.to(device, dtype)
-    options.cache.mkdir(parents=True, exist_ok=True)
-    data = ImageFolder(str(options.data), pixels_of(options.size, 3))
+def write_cache(options: argparse.Namespace, accelerator: Accelerator, dtype: torch.dtype) -> None:
+    """Encode every picture, its middle, and every caption once, each process its share.
+
+    The index gets its name last. What a run that was stopped has written stays as it is.
+    """
+    if options.data is None:
+        raise t5fx.TrainingError(
+            f"--data: expected the folder of the pictures, since there is no {INDEX} in the cache "
+            f"{options.cache}, got none"
+        )
+    data = pictures_in(options.data, pixels_of(options.size, 3))
     examples, captions = [], {NO_CAPTION: "caption-0.safetensors"}
-    for number, (image, _) in enumerate(data):
-        path = Path(data.samples[number][0])
+    for number, (name, _) in enumerate(data.samples):
+        path = Path(name)
         text = path.with_suffix(".txt")
         caption = text.read_text(encoding="utf-8").strip() if text.exists() else path.parent.name
         captions.setdefault(caption, f"caption-{len(captions)}.safetensors")
-        found = pipe.vae.encode(image[None].to(device, dtype)).latent_dist.sample()[0]
-        config = pipe.vae.config
-        latents = (found - config.shift_factor) * config.scaling_factor
-        file = f"latents-{number:08d}.safetensors"
-        save_file({"latents": latents.contiguous()}, options.cache / file)
-        examples.append((file, caption))
-    for caption, file in captions.items():
-        embeds, _, pooled, _ = pipe.encode_prompt(
-            caption, caption, caption, do_classifier_free_guidance=False
+        examples.append((f"latents-{number:08d}.safetensors", caption))
+    index = {"examples": examples, "captions": captions}
+    made_of = {"model": options.model, "size": options.size, "pictures": data.samples}
+    check_unfinished(options.cache, json.dumps(made_of | index), accelerator)
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(options.model, transformer=None)
+    pipe.to(accelerator.device, dtype)
+    config = pipe.vae.config
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    for number in range(len(data))[mine]:
+        path = options.cache / examples[number][0]
+        if not path.exists():
+            image = data[number][0][None].to(accelerator.device, dtype)
+            drawn = torch.Generator().manual_seed(number)
+            found = pipe.vae.encode(image).latent_dist.sample(drawn)[0]
+            write(path, latents=(found - config.shift_factor) * config.scaling_factor)
+    for caption, file in list(captions.items())[mine]:
+        path = options.cache / file
+        if not path.exists():
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                caption, caption, caption, do_classifier_free_guidance=False
+            )
+            write(path, encoder_hidden_states=embeds, pooled_projections=pooled)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with replacing(options.cache / INDEX) as scratch:
+            scratch.write_text(json.dumps(index), encoding="utf-8")
+        (options.cache / UNFINISHED).unlink()
+    accelerator.wait_for_everyone()
+
+
+def check_unfinished(cache: Path, plan: str, accelerator: Accelerator) -> None:
+    """Note what is going to be in a cache, and refuse to mix it with something else."""
+    note = cache / UNFINISHED
+    if accelerator.is_main_process:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not note.exists():
+            with replacing(note) as scratch:
+                scratch.write_text(plan, encoding="utf-8")
+    accelerator.wait_for_everyone()
+    if note.read_text(encoding="utf-8") != plan:
+        raise t5fx.TrainingError(
+            f"--cache: expected {cache} to be empty or begun with the same --data, --size and "
+            f"--model, got one that was begun with others; delete it, or name another folder"
         )
-        said = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-        save_file({n: v.contiguous() for n, v in said.items()}, options.cache / file)
-    index = json.dumps({"examples": examples, "captions": captions})
-    (options.cache / INDEX).write_text(index, encoding="utf-8")
+
+
+def write(path: Path, **tensors: Tensor) -> None:
+    """A file of tensors, whole or not at all."""
+    with replacing(path) as scratch:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, scratch)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,13 +253,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cache", type=Path, required=True, help="the folder of encoded pictures")
     pipeline = "stabilityai/stable-diffusion-3.5-medium"
     made.add_argument("--model", default=pipeline, help=f"of diffusers; {pipeline} by default")
-    made.add_argument("--size", type=int, default=1024, help="pixels of a picture's side")
+    made.add_argument("--size", type=count, default=1024, help="pixels of a picture's side")
     made.add_argument("--config", type=Path, help="a LinearizeConfig as JSON")
     made.add_argument("--distill", type=float, default=1.0, help="weight of the teacher's loss")
-    made.add_argument("--lr", type=float, default=1e-4, help="of the new parameters")
-    made.add_argument("--lr-ratio", type=float, default=10.0, help="to the rate of the old ones")
-    made.add_argument("--pictures", type=int, default=4, help="captions to draw")
-    made.add_argument("--sampling-steps", type=int, default=28)
+    made.add_argument("--lr", type=positive, default=1e-4, help="of the new parameters")
+    made.add_argument("--lr-ratio", type=positive, default=10.0, help="to the rate of the old ones")
+    made.add_argument("--pictures", type=count, default=4, help="captions to draw")
+    made.add_argument("--sampling-steps", type=count, default=28)
     add_options(made, steps=20_000, batch=4, save=1000)
     return made
 

@@ -1,7 +1,12 @@
 """The recipes train tiny components, and a run that stopped goes on to the same values."""
 
+import argparse
 import copy
+import csv
 import json
+import os
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -11,10 +16,14 @@ from accelerate.state import AcceleratorState
 from dits import dit, pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torch.utils.data import TensorDataset
+from torchvision.datasets import ImageFolder
 
 import t5fx
-from t5fx.bench.diffusion import train_dit, train_sd3
+from t5fx.bench.diffusion import train_dit, train_sd3, training
+from t5fx.errors import TrainingError
 from t5fx.runtime.lookup import nodes_in
 
 pytestmark = pytest.mark.extras
@@ -31,13 +40,21 @@ def run(tmp_path):
 
     def run(recipe, out, steps, *more):
         AcceleratorState._reset_state(reset_partial_state=True)
-        options = ["--out", out, "--steps", steps, "--model", tmp_path / "pipe", *LOOP, *more]
-        options += ["--config", tmp_path / "config.json"]
         torch.manual_seed(steps)  # of which nothing may depend
-        return recipe.main([str(one) for one in options])
+        return recipe.main(options_of(tmp_path, out, steps, *more))
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def options_of(tmp_path, out, steps, *more):
+    options = ["--model", tmp_path / "pipe", "--config", tmp_path / "config.json", *LOOP]
+    return [str(one) for one in (*options, "--out", out, "--steps", steps, *more)]
+
+
+def losses(folder):
+    with (folder / training.LOSSES).open() as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
 def pictures(folder, texts=()):
@@ -60,10 +77,17 @@ def resumed_equals_uninterrupted(run, recipe, tmp_path, *more):
     run(recipe, tmp_path / "parts", 2, *more)
     assert [p.name for p in (tmp_path / "parts").glob("state-*")] == ["state-0000002"]
     (tmp_path / "parts" / "unfinished").mkdir()  # as a run that was killed leaves it
+    with (tmp_path / "parts" / training.LOSSES).open("a") as file:
+        file.write("3,0.5\n4")
+    with pytest.raises(TrainingError, match=r"expected . examples a step .* as before, got 1;"):
+        run(recipe, tmp_path / "parts", 4, *more, "--batch", 1, "--accumulate", 1)
     again = run(recipe, tmp_path / "parts", 4, *more).state_dict()
     assert whole.keys() == again.keys() and all(whole[n].equal(again[n]) for n in whole)
     names = {p.name for p in (tmp_path / "parts").iterdir()}
-    assert names == {"state-0000004", "step-0000002.png", "step-0000004.png", "transformer"}
+    grids = {"step-0000002.png", "step-0000004.png"}
+    assert names == {"state-0000004", "transformer", training.LOSSES} | grids
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [step for step, _ in losses(tmp_path / "whole")] == [1, 2, 3, 4]
     unloaded = type(model).from_config(model.config)
     saved = t5fx.from_pretrained(tmp_path / "parts" / "transformer", unloaded).state_dict()
     assert all(whole[name].equal(value) for name, value in saved.items())
@@ -76,18 +100,132 @@ def resumed_equals_uninterrupted(run, recipe, tmp_path, *more):
         assert not any(fresh.get_parameter(n).equal(node.get_parameter(n)) for n in ("w1", "w3"))
 
 
-@pytest.mark.parametrize("space", [pytest.param("latents", marks=pytest.mark.slow), "pixels"])
-def test_dit(run, space, tmp_path):
+def of_pixels(tmp_path):
     model = dit(1)
     pipe = pipeline(model)
-    if space == "pixels":
-        of_pixels = {**model.config, "in_channels": 3, "out_channels": 3}
-        pipe.register_modules(transformer=type(model).from_config(of_pixels))
+    config = {**model.config, "in_channels": 3, "out_channels": 3}
+    pipe.register_modules(transformer=type(model).from_config(config))
     pipe.save_pretrained(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("space", [pytest.param("latents", marks=pytest.mark.slow), "pixels"])
+def test_dit(run, space, tmp_path):
+    if space == "pixels":
+        of_pixels(tmp_path)
+    else:
+        pipeline(dit(1)).save_pretrained(tmp_path / "pipe")
     data = ["--data", pictures(tmp_path / "data"), "--lr", 1e-2]
     latents = ["--align", 2, "--accumulate", 2, "--max-grad-norm", 1]
     more = ["--align", 0, "--pixels"] if space == "pixels" else latents
     resumed_equals_uninterrupted(run, train_dit, tmp_path, *data, *more)
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch_do_what_one_does(run, tmp_path):
+    """Five pictures are two steps of an epoch. One process goes on where the two were stopped."""
+    of_pixels(tmp_path)
+    more = ["--data", pictures(tmp_path / "data"), "--align", 0, "--pixels", "--lr", 1e-2]
+    more += ["--batch", 1, "--sample-every", 2]
+    whole = run(train_dit, tmp_path / "whole", 4, *more, "--accumulate", 2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", "-m"]
+    out = tmp_path / "two"
+    done = subprocess.run(
+        [*launch, train_dit.__name__, *options_of(tmp_path, out, 3, *more)],
+        **{"capture_output": True, "text": True},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    said = "steps 1 to 3; examples a step: 2 = processes 2 x --batch 1 x --accumulate 1"
+    assert done.stdout.count(said) == 1
+    files = {"state-0000003", "step-0000002.png", "step-0000003.png", "transformer"}
+    assert {path.name for path in out.iterdir()} == {*files, training.LOSSES}
+    again = run(train_dit, out, 4, *more, "--accumulate", 2)
+    (steps, ours), (_, wanted) = (zip(*losses(o), strict=True) for o in (out, tmp_path / "whole"))
+    assert steps == (1, 2, 3, 4) and ours == pytest.approx(wanted, rel=1e-4)
+    values = again.state_dict()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(values[name], value, rtol=1e-3, atol=1e-4)
+
+
+def trained(out, steps, loss, **groups):
+    """A small layer, trained; a batch of two of six examples is a step."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    parser = argparse.ArgumentParser()
+    training.add_options(parser, steps=steps, batch=2, save=1)
+    options = parser.parse_args(["--out", str(out), "--cpu", "--ema", "0"])
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 1)
+    data, picture = TensorDataset(torch.randn(6, 2)), torch.zeros(1, 3, 4, 4)
+    accelerator = training.accelerator_for(options)
+    groups = [{"params": list(layer.parameters()), **groups}]
+    training.train(accelerator, layer, groups, data, loss, lambda: picture, options)
+    return [p.detach().clone() for p in layer.parameters()]
+
+
+def square(layer, batch):
+    return (layer(batch[0]) - 1).square().mean()
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_ends_a_run_and_not_its_state(bad, tmp_path):
+    wanted = trained(tmp_path / "whole", 3, square, lr=0.1)
+    calls = []
+
+    def broken(layer, batch):
+        calls.append(batch)
+        value = square(layer, batch)
+        if len(calls) == 3:
+            value = value * torch.nan if bad == "loss" else value + (value - value.item()).sqrt()
+        return value
+
+    message = "step 3: expected a finite loss and gradient, .*state-0000002 in .* is from before"
+    with pytest.raises(TrainingError, match=message):
+        trained(tmp_path / "broken", 3, broken, lr=0.1)
+    got = trained(tmp_path / "broken", 3, square, lr=0.1)
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_a_run_that_goes_on_has_the_rate_of_its_own_options(tmp_path):
+    before = trained(tmp_path, 2, square, lr=0.1)
+    assert all(map(torch.equal, trained(tmp_path, 3, square, lr=0.0), before))
+    assert not any(map(torch.equal, trained(tmp_path, 4, square, lr=0.1), before))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        (train_dit, ["--model", "data"], r"--model: .* DiTTransformer2DModel, got data: "),
+        (train_sd3, ["--cache", "cache"], r"--model: .* class SD3.*, which has a DiTTransformer2D"),
+        (train_dit, ["--data", "nowhere"], "--data: expected a folder of folders, .* got nowhere:"),
+        (train_dit, ["--batch", 6], "--data: expected at least 6 examples .* 6 x 1 in .* got 5;"),
+    ],
+)
+def test_what_is_missing_is_said(run, recipe, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of_pixels(tmp_path)
+    more = ["--data", pictures(tmp_path / "data")]
+    more += ["--align", 0, "--pixels"] if recipe is train_dit else []
+    with pytest.raises(TrainingError, match=message):
+        run(recipe, tmp_path / "out", 1, *more, *options)
+
+
+def test_processes_that_do_not_see_each_other_write_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(training, "Accelerator", lambda **_: argparse.Namespace(num_processes=1))
+    with pytest.raises(TrainingError, match=r"expected .* the 2 processes .* Accelerator of 1: "):
+        run(train_dit, tmp_path / "out", 1, "--data", tmp_path)
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "option", ["--steps=0", "--lr=nan", "--ema=1", "--save-every=-1", "--sampling-steps=0"]
+)
+def test_options_that_make_no_sense_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        train_dit.main(["--data", "data", "--out", "out", option])
+    assert f"argument {option.split('=')[0]}: expected" in capsys.readouterr().err
 
 
 def test_the_bound_is_that_of_the_two_steps():
@@ -139,8 +277,27 @@ def test_sd3(run, tmp_path):
         "class 1",
     ]
     assert list(index["captions"]) == ["", "a b", "class 0", "b", "class 1"]
+    cached = cached_in(tmp_path / "cache")
     latents = load_file(tmp_path / "cache" / index["examples"][0][0])["latents"]
     assert latents.shape == (4, 8, 8)
+    # A run that was stopped while it encoded, and the other process's share.
+    plan = {"model": str(tmp_path / "pipe"), "size": 16}
+    plan["pictures"] = ImageFolder(folder).samples
+    for name in ("index.json", index["examples"][3][0], index["captions"]["b"]):
+        (tmp_path / "cache" / name).unlink()
+    (tmp_path / "cache" / "unfinished.json").write_text(json.dumps(plan | index))
+    with pytest.raises(TrainingError, match="begun with the same --data, --size and --model"):
+        run(train_sd3, tmp_path / "more", 1, *more, "--size", 32)
+    run(train_sd3, tmp_path / "more", 1, *more)
+    torch.testing.assert_close(cached_in(tmp_path / "cache"), cached)
+    assert json.loads((tmp_path / "cache" / "index.json").read_text()) == index
+    assert not (tmp_path / "cache" / "unfinished.json").exists()
+    with pytest.raises(TrainingError, match=r"--size: expected 16, .* got 32"):
+        run(train_sd3, tmp_path / "more", 1, *more, "--size", 32)
+
+
+def cached_in(folder):
+    return {path.name: load_file(path) for path in folder.glob("*.safetensors")}
 
 
 def test_sd3_learns_the_flow_and_the_teachers_answer(run, tmp_path, monkeypatch):
@@ -177,7 +334,7 @@ def test_sd3_learns_the_flow_and_the_teachers_answer(run, tmp_path, monkeypatch)
         seen["apart"] = F.mse_loss(flow, wanted).item()
 
     monkeypatch.setattr(train_sd3, "train", train)
-    run(train_sd3, tmp_path / "out", 1, "--cache", cache, "--distill", 2)
+    run(train_sd3, tmp_path / "out", 1, "--cache", cache, "--distill", 2, "--size", 16)
     assert seen["apart"] > 1e-6 and seen["loss"] == pytest.approx(seen["wanted"].item(), rel=1e-4)
 
 
