@@ -178,10 +178,10 @@ def timesteps(family: Family) -> str:
     given = kwargs[name]
     if not isinstance(given, torch.Tensor) or given.dim() == 0:
         given = torch.as_tensor(given).expand(2)
+    other = torch.where(given == 0, 0.5, given.float() / 2).to(given.dtype)  # some count from 0
     outputs = []
-    for factors in ((1.0, 0.5), (1.0, 1.0), (0.5, 0.5)):
-        scale = torch.tensor(factors).reshape(2, *[1] * (given.dim() - 1))
-        step = (given.float() * scale).to(given.dtype)
+    for steps in ((given, other), (given, given), (other, other)):
+        step = torch.stack([each[i] for i, each in enumerate(steps)])
         with torch.no_grad():
             found = family.converted(**kwargs | {name: step, "return_dict": False})[0]
         outputs.append([x.float() for x in found])
