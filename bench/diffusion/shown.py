@@ -3,7 +3,8 @@
 Trains a small class-conditional DiT of pixels on the images of `t5fx.bench.demos.classify`,
 converts it, aligns it without data, fine-tunes it for at most 2 % of the steps that it was trained
 for, and measures how far the samples of each are from the test images. Each stage leaves its model
-in the folder; the same command again goes on where it was stopped.
+in the folder; the same command again goes on where it was stopped. With `--shipped` the softmax
+model is the trained one that comes with the package.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers import DiTTransformer2DModel
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -51,6 +54,8 @@ CONFIGS = {
     "no near attention": t5fx.LinearizeConfig(min_tokens=0, neighborhood=0, coarse=0),
 }
 REAL, SETTINGS = "training images", "settings.json"
+#: Where the trained softmax model of each data set is.
+WEIGHTS = Path(__file__).parent / "weights"
 KINDS = {"convert": "converted", "align": "aligned", "finetune": "fine-tuned"}
 
 
@@ -60,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = mnist.load(options.data, options.root)
     device = accelerator_for(options).device
     if "base" in options.stages:
-        with step(console, f"training softmax, {options.steps} steps of {options.batch} images"):
+        with step(console, "the softmax model"):
             base(options, data)
     for attention in CONFIGS:
         for stage, made in (("convert", convert), ("align", align), ("finetune", finetune)):
@@ -72,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def base(options: argparse.Namespace, data: mnist.Data) -> None:
-    """Train the softmax model from scratch."""
+    """Train the softmax model from scratch, or take the one that comes with the package."""
 
     def make(folder: Path) -> nn.Module:
         set_seed(options.seed)
@@ -81,8 +86,40 @@ def base(options: argparse.Namespace, data: mnist.Data) -> None:
         learn(options, folder, model, groups, data, options.steps)
         return model
 
-    settings = _settings(options, "seed", "steps", "batch", "lr", "channels", "blocks", "ema")
-    _finish(_folder(options.out), {"data": data.name, **settings}, make)
+    path = WEIGHTS / f"dit_{data.name}.safetensors"
+    if options.shipped:
+        model, settings = load_shipped(path)
+        _finish(_folder(options.out), settings, lambda _: model)
+        return
+    names = ("seed", "steps", "batch", "lr", "channels", "blocks", "ema")
+    settings = {"data": data.name, **_settings(options, *names)}
+    _finish(_folder(options.out), settings, make)
+    if options.ship:
+        ship(load(options.out), settings, path)
+
+
+def ship(model: nn.Module, settings: dict[str, Any], path: Path) -> None:
+    """Write a model's weights in float16, with how they were trained as JSON."""
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch:
+        save_file(weights, scratch, {SETTINGS: json.dumps(settings)})
+
+
+def load_shipped(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The softmax model that was trained on the data, in float32, and how it was trained.
+
+    Raises:
+        T5Error: there is none for these data.
+    """
+    if not path.exists():
+        raise T5Error(f"--shipped: expected trained weights in {path}, got no such file")
+    with safe_open(path, "pt") as file:
+        settings: dict[str, Any] = json.loads(file.metadata()[SETTINGS])
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    model = new_dit(settings["channels"], settings["blocks"])
+    model.load_state_dict(weights)
+    return model, settings
 
 
 def convert(options: argparse.Namespace, attention: str, *_: Any) -> None:
@@ -351,6 +388,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     made.add_argument("--data", choices=("fashion", "digits"), help="the first found by default")
     made.add_argument("--root", type=Path, default=mnist.ROOT, help="torchvision's data folder")
+    which = made.add_mutually_exclusive_group()
+    which.add_argument("--shipped", action="store_true", help="train no softmax model")
+    which.add_argument("--ship", action="store_true", help="put the softmax model in the package")
     made.add_argument("--channels", type=int, default=128, help="a multiple of 32")
     made.add_argument("--blocks", type=int, default=6)
     made.add_argument("--lr", type=float, default=1e-3, help="of training from scratch")

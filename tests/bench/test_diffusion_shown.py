@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from t5fx.bench.demos import mnist
+from t5fx.bench.demos.vit import load_vit, shipped
 from t5fx.bench.diffusion import shown
 from t5fx.bench.diffusion.distances import Distance, frechet
 from t5fx.bench.harness.files import read_rows
@@ -107,6 +108,31 @@ def test_a_stopped_training_goes_on_to_the_same_weights(run, tmp_path, monkeypat
     assert len(calls) == 6  # the third step was not saved, and is made again
     whole, parts = (values(tmp_path / name / "base") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(whole[name].equal(parts[name]) for name in whole)
+
+
+def test_a_model_is_put_in_the_package_and_taken_from_there(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shown, "WEIGHTS", tmp_path / "weights")
+    with pytest.raises(T5Error, match=r"expected trained weights in .*dit_digits"):
+        run("base", out="none", more=["--shipped"])
+    run("base", out="trained", more=["--ship"])
+    run("base", out="taken", more=["--shipped", "--channels", "64"])  # which the file knows better
+    trained, taken = (values(tmp_path / name / "base") for name in ("trained", "taken"))
+    assert trained.keys() == taken.keys()
+    assert all(trained[name].half().float().equal(taken[name]) for name in trained)
+    settings = [
+        (tmp_path / name / "base" / shown.SETTINGS).read_text() for name in ("trained", "taken")
+    ]
+    assert settings[0] == settings[1]
+
+
+def test_the_shipped_model_draws_digits():
+    model, _ = shown.load_shipped(shown.WEIGHTS / "dit_digits.safetensors")
+    noise, labels = shown.noise_and_labels(20, 1)
+    images = shown.unpadded(shown.sample(model.eval(), noise, labels, 10))
+    classifier, _ = load_vit(shipped("digits"))
+    with torch.no_grad():
+        right = classifier(images).argmax(1) == labels
+    assert right.double().mean() > 0.7
 
 
 def test_sampling_ends_at_the_image_that_the_model_tells():
