@@ -303,11 +303,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def inside_compiled_module() -> bool:
     """Whether this thread is past the call of a compiled module, in the middle of its code."""
     modules = [traced_module(m) for m in called() if _is_compiled(m)]
-    frame = sys._getframe(1)
+    frame = sys._getframe(1) if modules else None
     while frame is not None:
-        if frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl", "__call__"):
-            if any(frame.f_locals.get("self") is module for module in modules):
-                return True
+        # Of frames outside, whose variables live on once they were asked for, none is looked at.
+        if frame.f_code.co_name in ("_call_impl", "_wrapped_call_impl", "__call__"):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and traced_module(owner) is modules[0]:
+                return False
+        elif any(frame.f_locals.get("self") is m for m in modules):
+            return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
