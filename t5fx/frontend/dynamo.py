@@ -22,7 +22,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from t5fx.frontend.breaks import Break, breaks
 from t5fx.graph.blocks import Checkpoint, open_checkpoints, open_multi_head_attention
-from t5fx.graph.modules import module_name
+from t5fx.graph.modules import module_name, through_attributes
 from t5fx.graph.sizes import guard_equal
 from t5fx.graph.view import CONSTANT, View
 from t5fx.graph.writes import settle
@@ -176,7 +176,7 @@ def _tensors(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[fx
     for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
         source = getattr(node, "_dynamo_source", None)
         name = getattr(source, "name", "")
-        match = _TENSOR.match(name() if callable(name) else name)
+        match = _TENSOR.match(through_attributes(name() if callable(name) else name))
         if match is not None and isinstance(value, torch.Tensor):
             parts = re.findall(_STEP, match["path"])
             parts += [match["attribute"]] if match["attribute"] else []
@@ -352,13 +352,13 @@ def _rename(
     stack = node.meta.get("nn_module_stack") or {}
     if not stack and node.op in ("placeholder", "get_attr", "output"):
         return
-    paths = [value[0] for value in stack.values()]
+    paths = [through_attributes(value[0]) for value in stack.values()]
     known = [r for r in names if paths and (paths[0] == r or paths[0].startswith(r + "."))]
     root = max(known, key=len, default=paths[0] if paths else next(iter(names), ""))
     label, prefix, model = labels.get(root, ""), names.get(root, ""), models.get(root)
     above = label + ("" if prefix.startswith("-") else prefix)
     entries = {"": (above.rstrip("."), nn.Module)}
-    for key, (path, kind) in stack.items():
+    for (key, (_, kind)), path in zip(stack.items(), paths, strict=True):
         inner = module_name("self" + path.removeprefix(root))
         name = _joined(prefix, clean(inner.split(".")))
         module = None if model is None else resolve(model, name)

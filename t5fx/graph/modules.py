@@ -24,9 +24,15 @@ def module_stack(node: fx.Node) -> list[tuple[str, str]]:
 
 def module_name(path: str) -> str:
     """A module's name as in `named_modules`, from the ways tracers write it."""
+    path = through_attributes(path)
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]|\[['\"]?([^'\"\]]+)['\"]?\]", r".\1\2", path)
     path = path.split("@")[0]
     for root in ("L.self", "L__self__", "self"):
         if path == root or path.startswith(root + "."):
             path = path[len(root) :].lstrip(".")
     return path
+
+
+def through_attributes(path: str) -> str:
+    """A path of Dynamo's without `__dict__`, through which it reads what `__getattr__` looks up."""
+    return re.sub(r"\.__dict__\[['\"](_modules|_parameters|_buffers)['\"]\]", r".\1", path)

@@ -192,6 +192,19 @@ def test_one_module_under_two_names():
     torch.testing.assert_close(fast(images), lin(images))
 
 
+def test_modules_that_look_up_their_attributes_themselves():
+    """As diffusers' models do; newer versions of Dynamo read these from the module's `__dict__`."""
+
+    def look_up(module, name):
+        return nn.Module.__getattr__(module, name)
+
+    model = SHAPE.model()
+    for module in (model, *model.blocks, model.blocks[1].attn):
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (kind,), {"__getattr__": look_up})
+    as_linearized(model, SHAPE.images())
+
+
 def test_modules_that_share_a_parameter():
     model, images = SHAPE.model(), SHAPE.images()
     model.blocks[1].attn.proj = model.blocks[0].attn.proj
