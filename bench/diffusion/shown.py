@@ -35,7 +35,7 @@ from ..demos import mnist
 from ..demos.vit import load_vit, shipped
 from ..harness.console import step
 from ..harness.files import read_rows, write_rows
-from ..harness.tables import machine, save_tables
+from ..harness.tables import machine
 from .distances import SOFTMAX, Distance, distances_table, draw_samples, features, frechet
 from .train_dit import example
 from .train_sd3 import along, logit_normal
@@ -300,8 +300,22 @@ def measure(
     write_rows(options.table.with_suffix(".csv"), chosen, Distance)
     table = distances_table(chosen, _note(options, data))
     table.print(console)
-    save_tables(options.table, table)
-    draw_samples(options.table.with_suffix(".png"), shown)
+    picture = options.table.with_suffix(".png")
+    options.table.write_text(_PAGE.format(picture=picture.name) + table.markdown(), "utf-8")
+    draw_samples(picture, shown)
+
+
+_PAGE = """# Samples of a small DiT
+
+A small DiT was trained on images of digits, converted, aligned without data, and fine-tuned for
+2 % of the steps that it was trained for. Each column has one noise and one class, each row a model:
+
+![Rows of digits that the models draw from the same noise]({picture})
+
+`python -m t5fx.bench.diffusion.shown --shipped --out FOLDER` makes the picture and the table from
+the softmax model that comes with the package. `--help` lists what else can be chosen.
+
+"""
 
 
 def _note(options: argparse.Namespace, data: mnist.Data) -> str:
