@@ -60,11 +60,11 @@ def _expected_files() -> dict[str, Path]:
 
 def _expected_data() -> set[str]:
     """Everything else that the wheel holds, by its path in it."""
-    weights = (ROOT / "bench" / "demos" / "weights").iterdir()
+    weights = (ROOT / "bench").glob("*/weights/*")
     sources = (ROOT / "kernels" / "cpp").glob("*.[ch]*")
     return {
         "t5fx/py.typed",
-        *(f"t5fx/bench/demos/weights/{path.name}" for path in weights),
+        *(f"t5fx/{path.relative_to(ROOT)}" for path in weights),
         *(f"t5fx/kernels/cpp/{path.name}" for path in sources),
     }
 
@@ -103,6 +103,7 @@ def test_wheel_holds_every_file_under_its_mapped_name(wheel):
         "t5fx/bench/demos/demo.py",
         "t5fx/bench/demos/weights/vit_digits.safetensors",
         "t5fx/bench/demos/weights/vit_fashion.safetensors",
+        "t5fx/bench/diffusion/weights/dit_digits.safetensors",
     } <= names
 
 
