@@ -225,7 +225,7 @@ CASES = (
     ),
     case(
         "Lumina2Transformer2DModel",
-        "1 masked, 1 0+4x6+0, 2 7+4x6+0",
+        "1 grid-unknown, 1 0+4x6+0, 2 7+4x6+0",
         {"sample_size": 16, "in_channels": 4, "hidden_size": 24, "num_layers": 2}
         | {"num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "num_refiner_layers": 1}
         | {"axes_dim_rope": (4, 2, 2), "axes_lens": (128, 128, 128), "cap_feat_dim": 32},
@@ -235,7 +235,6 @@ CASES = (
             "timestep": NOW,
             "encoder_attention_mask": torch.ones(B, 7, dtype=torch.bool),
         },
-        cause="torch.export: a set of traced sizes",
     ),
     case(
         "SanaTransformer2DModel",
