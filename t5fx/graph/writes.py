@@ -7,6 +7,7 @@ see one operator after another, whatever was written where.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,10 +238,7 @@ def _scattered(view: View, node: fx.Node, whole: fx.Node, bounds: list[_Bounds])
     try:
         parts = [whole]
         for one in bounds:
-            if one.one:
-                parts.append(call(torch.ops.aten.select.int, parts[-1], one.dim, one.start))
-            else:
-                parts.append(call(torch.ops.aten.slice.Tensor, parts[-1], *one.arguments))
+            parts.append(call(*_taken(parts[-1], one)))
         copied = view.op(node) in _COPIES
         if copied:
             value = node.args[-1]
@@ -266,10 +264,41 @@ def _scattered(view: View, node: fx.Node, whole: fx.Node, bounds: list[_Bounds])
         for new in made[::-1]:
             view.graph.erase_node(new)
         return None
-    node.replace_all_uses_with(value if bounds else written)
+    result = value if bounds else written
+    if bounds and _is_kept(view, node, whole):
+        result = written
+        for one in bounds:
+            result = call(*_taken(result, one))
+    node.replace_all_uses_with(result)
     if bounds and not parts[-1].users:
         view.graph.erase_node(parts[-1])
     return written
+
+
+def _taken(tensor: fx.Node, one: _Bounds) -> tuple[Any, ...]:
+    """The operator that takes a part of a tensor, and its arguments."""
+    if one.one:
+        return torch.ops.aten.select.int, tensor, one.dim, one.start
+    return torch.ops.aten.slice.Tensor, tensor, *one.arguments
+
+
+def _is_kept(view: View, write: fx.Node, whole: fx.Node) -> bool:
+    """Whether what a write returns, a part of `whole`, is changed with it or changes it later."""
+    if not write.users:
+        return False
+    later = _changes(view, whole, write)
+    return any(_read_later(view, write, change) for change in later) or any(
+        _changes(view, write, write)
+    )
+
+
+def _changes(view: View, node: fx.Node, write: fx.Node) -> Iterator[fx.Node]:
+    """What changes a tensor in place, itself or through a view of it, after a write."""
+    for user in node.users:
+        if view.order[user] > view.order[write] and node in changed(user):
+            yield user
+        if view.aliases(user):
+            yield from _changes(view, user, write)
 
 
 _VALUES = ("val", "example_value", "tensor_meta")

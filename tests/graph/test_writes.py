@@ -127,11 +127,26 @@ def items(x, y):
     return x.cos()
 
 
+def twice(x, y):
+    x = x * 2
+    x[:, 3:].mul_(2).add_(y[:, 3:])
+    part = x[1]
+    part.add_(y[0])
+    part.mul_(2)
+    return x.cos()
+
+
+def copied_then_changed(x, y):
+    x, y = x * 2, y * 3
+    x[1].copy_(y[0]).add_(1)
+    return x + y
+
+
 @pytest.mark.parametrize("trace", [exported, by_dynamo])
 @pytest.mark.parametrize(
     "function",
     [slice_written, two_axes, added_to, all_of_it, half_swapped, filled, of_a_view]
-    + [one_position, items],
+    + [one_position, items, twice, copied_then_changed],
 )
 def test_made_a_value(trace, function):
     check(trace, function, left=0)
@@ -163,10 +178,18 @@ def value_changed_later(x, y):
     return x + y
 
 
+def part_read_later(x, y):
+    x = x * 2
+    part = x[1]
+    part.add_(y[0])
+    x[1, 2:] = y[2, 2:]
+    return x.cos() + part
+
+
 @pytest.mark.parametrize("trace", [exported, by_dynamo])
 @pytest.mark.parametrize(
     "function",
-    [view_read_later, base_read_later, input_written, value_changed_later],
+    [view_read_later, base_read_later, input_written, value_changed_later, part_read_later],
 )
 def test_left_where_another_view_could_see_it(trace, function):
     check(trace, function)
@@ -191,7 +214,7 @@ def test_history_is_kept_where_gradients_are_off():
 _SLICES = st.builds(slice, st.integers(0, 2), st.integers(3, 5), st.sampled_from([None, 2]))
 _STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["write", "add", "scale", "view", "read", "call"]),
+        st.sampled_from(["write", "add", "scale", "twice", "view", "read", "call"]),
         st.tuples(_SLICES, _SLICES),
     ),
     min_size=1,
@@ -210,6 +233,10 @@ def run(steps, x, y):
             x[(slice(None), *key)] += 1
         elif kind == "scale":
             x[(slice(None), *key)].mul_(0.5)
+        elif kind == "twice":
+            part = x[(slice(None), *key)]
+            part.mul_(0.5)
+            views.append(part.add_(1))
         elif kind == "view":
             views.append(x[(slice(None), *key)])
         elif kind == "read":
