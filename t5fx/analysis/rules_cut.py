@@ -89,6 +89,7 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
     if same(new.size, 1):
         index = axes.view.arg(node, "start")
         written = tuple(put_back(b, index, items) for b in written)
+        items = {one for one in items if isinstance(one, Leaf) or same(one.size, axis.size)}
         items = {replace(one, size=axis.size, example=axis.example) for one in items}
     result: list[Axis | None] = [
         a if a == b or (a.features and b.features) or not b.data else _filled(a, b)

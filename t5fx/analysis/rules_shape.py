@@ -111,13 +111,33 @@ def _sequences(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
 
 
 def _items(axes: Axes, tensors: Sequence[fx.Node]) -> tuple[Axis | None, list[Axis]]:
-    """The axes of several tensors that become one; the first is of what they are the items of."""
-    found: set[Axis] = set()
-    items = [[put_back(axis, i, found) for axis in axes[n]] for i, n in enumerate(tensors)]
-    batch = found.pop() if len(found) == 1 else None
-    if batch is not None and not same(batch.size, len(tensors)):
-        batch = None
-    return batch, [meet(axis) for axis in zip(*items, strict=True)]
+    """The axes of several tensors that become one; the first is of what they are the items of.
+
+    That is known only where each of them, in order, is an item of the same tokens: neither one
+    item again, as the keys of a first frame for all frames, nor items that were swapped.
+    """
+    found: list[set[Axis]] = [set() for _ in tensors]
+    items = [[put_back(axis, i, found[i]) for axis in axes[n]] for i, n in enumerate(tensors)]
+    rows = list(zip(*items, strict=True))
+    batch = next(iter(found[0])) if len(found[0]) == 1 else None
+    each = batch is not None and same(batch.size, len(tensors))
+    if each and all(its == found[0] for its in found) and all(map(_alike, rows)):
+        return batch, [meet(row) for row in rows]
+    rows = list(zip(*(axes[n] for n in tensors), strict=True))  # what was picked stays picked
+    return None, [meet(row) for row in rows]
+
+
+def _alike(items: Sequence[Axis]) -> bool:
+    """Whether the same axis of several items counts the same tokens; of channels, any may."""
+    first = runs_of(items[0])
+    return all(
+        len(runs_of(item)) == len(first)
+        and all(
+            a == b or (a.features and b.features) or not (a.data and b.data)
+            for a, b in zip(first, runs_of(item), strict=True)
+        )
+        for item in items
+    )
 
 
 @rule("expand")

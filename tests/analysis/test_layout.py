@@ -405,6 +405,50 @@ def test_one_sequence_an_item():
     assert (site.status, site.grid) == ("rewritten", (4, 6))
 
 
+def _stacked(order):
+    return lambda t: torch.stack([t[i] for i in order])
+
+
+def _written(order):
+    def write(t):
+        result = t.new_zeros(t.shape)
+        for i, item in enumerate(order):
+            result[i] = t[item]
+        return result
+
+    return write
+
+
+@pytest.mark.parametrize("order", [(0, 0, 0), (0, 0, 1), (0, 2, 1), (2, 1, 0), (0, 1, 2)])
+@pytest.mark.parametrize("made", [_stacked, _written])
+def test_keys_of_other_items(made, order):
+    """Keys of the first frame or the previous one for all frames, or of swapped items."""
+
+    class Model(Tokens):
+        def attend(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v = (
+                t.unflatten(2, (2, 8)).transpose(1, 2) for t in (q, made(order)(k), made(order)(v))
+            )
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model = Model(lambda _, x: row_major(x)).eval()
+    (site,) = t5fx.explain(model, (torch.randn(3, 3, 16, 24),), config=CONFIG).sites
+    assert site.reason == (None if order == (0, 1, 2) else "cross-attention"), site
+
+
+def test_rows_copied_to_the_front_of_more_are_no_grid():
+    def longer(_model, x):
+        tokens = row_major(x)
+        result = tokens.new_zeros(2, 28, 16)
+        for i in range(24):
+            result[:, i] = tokens[:, i]
+        return result
+
+    site = site_of(longer, 16, 24)
+    assert site.status == "skipped" or site.suffix == 4, site
+
+
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
