@@ -119,10 +119,10 @@ def _items(axes: Axes, tensors: Sequence[fx.Node]) -> tuple[Axis | None, list[Ax
     found: list[set[Axis]] = [set() for _ in tensors]
     items = [[put_back(axis, i, found[i]) for axis in axes[n]] for i, n in enumerate(tensors)]
     rows = list(zip(*items, strict=True))
-    batch = next(iter(found[0])) if len(found[0]) == 1 else None
-    each = batch is not None and same(batch.size, len(tensors))
-    if each and all(its == found[0] for its in found) and all(map(_alike, rows)):
-        return batch, [meet(row) for row in rows]
+    each = all(its == found[0] for its in found)
+    if each and all(same(one.size, len(tensors)) for one in found[0]) and all(map(_alike, rows)):
+        # Of several batches, such as those of words and patches, the result is neither.
+        return found[0].pop() if len(found[0]) == 1 else None, [meet(row) for row in rows]
     rows = list(zip(*(axes[n] for n in tensors), strict=True))  # what was picked stays picked
     return None, [meet(row) for row in rows]
 
