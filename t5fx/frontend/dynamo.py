@@ -168,7 +168,8 @@ def _same_sizes(view: View) -> None:
     for node in view.graph.nodes:
         if view.op(node) == "pad_sequence":
             sequences = [n for n in view.arg(node, "sequences") if isinstance(n, fx.Node)]
-            guard_equal([view.val(n).shape[0] for n in sequences])
+            values = [view.val(n) for n in sequences]
+            guard_equal([value.shape[0] for value in values if value is not None])
 
 
 def _tensors(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[fx.Node, Tensor]]:

@@ -89,15 +89,18 @@ def guard_equal(sizes: Sequence[int | torch.SymInt]) -> None:
 
 
 def _guard_symbols(size: torch.SymInt, other: torch.SymInt) -> None:
+    """Guard that the symbols of two sizes are equal in pairs, in the order that they came in."""
     import sympy
 
-    wanted, given = size.node.expr, other.node.expr
-    there = sorted(given.free_symbols - wanted.free_symbols, key=str)
-    for here in permutations(sorted(wanted.free_symbols - given.free_symbols, key=str)):
+    env, wanted, given = size.node.shape_env, size.node.expr, other.node.expr
+    known = list(env.backed_var_to_val)
+    there = sorted(given.free_symbols - wanted.free_symbols, key=known.index)
+    for here in permutations(sorted(wanted.free_symbols - given.free_symbols, key=known.index)):
         pairs = list(zip(here, there, strict=False))
-        if wanted.xreplace(dict(pairs)) == given:
+        equal = all(env.backed_var_to_val[a] == env.backed_var_to_val[b] for a, b in pairs)
+        if equal and wanted.xreplace(dict(pairs)) == given:
             for pair in pairs:
-                size.node.shape_env.evaluate_expr(sympy.Eq(*pair))
+                env.evaluate_expr(sympy.Eq(*pair))
             return
 
 
