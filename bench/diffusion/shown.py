@@ -405,17 +405,17 @@ def _parser() -> argparse.ArgumentParser:
     which = made.add_mutually_exclusive_group()
     which.add_argument("--shipped", action="store_true", help="train no softmax model")
     which.add_argument("--ship", action="store_true", help="put the softmax model in the package")
-    made.add_argument("--channels", type=int, default=128, help="a multiple of 32")
+    made.add_argument("--channels", type=int, default=64, help="a multiple of 32")
     made.add_argument("--blocks", type=int, default=6)
     made.add_argument("--lr", type=float, default=1e-3, help="of training from scratch")
-    made.add_argument("--align-steps", type=int, default=200)
+    made.add_argument("--align-steps", type=int, default=300)
     made.add_argument("--tune-lr", type=float, default=2e-4, help="of new parameters; old: half")
-    made.add_argument("--sampling-steps", type=int, default=20)
+    made.add_argument("--sampling-steps", type=int, default=10)
     made.add_argument("--samples", type=int, default=1000, help="of each model and seed")
     made.add_argument("--seeds", type=int, default=3, help="how many, of the noise")
     table = Path("docs") / "diffusion-shown.md"
     made.add_argument("--table", type=Path, default=table, help="with a .csv and a .png beside it")
-    add_options(made, steps=20_000, batch=64, save=500)
+    add_options(made, steps=5_000, batch=16, save=500)
     made.set_defaults(ema=0.999)
     return made
 
