@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -265,6 +265,12 @@ def made_by(axis: Axis) -> Made:
 def runs_of(axis: Axis) -> tuple[Axis, ...]:
     """The runs of a concatenation; any other axis is one run."""
     return axis.parts if isinstance(axis, Cat) else (axis,)
+
+
+def joined(size: Size, runs: Sequence[Axis]) -> Axis:
+    """Runs one after the other, as one axis of this size."""
+    data = any(run.data for run in runs)
+    return runs[0] if len(runs) == 1 else Cat(size, tuple(runs), data=data)
 
 
 def put_back(axis: Axis, index: object, items: set[Axis]) -> Axis:

@@ -19,7 +19,6 @@ from torch import fx
 from t5fx.analysis.axis import (
     Axis,
     Batch,
-    Cat,
     Feature,
     Leaf,
     Plain,
@@ -27,6 +26,7 @@ from t5fx.analysis.axis import (
     Row,
     Side,
     Unit,
+    joined,
     made_by,
 )
 from t5fx.analysis.packed import lists_positions, with_tables
@@ -179,7 +179,7 @@ def _handed(axes: Axes, node: fx.Node, known: Handed) -> Axis:
         for part, size, n in parts
         if n
     )
-    return runs[0] if len(runs) == 1 else Cat(whole.size, runs)
+    return joined(whole.size, runs)
 
 
 def pointwise(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:

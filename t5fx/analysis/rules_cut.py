@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from t5fx.analysis.axis import (
     Picked,
     Plain,
     Unit,
+    joined,
     put_back,
     runs_of,
 )
@@ -112,18 +112,13 @@ def _scatter(axes: Axes, node: fx.Node) -> tuple[Axis, ...] | None:
             before = replace(empty, size=start, made=(node.name, dim))
             left = axis.size - start - new.size
             rest = replace(empty, size=left, made=(node.name, dim, "rest"))
-            result[dim] = _joined(axis.size, [r for r in (before, new, rest) if r.size != 0])
+            result[dim] = joined(axis.size, [r for r in (before, new, rest) if r.size != 0])
         elif found is not None:
-            result[dim] = _joined(axis.size, [*runs[: found.start], new, *runs[found.stop :]])
+            result[dim] = joined(axis.size, [*runs[: found.start], new, *runs[found.stop :]])
     return tuple(
         axes.fresh(node, i, Feature if before.features else Plain) if a is None else a
         for i, (a, before) in enumerate(zip(result, whole, strict=True))
     )
-
-
-def _joined(size: Size, runs: Sequence[Axis]) -> Axis:
-    data = any(run.data for run in runs)
-    return runs[0] if len(runs) == 1 else Cat(size, tuple(runs), data=data)
 
 
 def _filled(axis: Axis, written: Axis) -> Axis | None:
@@ -131,12 +126,13 @@ def _filled(axis: Axis, written: Axis) -> Axis | None:
 
     Runs of it that were made to be filled, and are not yet, are what is written to them.
     """
+    if not axis.data:
+        return written
     before, after = runs_of(axis), runs_of(written)
-    if len(before) != len(after):
-        return None if axis.data else written
-    alike = all(a == b or not a.data for a, b in zip(before, after, strict=True))
-    sized = all(same(a.size, b.size) for a, b in zip(before, after, strict=True))
-    return written if not axis.data or (alike and sized) else None
+    alike = len(before) == len(after) and all(
+        (a == b or not a.data) and same(a.size, b.size) for a, b in zip(before, after, strict=True)
+    )
+    return written if alike else None
 
 
 def _unknown(axis: Axis) -> Plain:

@@ -7,7 +7,17 @@ from dataclasses import replace
 
 from torch import fx
 
-from t5fx.analysis.axis import Axis, Batch, Cat, Plain, Repeat, Spatial, Unit, put_back, runs_of
+from t5fx.analysis.axis import (
+    Axis,
+    Batch,
+    Plain,
+    Repeat,
+    Spatial,
+    Unit,
+    joined,
+    put_back,
+    runs_of,
+)
 from t5fx.analysis.meaning import Axes, meet, rank_of, rule
 from t5fx.analysis.tokens import merge, split
 from t5fx.graph.axes import Groups, permutation, regroup_node
@@ -84,10 +94,7 @@ def _cat(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
             if run.size != 0
         )
         runs = tuple(part for run in runs for part in runs_of(run))
-        whole = runs[0] if len(runs) == 1 else None
-        size = axes.view.shape(node)[i]
-        data = any(run.data for run in runs)
-        result.append(whole or Cat(size, runs, data=data))
+        result.append(joined(axes.view.shape(node)[i], runs))
     return tuple(result)
 
 
