@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,11 +70,23 @@ def shipped(data: str) -> Path:
 
 
 def save_vit(path: Path, model: nn.Module, training: Training) -> None:
-    """Writes a model's weights in float16, with how they were trained."""
+    """Writes a model's weights, with how they were trained."""
+    save_half(path, model, asdict(training))
+
+
+def save_half(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Writes a model's weights in float16, with what there is to say of them."""
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Every value as JSON, because safetensors keeps text only.
-    save_file(weights, path, {name: json.dumps(value) for name, value in asdict(training).items()})
+    save_file(weights, path, {name: json.dumps(value) for name, value in about.items()})
+
+
+def load_half(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights that `save_half` wrote, in float16, and what it said of them."""
+    with safe_open(path, "pt") as file:
+        about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
 
 
 def load_vit(path: Path) -> tuple[nn.Module, Training]:
@@ -83,12 +97,8 @@ def load_vit(path: Path) -> tuple[nn.Module, Training]:
     """
     model = new_vit()
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        training = Training(
-            **{one.name: json.loads(metadata[one.name]) for one in fields(Training)}
-        )
+        weights, about = load_half(path)
+        training = Training(**{one.name: about[one.name] for one in fields(Training)})
         model.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise T5Error(

@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers import DiTTransformer2DModel
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -32,7 +30,7 @@ from t5fx.errors import T5Error
 from t5fx.runtime.lookup import is_linearized
 
 from ..demos import mnist
-from ..demos.vit import load_vit, shipped
+from ..demos.vit import load_half, load_vit, save_half, shipped
 from ..harness.console import step
 from ..harness.files import read_rows, write_rows
 from ..harness.tables import machine
@@ -95,15 +93,7 @@ def base(options: argparse.Namespace, data: mnist.Data) -> None:
     settings = {"data": data.name, **_settings(options, *names)}
     _finish(_folder(options.out), settings, make)
     if options.ship:
-        ship(load(options.out), settings, path)
-
-
-def ship(model: nn.Module, settings: dict[str, Any], path: Path) -> None:
-    """Write a model's weights in float16, with how they were trained as JSON."""
-    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch:
-        save_file(weights, scratch, {SETTINGS: json.dumps(settings)})
+        save_half(path, load(options.out), settings)
 
 
 def load_shipped(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -114,9 +104,7 @@ def load_shipped(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     if not path.exists():
         raise T5Error(f"--shipped: expected trained weights in {path}, got no such file")
-    with safe_open(path, "pt") as file:
-        settings: dict[str, Any] = json.loads(file.metadata()[SETTINGS])
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    weights, settings = load_half(path)
     model = new_dit(settings["channels"], settings["blocks"])
     model.load_state_dict(weights)
     return model, settings
@@ -381,7 +369,7 @@ def _finish(folder: Path, settings: dict[str, Any], make: Callable[[Path], nn.Mo
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / SETTINGS).exists():
         with replacing(folder / SETTINGS) as scratch:
-            scratch.write_text(json.dumps(settings), encoding="utf-8")
+            scratch.write_text(json.dumps(settings, sort_keys=True), encoding="utf-8")
     elif _made_with(folder) != settings:
         raise T5Error(
             f"expected the settings that what is in {folder} was made with, {_made_with(folder)}, "
