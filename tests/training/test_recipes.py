@@ -11,6 +11,8 @@ import timm
 import torch
 import transformers  # noqa: F401  imported by the page
 from accelerate.state import AcceleratorState
+from PIL import Image
+from timm.data.auto_augment import RandAugment
 
 import t5fx
 
@@ -112,6 +114,15 @@ def test_timm(run):
     changed = moved(before, names["frozen"])  # the same seed: they begin alike
     assert learning(new) <= changed <= new
     assert names["frozen"].training and not names["frozen"].head.weight.requires_grad
+
+
+def test_timm_augments_at_every_magnitude(run):
+    """Pillow refuses what timm's posterize asks for at the greatest magnitude."""
+    transform = run(blocks("timm")[0].partition("train_set =")[0])["transform"]
+    (augment,) = [step for step in transform.transforms if isinstance(step, RandAugment)]
+    for operation in augment.ops:
+        operation.prob, operation.magnitude = 1.0, 100  # the recipe's own bound applies
+        assert operation(Image.new("RGB", (224, 224))).size == (224, 224)
 
 
 def test_transformers(run):
