@@ -220,8 +220,24 @@ def meet(meeting: Sequence[Axis]) -> Axis:
     best = max(meeting, key=says)  # the first of equals
     rivals = [a for a in meeting if a.data == best.data and _grids(a) and a != best]
     if _grids(best) and any(_shape_of(a) != _shape_of(best) for a in rivals):
-        return Plain(best.size, ("conflict", *(repr(made_by(a)) for a in meeting)))
+        return _conflict(best, meeting)
     return best
+
+
+def meet_items(meeting: Sequence[Axis]) -> Axis:
+    """Of the same axis of several items of a batch, the one that says most.
+
+    Unlike tokens that are added to each other, those of one item need not be where those of
+    another are: a plain axis where only some of them are known to be a grid.
+    """
+    best = meet(meeting)
+    if _grids(best) and any(a.data and not isinstance(a, Unit) and not _grids(a) for a in meeting):
+        return _conflict(best, meeting)
+    return best
+
+
+def _conflict(best: Axis, meeting: Sequence[Axis]) -> Plain:
+    return Plain(best.size, ("conflict", *(repr(made_by(a)) for a in meeting)))
 
 
 def _grids(axis: Axis) -> bool:

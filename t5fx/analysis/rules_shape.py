@@ -18,7 +18,7 @@ from t5fx.analysis.axis import (
     put_back,
     runs_of,
 )
-from t5fx.analysis.meaning import Axes, meet, rank_of, rule
+from t5fx.analysis.meaning import Axes, meet, meet_items, rank_of, rule
 from t5fx.analysis.tokens import merge, split
 from t5fx.graph.axes import Groups, permutation, regroup_node
 from t5fx.graph.sizes import hint, same
@@ -80,11 +80,12 @@ def _cat(axes: Axes, node: fx.Node) -> tuple[Axis, ...]:
     tensors = [n for n in axes.view.arg(node, "tensors") if isinstance(n, fx.Node)]
     rank = rank_of(axes, node)
     dim = (axes.view.arg(node, "dim", 0) or 0) % rank
+    channels = any(axes[n][dim].features for n in tensors if len(axes[n]) == rank)
     result = []
     for i in range(rank):
         meeting = [axes[n][i] for n in tensors if len(axes[n]) == rank]
         if i != dim:
-            result.append(meet(meeting))
+            result.append(meet(meeting) if channels else meet_items(meeting))
             continue
         runs = tuple(
             Unit(made=(n.name, i), data=axes.data(n))
@@ -129,9 +130,9 @@ def _items(axes: Axes, tensors: Sequence[fx.Node]) -> tuple[Axis | None, list[Ax
     each = all(its == found[0] for its in found)
     if each and all(same(one.size, len(tensors)) for one in found[0]) and all(map(_alike, rows)):
         # Of several batches, such as those of words and patches, the result is neither.
-        return found[0].pop() if len(found[0]) == 1 else None, [meet(row) for row in rows]
+        return found[0].pop() if len(found[0]) == 1 else None, [meet_items(row) for row in rows]
     rows = list(zip(*(axes[n] for n in tensors), strict=True))  # what was picked stays picked
-    return None, [meet(row) for row in rows]
+    return None, [meet_items(row) for row in rows]
 
 
 def _alike(items: Sequence[Axis]) -> bool:

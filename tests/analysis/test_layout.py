@@ -405,6 +405,31 @@ def test_one_sequence_an_item():
     assert (site.status, site.grid) == ("rewritten", (4, 6))
 
 
+@pytest.mark.parametrize("sides", [(4, 6), (6, 4), None])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda a, b: torch.cat([a[None], b[None]]),
+        lambda a, b: torch.stack([a, b]),
+        lambda a, b: nn.utils.rnn.pad_sequence([a, b], batch_first=True),
+    ],
+    ids=["cat", "stack", "pad_sequence"],
+)
+def test_an_item_that_need_not_be_an_image(batch, sides):
+    """As many words, or patches of an image of other sides, are not where the patches are."""
+
+    def tokens(_model, x):
+        words = x.flatten(1)[1, :384].view(24, 16)  # of an image whose sides nothing tells
+        if sides is not None:
+            words = F.adaptive_avg_pool2d(x, sides)[1].flatten(1).mT
+        return batch(x[0].flatten(1).mT, words)
+
+    site = site_of(tokens, 16, 24)
+    assert (site.status, site.grid) == (
+        ("rewritten", (4, 6)) if sides == (4, 6) else ("skipped", None)
+    ), site
+
+
 def _stacked(order):
     return lambda t: torch.stack([t[i] for i in order])
 
