@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, ModuleType
@@ -25,6 +25,7 @@ from torch.fx.experimental import _config as symbolic_config
 
 from t5fx.errors import CaptureError
 from t5fx.frontend.calls import Guards, guards_of
+from t5fx.frontend.growth import Growth, SizesGrewError
 from t5fx.frontend.unfit import causes
 from t5fx.frontend.values import Value, Values
 from t5fx.graph.blocks import inline_blocks
@@ -69,22 +70,28 @@ def capture(
 ) -> Capture:
     """Trace `model(*args, **kwargs)`, with dynamic sizes, static ones, or (None) what works.
 
-    restart: is called before each attempt. Raises `CaptureError` where the model cannot be traced,
-    or not with dynamic sizes if these are asked for.
+    Dynamic sizes that become long formulas, which takes minutes, work only where they are asked
+    for. restart: is called before each attempt. Raises `CaptureError` where the model cannot be
+    traced, or not with dynamic sizes if these are asked for.
     """
     failed: Exception | None = None
+    grew = False
     reason, missed = "asked for", False
     for given, sizes, ones in _ATTEMPTS:
         if dynamic not in (None, sizes) or (given and not missed) or (missed and not ones):
+            continue
+        if grew and sizes:
             continue
         values = Values(model, args, kwargs, given)
         note = "dynamic sizes" if sizes else f"static sizes ({reason})"
         try:
             restart()
-            program = _export(model, args, kwargs, values, sizes, ones)
+            with Growth() if sizes and dynamic is None else nullcontext():
+                program = _export(model, args, kwargs, values, sizes, ones)
             captured = _from_program(model, program, args, kwargs, note, dynamic=sizes)
         except Exception as error:
             failed, missed = error, missed or values.missed
+            grew |= isinstance(error, SizesGrewError)
             if sizes:
                 reason = f"dynamic sizes failed: {first_line(error)}"
             continue
