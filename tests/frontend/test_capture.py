@@ -1,6 +1,7 @@
 """Capturing: calls of every kind, and what is judged anew."""
 
 import copy
+import math
 import threading
 from dataclasses import replace
 
@@ -159,6 +160,23 @@ def test_what_dynamic_sizes_cannot_do_is_captured_static():
     assert t5fx.report(lin).capture == "static sizes (dynamic sizes failed: sizes must be numbers)"
     assert lin(images).shape == Fixed()(images).shape
     assert lin(images[:1]).shape[0] == 1
+
+
+def test_sizes_that_become_long_formulas_are_captured_static():
+    """As of a grid that each block pads to whole windows, for which torch takes minutes."""
+
+    class Long(Flexible):
+        def forward(self, x):
+            size = sum((x.shape[2] + i) // (i + 2) for i in range(30))
+            return super().forward(x + x.new_zeros(size).sum())
+
+    image = torch.randn(2, 3, 16, 24)
+    lin = t5fx.linearize(Long().eval(), (image,), config=ALL)
+    shown = t5fx.report(lin).capture
+    assert "dynamic sizes failed: a size became a formula of" in shown
+    (site,) = t5fx.report(lin).sites
+    other = lin(torch.randn(1, 3, 24, 16))["out"]  # judged by itself
+    assert other.shape[1] == 1 and math.prod(site.grid) == lin(image)["out"].shape[2]
 
 
 def test_sizes_stay_dynamic_where_only_one_of_them_decides_between_broadcasts():
