@@ -11,7 +11,7 @@ from t5fx.frontend.copies import duplicate
 from t5fx.frontend.owners import hint
 from t5fx.frontend.record import Recorded
 from t5fx.rewrite.forms import Form, build, constants_of, flatten
-from t5fx.runtime.owned import call_of, flags_of, watched
+from t5fx.runtime.owned import call_of, flags_of, unchanged, watched
 from t5fx.runtime.state import Kind, Runtime
 from t5fx.runtime.templates import bare, clean_thread
 
@@ -33,7 +33,7 @@ def make_forms(runtime: Runtime, template: nn.Module, recorded: Recorded, kind: 
         module = template.get_submodule(name)
         for args, kwargs in recorded.calls.get(name, []):
             structure, spec, leaves = flatten(args, kwargs)
-            flags = flags_of(module, watched(module))
+            flags = kind.flags[name] = flags_of(module, watched(module, verdict))
             alike = (type(module), repr(module), structure, constants_of(leaves), flags, verdict)
             key = (*alike, tuple(_about(leaf) for leaf in leaves), _tensors(module))
             forms = made.get(key, [])
@@ -88,15 +88,17 @@ def extend(
 ) -> None:
     """Build the form for another kind of call of an owner, on a bare copy of it, and keep it."""
     config = runtime.config.at(name)
-    flags = flags_of(module, watched(module))
+    verdict = kind.verdicts[name]
+    flags = flags_of(module, watched(module, verdict, runtime.forms.get(name, ())))
+    judged = kind.flags.get(name)
     inside = runtime.running()[0] is not None
 
     def work() -> Any:
         template = bare(duplicate(module, share=True))
-        verdict = kind.verdicts[name]
         return build(
             *(template, structure, leaves, spec, verdict, config, name, flags),
             trusted=trusted,
+            changed=judged is not None and not unchanged(module, judged),
             inside=inside,
             traced=not kind.guards.symbols,
         )

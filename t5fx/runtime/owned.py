@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import nn
 
 from t5fx.errors import RefusedCallError
 from t5fx.frontend.calls import Signature
-from t5fx.rewrite.forms import Form, constants_of, fits, flatten
+from t5fx.rewrite.forms import Form, Verdict, constants_of, fits, flatten
 from t5fx.runtime.state import Runtime
+from t5fx.wrappers import module_at
 
 #: The attribute under which an owner keeps what it needs beside its tensors.
 STATE = "_t5fx"
@@ -125,7 +127,7 @@ def find_form(module: Any, structure: str, leaves: list[Any]) -> Form | None:
     if not forms:
         return None
     constants = constants_of(leaves)
-    flags = flags_of(module, forms[-1].flags)
+    flags = flags_of(module, forms[-1].flags[0])
     for form in reversed(forms):
         if form.flags == flags and form.serves(structure, constants, leaves):
             kind = runtime.running()[0]
@@ -178,20 +180,37 @@ def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, 
 
 # --- attributes -----------------------------------------------------------------------------------
 
+#: What every module has.
+_OWN = frozenset((*vars(nn.Module()), STATE))
 
-def watched(module: Any) -> tuple[tuple[str, ...], ...]:
-    """The attributes that a module's code names: of itself, and of objects that it keeps."""
-    names: set[str] = set()
-    objects = [
-        v
-        for n, v in vars(module).items()
-        if n not in ("_parameters", "_buffers", "_modules", STATE) and _is_object(v)
-    ]
+
+def watched(
+    module: Any, verdict: Verdict, forms: Sequence[Form] = ()
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The attributes that choose the way of a module's code, for it ("") and what runs in it.
+
+    Those that the code names, of the module and of objects that it keeps, and those that are None
+    or a truth value: functions that the code calls read these (`is_causal` in transformers). The
+    names that earlier `forms` have watched stay.
+    """
+    found: dict[str, set[str]] = {}
+    for path in ("", *sorted(verdict.inline)):
+        found[path] = _watched(module_at(module, path))
+    for form in forms[-1:]:
+        for path, names in form.flags[0]:
+            found.setdefault(path, set()).update(names)
+    return tuple((path, tuple(sorted(names))) for path, names in found.items())
+
+
+def _watched(module: Any) -> set[str]:
+    attributes = {n: v for n, v in vars(module).items() if n not in _OWN}
+    names = {n for n, v in attributes.items() if v is None or isinstance(v, bool)}
     base = getattr(type(module), "_t5fx_base", type(module))
+    objects = [v for v in attributes.values() if _is_object(v)]
     calls = (getattr(type(o), "__call__", None) for o in objects)  # noqa: B004
     for function in (base.forward, *calls):
         names |= _names(function)
-    return (tuple(sorted(names)),)
+    return names
 
 
 def _names(function: Any) -> set[str]:
@@ -212,22 +231,32 @@ def _is_object(value: Any) -> bool:
     return hasattr(value, "__dict__") and not plain
 
 
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def flags_of(module: Any, known: Any) -> tuple[Any, ...]:
-    """The values of the watched attributes and the train/eval flag: they choose the code's way."""
-    names = known[0]
-    found: list[Any] = [names, module.training]
-    attributes = module.__dict__
-    for name in names:
-        if name not in attributes:
-            continue
-        value = attributes[name]
-        if value is None or isinstance(value, bool | int | float | str):
-            found.append((name, value))
-        elif _is_object(value):
-            inner = tuple(
-                (n, v)
-                for n in names
-                if (v := value.__dict__.get(n)) is None or isinstance(v, bool | int | float | str)
-            )
-            found.append((name, type(value).__name__, inner))
-    return tuple(found)
+    """(the watched names, the train/eval flag, the values): they choose the code's way."""
+    return (known, module.training, *_values(module, known))
+
+
+def unchanged(module: Any, flags: tuple[Any, ...]) -> bool:
+    """Whether the watched attributes have these values; the train/eval flag may be another one."""
+    return _values(module, flags[0]) == list(flags[2:])
+
+
+def _values(module: Any, known: Any) -> list[Any]:
+    found: list[Any] = []
+    for path, names in known:
+        attributes = module_at(module, path).__dict__
+        for name in names:
+            if name not in attributes:
+                continue
+            value = attributes[name]
+            if _is_plain(value):
+                found.append((path, name, value))
+            elif _is_object(value):
+                theirs = value.__dict__
+                inner = tuple((n, theirs[n]) for n in names if n in theirs and _is_plain(theirs[n]))
+                found.append((path, name, type(value).__name__, inner))
+    return found

@@ -80,7 +80,7 @@ class Kind:
     arguments: formulas of the guards' symbols, for sizes that no module's output shows. positions:
     for each grid that was given, the arguments that list its positions. lists: the arguments that
     tell the sides of grids, which each call has its own of. values: numbers that the code reads
-    from arguments.
+    from arguments. flags: by owner, its attributes when it was judged.
     """
 
     structure: str
@@ -95,6 +95,7 @@ class Kind:
     positions: Mapping[tuple[int, ...], tuple[Positions, ...]] = field(default_factory=dict)
     lists: tuple[List, ...] = ()
     values: tuple[Value, ...] = ()
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
 class Records(threading.local):

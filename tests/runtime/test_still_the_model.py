@@ -405,6 +405,51 @@ def test_an_owner_that_was_told_another_way_of_attention_proves_itself_or_is_ref
         lin(x)
 
 
+def called_by_the_owner(module, q, k, v):
+    """As transformers has it: a function of the module, whose attributes it reads."""
+    mask = getattr(module, "mask", None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=module.causal)
+
+
+class Core(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mask, self.causal = None, False
+
+    def forward(self, q, k, v):
+        return called_by_the_owner(self, q, k, v)
+
+
+class Around(Core):
+    """Attention of a module's own, or in a child that it hands q, k and v to."""
+
+    def __init__(self, core):
+        super().__init__()
+        self.embed, self.qkv, self.core = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24), core
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.embed(x).flatten(2).mT).unsqueeze(1).chunk(3, -1)
+        return (self.core or functools.partial(called_by_the_owner, self))(q, k, v).squeeze(1)
+
+
+@pytest.mark.parametrize("core", [None, Core])
+def test_attributes_that_change_what_attention_does(core):
+    x = torch.randn(2, 3, 8, 8)
+    lin = t5fx.linearize(Around(core and core()).eval(), (x,), config=ALL)
+    at, expected = lin.core or lin, lin(x)
+    for mask in (torch.randn(16, 16), torch.ones(16, 16).tril().bool()):
+        at.mask = mask
+        with pytest.raises(RefusedCallError, match="additive-bias|causal"):
+            lin(x)
+        at.mask = None
+        torch.testing.assert_close(lin(x), expected)
+    at.causal = True
+    with pytest.raises(RefusedCallError, match="causal"):
+        lin(x)
+    at.causal = False
+    torch.testing.assert_close(lin(x), expected)
+
+
 # --- parents that go around their children --------------------------------------------------------
 
 
