@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -303,6 +305,7 @@ def build(
         raise NothingRewrittenError(why_nothing(told))
     install(runtime, result, outcome.nodes)
     keep(runtime, result, outcome)
+    _warn_unmatched(config, runtime.report)
     tell_library(result, config)
     count_parameters(runtime.report, result)
     return result
@@ -342,8 +345,28 @@ def explained(
         lists = _lists(captured, *bound)
         plans = plan(view, resolved, tried=told.patterns, objection=against, lists=lists)
         _tell(told, view, plans)
+    _warn_unmatched(config, told)
     count_parameters(told, model)
     return told
+
+
+def _warn_unmatched(config: LinearizeConfig, told: Report) -> None:
+    """Warn of patterns for names of modules that none of a model's attentions has."""
+    owners = [site.fqn for site in told.sites]
+    given: dict[str, Iterable[str]] = {
+        "include": config.include,
+        "exclude": config.exclude,
+        "overrides": config.overrides,
+    }
+    for field, names in given.items():
+        for pattern in names:
+            if owners and not any(fnmatchcase(owner, pattern) for owner in owners):
+                shown = ", ".join(map(repr, owners[:4])) + (", ..." if owners[4:] else "")
+                warnings.warn(
+                    f"{field}: expected a pattern for names of modules with attention ({shown}), "
+                    f"got {pattern!r}, which matches none of them and has no effect",
+                    stacklevel=4,
+                )
 
 
 def build_graph(

@@ -131,3 +131,20 @@ def test_configuration_round_trip():
         t5fx.LinearizeConfig(grid=lambda x: (1, 1)).to_json()
     assert config.at("blocks.0.attn").inner == "mlp2"
     assert config.at("blocks.1.attn").inner == "swiglu"
+
+
+@pytest.mark.parametrize("read", [t5fx.explain, t5fx.linearize])
+def test_a_pattern_that_matches_no_attention_is_told(read):
+    shape = Shape(depth=2)
+    config = t5fx.LinearizeConfig(
+        min_tokens=0,
+        include=("blocks.*", "encoder.*"),
+        exclude=("blocks.1.*",),
+        overrides={"blocks.[0]*": {"coarse": 4}, "block.0.*": {"coarse": 4}},
+    )
+    with pytest.warns(UserWarning, match="matches none") as told:
+        read(shape.model(), (shape.images(),), config=config)
+    shown = [str(w.message) for w in told if "matches none" in str(w.message)]
+    assert [line.partition(":")[0] for line in shown] == ["include", "overrides"]
+    assert "'encoder.*'" in shown[0] and "'block.0.*'" in shown[1]
+    assert all("('blocks.0.attn', 'blocks.1.attn')" in line for line in shown)
