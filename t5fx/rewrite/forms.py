@@ -353,6 +353,8 @@ def compiled(traced: OwnerGraph, title: str) -> Callable[..., Any]:
         if node.op == "get_attr" and node.target in traced.constants:
             node.op, node.target = "call_function", _held(traced.constants[str(node.target)])
             node.args = ()
+        elif node.target is torch.ops.aten.sym_size.int:
+            node.target = size_of
     code = graph.python_code("self")
     filename = f"<t5fx {title or 'root'} {next(_counter)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
@@ -361,6 +363,13 @@ def compiled(traced: OwnerGraph, title: str) -> Callable[..., Any]:
     function = scope["forward"]
     assert callable(function)
     return function
+
+
+def size_of(tensor: torch.Tensor, axis: int) -> int:
+    """A size of a tensor; torch.jit.trace makes tensors of those that `shape` has."""
+    if torch.jit.is_tracing():
+        return int(torch.ops.aten.sym_size.int(tensor, axis))
+    return tensor.shape[axis]
 
 
 def _held(value: Any) -> Callable[[], Any]:

@@ -9,7 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from t5fx.runtime.state import Runtime, size_of
+from t5fx.rewrite.forms import size_of
+from t5fx.runtime.state import Runtime
 
 
 @dataclass

@@ -25,7 +25,7 @@ from t5fx.frontend.calls import Guards, Signature
 from t5fx.frontend.positions import Positions, Reading, Unchanged, may_list, objection
 from t5fx.frontend.values import Value
 from t5fx.reports import Report
-from t5fx.rewrite.forms import Verdict, constants_of, flatten
+from t5fx.rewrite.forms import Verdict, constants_of, flatten, size_of
 
 #: Kinds of calls, and forms of a module, that are kept; the least recently used go first.
 KEPT = 64
@@ -150,6 +150,7 @@ class Runtime:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.original = False  # it is for the model that `t5fx.softmax` was given, not for copies
         self.kinds, self.forms = [], {}
         self._fresh()
 
@@ -348,6 +349,8 @@ class Runtime:
     def _key(module: str, tensor: torch.Tensor) -> tuple[Any, ...] | None:
         if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel():
             return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # it has no memory of its own
+            return None
         return (module, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
 
     def check(self, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -461,13 +464,6 @@ class Runtime:
     def keep_form(self, owner: str, form: Any) -> None:
         """Of the owner's forms the latest are kept."""
         self.forms[owner] = [*self.forms.get(owner, [])[-KEPT + 1 :], form]
-
-
-def size_of(tensor: torch.Tensor, axis: int) -> int:
-    """A size of a tensor; torch.jit.trace makes tensors of those that `shape` has."""
-    if torch.jit.is_tracing():
-        return int(torch.ops.aten.sym_size.int(tensor, axis))
-    return tensor.shape[axis]
 
 
 def _is_exporting() -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import threading
 
 import pytest
@@ -439,7 +440,7 @@ def test_attributes_that_change_what_attention_does(core):
     at, expected = lin.core or lin, lin(x)
     for mask in (torch.randn(16, 16), torch.ones(16, 16).tril().bool()):
         at.mask = mask
-        with pytest.raises(RefusedCallError, match="additive-bias|causal"):
+        with pytest.raises(RefusedCallError, match=r"additive-bias|causal"):
             lin(x)
         at.mask = None
         torch.testing.assert_close(lin(x), expected)
@@ -448,6 +449,30 @@ def test_attributes_that_change_what_attention_does(core):
         lin(x)
     at.causal = False
     torch.testing.assert_close(lin(x), expected)
+
+
+def test_copies_made_while_softmax_runs_are_linearized():
+    lin, images = vit()
+    expected = lin(images)
+    with t5fx.softmax(lin):
+        copies = [copy.deepcopy(lin), pickle.loads(pickle.dumps(lin))]
+    for one in copies:
+        torch.testing.assert_close(one(images), expected)
+
+
+def test_function_transforms():
+    lin, images = vit()
+    expected = lin(images)
+    torch.testing.assert_close(torch.vmap(lambda x: lin(x[None])[0])(images), expected)
+    given = dict(lin.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(lin, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(given, images)
+    expected.square().sum().backward()
+    for name, parameter in lin.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
 
 
 # --- parents that go around their children --------------------------------------------------------
