@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ def check_out(out: Path) -> None:
     """Raise where a folder cannot be written, before anything is computed for it."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out: expected a folder, got the file {out}")
+    check_writable(out)
+
+
+def check_writable(path: Path) -> None:
+    """Raise where nothing can be written at a path, which need not exist yet."""
+    there = next(
+        folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
+    )
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"--out: expected a place that can be written, got {path} in {there}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,8 @@ def run(
         return _failed(
             parser, f"expected the package {name}, found none: pip install {PACKAGES[name]}"
         )
+    except OSError as error:  # a full disk, a folder that may not be written
+        return _failed(parser, _line(error))
     except KeyboardInterrupt:
         _failed(parser, "interrupted")
         return 130

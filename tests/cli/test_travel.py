@@ -248,3 +248,22 @@ def test_crops_are_random_and_normalised():
     torch.testing.assert_close(crop, torch.full((3, 16, 24), 2.0))
     other = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     assert not torch.equal(view.crops((16, 24))(other), view.crops((16, 24))(other))
+
+
+@pytest.mark.parametrize("command", ["convert", "align", "diagnose", "search"])
+def test_a_place_that_cannot_be_written_is_told_before_any_work(command, run, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    data = () if command == "diagnose" else ("--data", "flat")
+    code, _, err = run(command, "model.py:nothing_there", *data, "--out", "new/out")
+    assert code == 2
+    assert "--out: expected a place that can be written, got new/out in " in err
+
+
+def test_an_error_of_the_system_is_one_line(run, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(t5fx, "save_pretrained", full)
+    code, _, err = run("convert", "model.py:vit", "--out", "out", "--min-tokens", "0")
+    assert code == 1
+    assert err.strip().endswith("t5fx convert: [Errno 28] No space left on device")

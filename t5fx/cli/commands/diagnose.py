@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     check_out(options.out)
+    import matplotlib  # noqa: F401  before minutes of measuring: its pictures need it
+
     config = config_of(options)
     if options.config is None and "min_tokens" not in given(options, t5fx.LinearizeConfig):
         config = dataclasses.replace(config, min_tokens=0)  # every site counts, as in the library

@@ -11,7 +11,7 @@ import itertools
 from pathlib import Path
 
 import t5fx
-from t5fx.cli.arguments import add_config, add_model, add_output, config_of
+from t5fx.cli.arguments import add_config, add_model, add_output, check_writable, config_of
 from t5fx.cli.flags import add_flags, given
 from t5fx.cli.images import add_data, listed
 from t5fx.cli.models import load
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     if options.out.is_dir():
         raise UsageError(f"--out: expected a file for JSON, got the folder {options.out}")
+    check_writable(options.out)
     if options.batches < 1:
         raise UsageError(f"--batches: expected 1 or more, got {options.batches}")
     if len(given(options, t5fx.search).keys() & {"budget", "loss"}) != 1:
