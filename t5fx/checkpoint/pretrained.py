@@ -78,6 +78,11 @@ def save_pretrained(
         CheckpointError: `lin` has no TTT nodes, or a tensor without values or split over devices.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused the upload; the directory is written.
     """
+    if not isinstance(lin, nn.Module):
+        raise CheckpointError(
+            f"expected a linearized model and a directory, in this order, got a "
+            f"{type(lin).__name__} for the model"
+        )
     given, lin = lin, unwrapped(lin)
     nodes, config = _nodes_of(lin)
     tensors = dict(_whole_state(lin, nodes) if state_dict is None else state_dict)

@@ -35,12 +35,17 @@ class Batches:
             `skip_first_batches`.
 
     Raises:
-        TrainingError: from `next`, where `data` cannot be iterated again, or has no batch.
+        TrainingError: `data` cannot be iterated; from `next`, where it cannot be iterated again, or
+            has no batch.
     """
 
     def __init__(
         self, data: Iterable[Any], skip: Callable[[Any, int], Iterable[Any]] | None = None
     ) -> None:
+        if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+            raise TrainingError(
+                f"data: expected batches, such as a list or a DataLoader, got {data!r}"
+            )
         self.data, self.skip = data, skip
         prepared = skip is not None and isinstance(data, DataLoader)
         #: Batches of all processes in one of `data`; and how many of `data` are taken at a time.

@@ -166,3 +166,8 @@ def test_the_card_says_what_was_done_and_a_users_own_is_kept(lin, tmp_path):
     path.write_text(mine)
     t5fx.save_pretrained(lin, tmp_path)
     assert path.read_text() == mine
+
+
+def test_arguments_in_the_other_order_are_told(tmp_path):
+    with pytest.raises(CheckpointError, match="model and a directory, in this order, got a str"):
+        t5fx.save_pretrained(str(tmp_path), torch.nn.Linear(1, 1))

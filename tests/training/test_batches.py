@@ -138,3 +138,8 @@ def test_data_without_batches():
         next(Batches([]))
     with pytest.raises(TrainingError, match="batches for 1 pass over it only"):
         followed(Batches(iter([torch.zeros(1)])), 2)
+
+
+def test_what_cannot_be_iterated_is_refused():
+    with pytest.raises(TrainingError, match="data: expected batches, such as a list"):
+        Batches(3)
