@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from typing import TYPE_CHECKING, Any
+
+if importlib.util.find_spec("t5fx.kernels") is None:
+    raise ImportError(
+        f"expected t5fx as it is installed, got {__path__[0]}, a part of its source, which Python "
+        f"imports when it is started in a checkout: start it in another folder, or install the "
+        f"checkout with `pip install -e .`"
+    )
 
 # It registers the operators of the node, for programs that were exported or traced and saved.
 from t5fx.kernels import op as _op  # noqa: F401

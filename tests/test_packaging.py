@@ -167,3 +167,11 @@ def test_the_digest_of_the_code_covers_every_package():
     specs = map(importlib.util.find_spec, counted)
     homes = {Path(spec.origin).parent.resolve() for spec in specs}
     assert set(digest.folders()) == homes
+
+
+def test_a_folder_of_source_says_that_it_is_one():
+    """As Python finds it first that is started in a checkout where t5fx is installed elsewhere."""
+    call = [sys.executable, "-S", "-c", "import t5fx"]
+    said = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode != 0
+    assert "ImportError: expected t5fx as it is installed" in said.stderr
