@@ -292,7 +292,6 @@ CASES = (
             "attention_mask": torch.ones(1, 41, 41),
             "position_ids": torch.arange(41)[None],
         },
-        cause="torch.export: a branch on data",
     ),
     case(
         "HiDreamImageTransformer2DModel",
@@ -431,7 +430,6 @@ CASES = (
             "encoder_attention_mask_2": torch.ones(1, 4),
             "image_embeds": torch.zeros(1, 3, 12),
         },
-        cause="torch.export: a branch on data",
     ),
     case(
         "LatteTransformer3DModel",

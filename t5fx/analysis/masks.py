@@ -189,7 +189,7 @@ def refusal(view: View, mask: fx.Node) -> tuple[str, str]:
             learned = learned or (None if boolean else node)
         elif node.op == "placeholder":
             given = given or node
-        stack.extend((above, boolean) for above in view.inputs(node))
+        stack.extend((above, boolean) for above in _read_by(view, node))
     if learned is not None:
         detail = f"'{mask.name}', which stems from '{learned.target}', is added to the scores"
         return "additive-bias", detail
@@ -210,8 +210,16 @@ def origin(view: View, mask: fx.Node) -> fx.Node:
             return node
         if node not in seen:
             seen.add(node)
-            stack.extend(view.inputs(node))
+            stack.extend(_read_by(view, node))
     return mask
+
+
+def _read_by(view: View, node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values an operator reads; others lend it their dtype, sizes or device."""
+    name, inputs = view.op(node), view.inputs(node)
+    if name in ("to", "type_as", "expand_as", "view_as", "reshape_as"):
+        return inputs[:1]
+    return [] if name.endswith("_like") or name.startswith("new_") else inputs
 
 
 def _triangle(view: View, node: fx.Node) -> bool:

@@ -202,6 +202,9 @@ CASES = {
     "masked fill": lambda m, t, x: soft(
         (t @ t.mT).masked_fill((x.flatten(1)[:, :16] > 0)[:, None, None], -1.0), t
     ),
+    "masked in the dtype of a bias": lambda m, t, x: soft(
+        t @ t.mT - 5.0 * keys(x)[:, None, None].type_as(m.bias), t
+    ),
     "additive-bias": lambda m, t, x: F.scaled_dot_product_attention(t, t, t, attn_mask=m.bias),
     "additive-bias sum": lambda m, t, x: soft(t @ t.mT + m.bias, t),
     "scores-changed talking": lambda m, t, x: soft(mixed(m, t @ t.mT), t),
