@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from t5fx.analysis.opaque import opaque_operators
-from t5fx.analysis.policy import Plan, plan
+from t5fx.analysis.policy import UNPROVED_SIZES, Plan, plan
 from t5fx.config import LinearizeConfig
 from t5fx.errors import CaptureError, ConfigError, NothingRewrittenError, RefusedCallError
 from t5fx.frontend.calls import Signature
@@ -52,9 +52,6 @@ _OF_THE_CALL = ("num_heads", "head_dim", "value_dim", "scale", "locality", "grid
 
 #: Tracing is for one call at a time.
 _JUDGING = threading.RLock()
-
-#: Reasons that may be owed to sizes that could not be compared.
-_SIZES = ("grid-unknown", "cross-attention", "head-dim", "not-attention")
 
 
 def runtime_for(model: nn.Module, config: LinearizeConfig) -> Runtime:
@@ -220,7 +217,7 @@ def objector(
 def _lacks_proofs(plans: list[Plan]) -> bool:
     """Whether nothing is rewritten, and something perhaps for sizes that could not be compared."""
     rewritten = any(entry.site.status == "rewritten" for entry in plans)
-    return not rewritten and any(entry.site.reason in _SIZES for entry in plans)
+    return not rewritten and any(entry.site.reason in UNPROVED_SIZES for entry in plans)
 
 
 def refuse_calls(view: View, plans: list[Plan], existing: Mapping[str, TTT]) -> None:

@@ -43,6 +43,9 @@ from t5fx.kernels.variant import Variant
 from t5fx.patterns.base import Binding, Operand, Refusal
 from t5fx.reports import Site, Tried
 
+#: Reasons that may be owed to sizes that could not be compared.
+UNPROVED_SIZES = ("grid-unknown", "cross-attention", "head-dim", "not-attention")
+
 
 @dataclass
 class Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from t5fx.analysis.match import Match
 from t5fx.analysis.opaque import opaque_operators
-from t5fx.analysis.policy import plan
+from t5fx.analysis.policy import UNPROVED_SIZES, plan
 from t5fx.backend import adapters as adapters
 from t5fx.backend.adapters import Place
 from t5fx.backend.ddp import average_gradients
@@ -262,7 +263,8 @@ def _rewrite(
         anchor, owner = region.tensors[node].value, region.owner(match.owner)
         return adapters.was_rewritten(owner, anchor, place, config) or None
 
-    plans = plan(
+    judged = partial(
+        plan,
         region.view,
         resolved,
         decided,
@@ -272,6 +274,10 @@ def _rewrite(
         lists=lists,
         fixed=True,
     )
+    plans = judged()
+    if any(e.site.reason in UNPROVED_SIZES and decided(e.match) for e in plans):
+        _fix_sizes(region)
+        plans = judged()
     report = Report("this graph", sites=[entry.site for entry in plans])
     report.opaque = [] if plans else opaque_operators(region.view)
     for entry in plans:
@@ -304,6 +310,18 @@ def _rewrite(
     if made and adapter is None:
         warn_untrained(region.value(made[0].anchor), len(made), config)
     return report, sites
+
+
+def _fix_sizes(region: Region) -> None:
+    """Make constants of the sizes of all inputs, with which more can be proved than with symbols.
+
+    Other sizes are then another graph.
+    """
+    for node in region.inputs:
+        value = View.meta(node)
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                int(size)
 
 
 def _lower(

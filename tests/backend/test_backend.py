@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import vits
 from effort import examples
 from hypothesis import given
@@ -480,6 +481,28 @@ def test_a_site_that_was_rewritten_stays_so_at_sizes_that_do_not_pay(eager):
     other = torch.compile(model, backend="t5", options={"seed": 3})
     with pytest.warns(NothingRewrittenWarning, match="below-break-even"):
         other(small)
+
+
+def test_a_site_that_symbols_do_not_prove_is_proved_with_numbers(eager):
+    """As of patches that `unfold` cuts: Dynamo's second size would be one for all."""
+
+    class Unfolded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(12, 24)
+
+        def forward(self, images):
+            tokens = F.unfold(images, 2, stride=2).mT
+            q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, -1)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model = Unfolded().eval()
+    fast = compiled(model)
+    static = t5fx.LinearizeConfig(min_tokens=0, dynamic=False)
+    for size in ((8, 12), (12, 8), (10, 6)):
+        images = torch.randn(2, 3, *size)
+        lin = t5fx.linearize(model, (images,), config=static)
+        torch.testing.assert_close(fast(images), lin(images))
 
 
 def test_untrained_parameters_are_warned_of_once(eager):
