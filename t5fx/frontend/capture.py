@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch.fx.experimental import _config as symbolic_config
 from t5fx.errors import CaptureError
 from t5fx.frontend.calls import Guards, guards_of
 from t5fx.frontend.growth import Growth, SizesGrewError
+from t5fx.frontend.unchanged import unchanged
 from t5fx.frontend.unfit import causes
 from t5fx.frontend.values import Value, Values
 from t5fx.graph.blocks import inline_blocks
@@ -133,32 +132,12 @@ def _export(
         with (
             symbolic_config.patch(backed_size_oblivious=ones),
             torch.enable_grad(),
-            _attributes_kept(model),
+            unchanged(model),
             values,
         ):
             return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:
         hook.remove()
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards attributes of modules, and of objects that they have, are what they were.
-
-    Tables that the code makes in its first call and keeps would be a trace's, and fail the next.
-    """
-    owned = [one for module in model.modules() for one in vars(module).values()]
-    others = torch.Tensor | nn.Module | type | FunctionType | ModuleType
-    owned = [x for x in owned if type(x) is not OrderedDict]  # most: each module's dicts of hooks
-    owned = [x for x in owned if hasattr(x, "__dict__") and not isinstance(x, others)]
-    known = [(vars(x), dict(vars(x))) for x in (*model.modules(), *owned)]
-    try:
-        yield
-    finally:
-        for now, before in known:
-            for name in [name for name in now if now[name] is not before.get(name)]:
-                del now[name]
-            now.update(before)
 
 
 def _register_outputs(_model: nn.Module | None, _args: Any, outputs: Any) -> None:

@@ -49,6 +49,9 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
             f"torch.nn.utils.parametrizations"
         ) from error
     _Rebinder(memo).visit(twin)
+    for module in twin.modules() if share else ():
+        # transformers puts its hooks for hidden states and attentions there again.
+        vars(module).pop("_output_capturing_hooks_installed", None)
     return twin
 
 

@@ -35,6 +35,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from t5fx.frontend.calls import Guards, guards_of
+from t5fx.frontend.unchanged import unchanged
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,11 @@ def trace(owner: nn.Module, leaves: list[Any], spec: Any, inline: frozenset[str]
     Raises whatever the module's code raises on such arguments.
     """
     try:
-        return _trace(owner, leaves, spec, inline, ones=True)
+        with unchanged(owner):
+            return _trace(owner, leaves, spec, inline, ones=True)
     except Exception:  # sizes of one that the code cannot have as symbols
-        return _trace(owner, leaves, spec, inline, ones=False)
+        with unchanged(owner):
+            return _trace(owner, leaves, spec, inline, ones=False)
 
 
 def _trace(

@@ -164,6 +164,12 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
             f"whole model has given it yet, so that it is not known whether its attention may be "
             f"rewritten; call the whole model in this way first, or use t5fx.softmax(model)"
         )
+    if state.name not in kind.verdicts:
+        raise RefusedCallError(
+            f"expected a call that uses the attention of '{state.name}', which was rewritten, got "
+            f"one of {runtime.report.model} that runs the module and uses none; use "
+            f"t5fx.softmax(model) for it, or linearize again with this call as the example"
+        )
     # The model's code is another one than when it was judged: it must prove itself.
     runtime.extend(runtime, module, state.name, structure, spec, leaves, kind, False)
 

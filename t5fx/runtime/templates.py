@@ -39,9 +39,6 @@ def bare(model: nn.Module) -> nn.Module:
         for name, child in module._modules.items():
             module._modules[name] = child if child is None else inside(child)
     for module in list(model.modules()):
-        if "_output_capturing_hooks_installed" in vars(module):
-            # transformers puts its hooks for hidden states and attentions there again.
-            del module._output_capturing_hooks_installed
         if state_of(module) is not None:
             disown(module)
             for name, child in list(module._modules.items()):

@@ -291,6 +291,35 @@ def test_a_table_made_in_the_first_call_is_not_a_traces():
     torch.testing.assert_close(model(x), torch.arange(1.0, 9.0).expand(4, 8))
 
 
+def test_a_call_that_does_not_use_what_a_rewritten_module_returns_is_refused():
+    """The graph of such a call says nothing of the module, which is run all the same."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, t, repeat):
+            return F.scaled_dot_product_attention(t, t, t) * self.scale * repeat
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = nn.Conv2d(3, 8, 2, 2), Block()
+
+        def forward(self, x, early=False):
+            t = self.embed(x).flatten(2).transpose(1, 2).unsqueeze(1)
+            out = self.block(t, 2 if early else 1)
+            return t if early else out
+
+    x = torch.randn(2, 3, 8, 8)
+    lin = t5fx.linearize(Model(), (x,), config=ALL)
+    with pytest.raises(RefusedCallError, match="uses the attention of 'block', which was"):
+        lin(x, early=True)
+    with t5fx.softmax(lin):
+        assert lin(x, early=True).shape == lin(x).shape
+
+
 def scripted_block(model):
     model.blocks[1] = torch.jit.script(nn.Sequential(nn.Linear(64, 64)))
     return model
