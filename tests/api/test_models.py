@@ -6,10 +6,11 @@ import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from timm.layers import set_fused_attn
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+from transformers import Dinov2Backbone, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import t5fx
+from t5fx.frontend.copies import duplicate
 from t5fx.kernels import TTT
 from t5fx.runtime.lookup import runtimes
 
@@ -80,6 +81,35 @@ def test_transformers(kind):
         assert torch.equal(as_tuple[0], out.last_hidden_state)
         assert lin.get_input_embeddings() is not model.get_input_embeddings()
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def backbone(**options):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = Dinov2Config(**sizes, image_size=8, patch_size=4, **options)
+    return Dinov2Backbone(config).eval()
+
+
+def test_a_model_that_reads_its_own_hidden_states():
+    """With a batch of one there are two attempts, and both find all of the layers."""
+    model, x = backbone(out_features=["stage2"]), torch.randn(2, 3, 8, 12)
+    lin = t5fx.linearize(model, (x[:1],), config=ALL)
+    wanted = ["encoder.layer.0.attention", "encoder.layer.1.attention"]
+    assert [site.fqn for site in t5fx.report(lin).rewritten] == wanted
+    one, two = (lin(images).feature_maps[0] for images in (x[:1], x))
+    torch.testing.assert_close(one, two[:1])
+    with t5fx.softmax(lin), torch.no_grad():
+        torch.testing.assert_close(lin(x).feature_maps, model(x).feature_maps)
+
+
+def test_a_copy_that_shares_tensors_collects_hidden_states_again():
+    """Its hooks are gone, and with them the note that they are there."""
+    model, x = backbone(out_features=["stage1", "stage2"]), torch.randn(1, 3, 8, 8)
+    expected = model(x).feature_maps
+    twin = duplicate(model, share=True)
+    assert not any(layer._forward_hooks for layer in twin.encoder.layer)
+    assert len(expected) == 2
+    torch.testing.assert_close(twin(x).feature_maps, expected)
 
 
 def test_dit():

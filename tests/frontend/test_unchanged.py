@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import t5fx
 from t5fx.frontend.capture import capture
-from t5fx.frontend.copies import duplicate
 from t5fx.frontend.unchanged import unchanged
 
 
@@ -92,34 +90,3 @@ def test_everything_that_a_module_has_is_as_before():
     assert model.tables.current is None and model.tables.sizes == {}
     model.handles[1].remove()
     assert list(model[0]._forward_pre_hooks.values()) == [first]
-
-
-def backbone(**options):
-    from transformers import Dinov2Backbone, Dinov2Config
-
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = Dinov2Config(**sizes, image_size=8, patch_size=4, **options)
-    return Dinov2Backbone(config).eval()
-
-
-def test_a_model_that_reads_its_own_hidden_states():
-    """With a batch of one there are two attempts, and both find all of the layers."""
-    model, x = backbone(out_features=["stage2"]), torch.randn(2, 3, 8, 12)
-    lin = t5fx.linearize(model, (x[:1],), config=t5fx.LinearizeConfig(min_tokens=0))
-    wanted = ["encoder.layer.0.attention", "encoder.layer.1.attention"]
-    assert [site.fqn for site in t5fx.report(lin).rewritten] == wanted
-    one, two = (lin(images).feature_maps[0] for images in (x[:1], x))
-    torch.testing.assert_close(one, two[:1])
-    with t5fx.softmax(lin), torch.no_grad():
-        torch.testing.assert_close(lin(x).feature_maps, model(x).feature_maps)
-
-
-def test_a_copy_that_shares_tensors_collects_hidden_states_again():
-    """Its hooks are gone, and with them the note that they are there."""
-    model, x = backbone(out_features=["stage1", "stage2"]), torch.randn(1, 3, 8, 8)
-    expected = model(x).feature_maps
-    twin = duplicate(model, share=True)
-    assert not any(layer._forward_hooks for layer in twin.encoder.layer)
-    assert len(expected) == 2
-    torch.testing.assert_close(twin(x).feature_maps, expected)
