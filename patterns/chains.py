@@ -13,7 +13,7 @@ from t5fx.analysis.key_masks import LEAST, KeyMask, key_mask
 from t5fx.analysis.masks import harmless, interval, refusal
 from t5fx.graph.axes import permutation, regroup_node
 from t5fx.graph.sizes import hint
-from t5fx.graph.view import View, changed
+from t5fx.graph.view import View
 from t5fx.patterns.base import Binding, Refusal
 from t5fx.patterns.operands import operand
 
@@ -199,29 +199,10 @@ def follow(
     inside = {start, *chain.nodes, end, *also}
     for node in (start, *chain.nodes):
         for user in node.users:
-            if _leaks(view, user, inside):
+            if view.escapes(node, user, inside):
                 what = "probabilities" if probabilities else "scores"
                 raise Refusal("probabilities-used", f"'{user.name}' reads the {what} too")
     return chain
-
-
-def _leaks(view: View, user: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether what a node reads of an attention gets out of it.
-
-    Not if the node only checks it, or computes something (the greatest score, their sum) that only
-    the attention itself reads.
-    """
-    stack, seen = [user], set(inside)
-    while stack:
-        node = stack.pop()
-        if node in seen or "_assert_tensor_metadata" in str(node.target):
-            continue
-        seen.add(node)
-        unseen = not node.users and view.meta(node) is None
-        if node.op == "output" or unseen or changed(node):
-            return True
-        stack.extend(node.users)
-    return False
 
 
 def _step(

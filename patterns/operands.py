@@ -110,7 +110,7 @@ def _output(view: View, node: fx.Node) -> fx.Node:
     if view.val(node) is not None:
         return node
     for user in node.users:
-        if user.args[1] != 0 and user.users:
+        if user.args[1] != 0 and view.escapes(node, user, (node,)):
             raise Refusal("probabilities-used", f"'{user.name}' reads the softmax's normaliser")
     return next(user for user in node.users if user.args[1] == 0)
 

@@ -7,6 +7,7 @@ name, and its sizes as integers or symbolic expressions.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -77,6 +78,9 @@ class View:
         self.trusted = False
         #: But for those that read the module's own tensors: its attributes are not what they were.
         self.changed = False
+        #: Results of the graph that nobody reads, and calls of modules that nobody reads are for
+        #: nothing else: another graph had it. None where nothing is known of that.
+        self.unread: set[fx.Node] | None = None
 
     def trusts(self, mask: fx.Node) -> bool:
         """Whether a mask needs no proof."""
@@ -279,6 +283,30 @@ class View:
         found = self._mutations.get(self.base_of(node), ())
         first, last = self.order[node], self.order[reader]
         return next((n for n in reversed(found) if first < self.order[n] < last), None)
+
+    def escapes(self, node: fx.Node, reader: fx.Node, inside: Collection[fx.Node]) -> bool:
+        """Whether what `reader` reads of `node`, one of the nodes `inside`, gets out of them.
+
+        Not if it only checks it, or computes something that only they read, or nobody.
+        """
+        stack, seen = [(node, reader)], set(inside)
+        while stack:
+            source, node = stack.pop()
+            if node.op == "output":
+                if source not in (self.unread or ()):
+                    return True
+            elif node not in seen and "_assert_tensor_metadata" not in str(node.target):
+                seen.add(node)
+                if changed(node) or (not node.users and self._acts(node)):
+                    return True
+                stack += [(node, user) for user in node.users]
+        return False
+
+    def _acts(self, node: fx.Node) -> bool:
+        """Whether a node that nobody reads may be there for something else than its value."""
+        if node.op == "call_module":
+            return self.unread is None
+        return self.meta(node) is None
 
     def depends_on_input(self, node: fx.Node) -> bool:
         """Whether the values of a node depend on the inputs of the model, not only its sizes."""

@@ -26,9 +26,8 @@ from t5fx.frontend.calls import Guards
 from t5fx.frontend.owners import OwnerGraph, described, trace
 from t5fx.graph.view import View
 from t5fx.graph.writes import drop_unread, settle
-from t5fx.patterns.chains import PRODUCTS
 from t5fx.reports import Site
-from t5fx.rewrite.sites import replace_sites
+from t5fx.rewrite.sites import erase_unread, readers_of, replace_sites
 
 _counter = itertools.count()
 
@@ -176,13 +175,12 @@ def build(
     if refused and (trusted or inside):
         proved = False
         view.trusted = trusted
-        # What an unproved mask hid shows now: that the probabilities are among the results.
         found = _matches(view, verdict)
         refused = _refused(found, verdict)
-        used = [m for m, _ in refused if m.refusal and m.refusal.reason == "probabilities-used"]
-        _drop_probabilities(view, used)
-        found = _matches(view, verdict)
-        refused = _refused(found, verdict)
+        if refused:
+            _drop_probabilities(view, verdict)
+            found = _matches(view, verdict)
+            refused = _refused(found, verdict)
     if refused:
         match, _ = refused[0]
         assert match.refusal is not None
@@ -258,22 +256,28 @@ def _without_doubt(found: list[Match], verdict: Verdict, trusted: bool) -> bool:
     return certain
 
 
-def _drop_probabilities(view: View, matches: list[Match]) -> None:
-    """Return None for probabilities among a module's results, which nobody reads in the model."""
+def _drop_probabilities(view: View, verdict: Verdict) -> None:
+    """Return None for what is computed from scores and probabilities, which nobody reads in the
+    model, and compute it no more.
+
+    Which results these are is not known: as few as will do, of several choices the last ones.
+    """
     output = next(n for n in view.graph.nodes if n.op == "output")
+    results: Any = output.args[0]
+    view.unread = set(output.all_input_nodes)
+    for result in list(output.all_input_nodes):
+        view.unread.discard(result)
+        if _refused(_matches(view, verdict), verdict):
+            view.unread.add(result)
     hidden: set[fx.Node] = set()
-    for match in matches:
-        stack = [match.anchor]
-        while stack:
-            node = stack.pop()
-            if node in hidden or node.op == "output":
-                continue
-            hidden.add(node)
-            stack += [u for u in node.users if view.op(u) not in PRODUCTS and u.op != "output"]
-    results = output.args[0]
-    kept = [None if isinstance(r, fx.Node) and r in hidden else r for r in results]  # type: ignore
-    output.args = (kept,)
-    vars(view).pop("live", None)
+    for match, judged in zip(_matches(view, verdict), verdict.sites, strict=True):
+        if judged.rewritten and match.binding is not None:
+            hidden |= {*match.binding.nodes, *readers_of(match.binding)} - {match.binding.output}
+    output.args = ([None if r in hidden else r for r in results],)
+    erase_unread(view, hidden)
+    view.unread = None
+    for cached in ("order", "live", "_mutations"):
+        vars(view).pop(cached, None)
 
 
 def _planned(

@@ -12,8 +12,9 @@ from torch import fx, nn
 from t5fx.analysis.policy import Plan
 from t5fx.analysis.variant import variant_of
 from t5fx.errors import GraphSpecError
-from t5fx.graph.view import View
+from t5fx.graph.view import View, changed
 from t5fx.kernels import TTT
+from t5fx.patterns.base import Binding
 from t5fx.rewrite.builder import STRIDED, Builder
 from t5fx.rewrite.verify import interface_of, type_of, verify
 
@@ -61,14 +62,14 @@ def replace_sites(view: View, chosen: list[Plan]) -> None:
                 f"site '{entry.match.owner}' could not be rewritten ({error}); leave it out with "
                 f"exclude=({entry.match.owner!r},) and report this"
             ) from error
-        _sweep(entry)
+        _sweep(view, entry)
     owner, view.graph.owning_module = view.graph.owning_module, None  # it lacks the modules yet
     verify(view, chosen, before)
     view.graph.owning_module = owner
 
 
-def _sweep(entry: Plan) -> None:
-    """Remove a replaced attention, with what only checked or unpacked it, and what only it read.
+def _sweep(view: View, entry: Plan) -> None:
+    """Remove a replaced attention, with what is computed from it in vain, and what only it read.
 
     Nothing else: of other nodes that nobody reads some have an effect, and which is not told by
     their names (in-place operators, random draws, functorch's and autocast's levels).
@@ -76,6 +77,7 @@ def _sweep(entry: Plan) -> None:
     assert entry.match.binding is not None
     queue = [entry.match.binding.output, *reversed(entry.match.binding.nodes)]
     own = set(queue)
+    erase_unread(view, readers_of(entry.match.binding))
     while queue:
         node = queue.pop(0)
         if getattr(node, "_erased", False):
@@ -87,6 +89,26 @@ def _sweep(entry: Plan) -> None:
         if not node.users and (node in own or not _impure(node)):
             queue += node.all_input_nodes
             node.graph.erase_node(node)
+
+
+def readers_of(binding: Binding) -> set[fx.Node]:
+    """What is computed from the scores and probabilities of an attention, but for its output."""
+    own = {binding.output, *binding.nodes}
+    found: set[fx.Node] = set()
+    stack = [node for node in own if node is not binding.output]
+    while stack:
+        for user in stack.pop().users:
+            if user not in own and user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def erase_unread(view: View, nodes: set[fx.Node]) -> None:
+    """Remove those of some nodes that nobody reads and that change nothing in place."""
+    for node in reversed(view.graph.nodes) if nodes else ():
+        if node in nodes and node.op != "output" and not node.users and not changed(node):
+            view.graph.erase_node(node)
 
 
 def _impure(node: fx.Node) -> bool:

@@ -107,17 +107,40 @@ def test_multi_head_attention_module(train):
         def __init__(self):
             super().__init__()
             self.embed = nn.Conv2d(3, 16, 4, 4)
-            self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.attn, self.mean, self.each = (
+                nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(3)
+            )
             layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-            self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
         def forward(self, x):
             x = self.embed(x).flatten(2).mT
-            return self.layers(self.attn(x, x, x, need_weights=False)[0])
+            x = self.attn(x, x, x, need_weights=False)[0]
+            x, _ = self.mean(x, x, x)  # nobody reads the weights that it returns
+            x, _ = self.each(x, x, x, average_attn_weights=False)
+            return self.layers(x)
 
     torch.manual_seed(0)
     fast, _ = as_linearized(Model().train(train), SHAPE.images())
-    assert len(t5fx.adapter(fast).nodes()) == 3
+    assert len(t5fx.adapter(fast).nodes()) == 4
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_what_is_computed_from_probabilities_in_vain(read):
+    class Attention(vits.Attention):
+        def attend(self, q, k, v):
+            p = ((q @ k.mT) * self.head_dim**-0.5).softmax(-1)
+            entropy = -(p * p.log()).sum(-1, keepdim=True)
+            torch.bernoulli(p)
+            nn.functional.dropout(p @ p, 0.5)
+            return p @ v + entropy if read else p @ v
+
+    model = with_attention(Attention)
+    if read:
+        sites = t5fx.explain(model, (SHAPE.images(),), config=t5fx.LinearizeConfig(**ALL)).sites
+        assert {s.reason for s in sites} == {"probabilities-used"}
+    else:
+        as_linearized(model, SHAPE.images())
 
 
 class BufferScale(vits.Attention):
