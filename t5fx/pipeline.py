@@ -136,15 +136,16 @@ def _judge(
     )
     try:
         make_forms(runtime, template, looked.recorded, kind)
-    except Exception as error:
-        if not kind.values:
+    except CaptureError as error:
+        cause = error.__cause__
+        if not kind.values or cause is None:
             raise
         raise CaptureError(
             f"expected attention in modules that can be traced by themselves, where "
             f"{type(template).__name__} reads numbers from the values of its arguments, got "
-            f"{type(error).__name__}: {first_line(error)}. Move the attention into a module whose "
+            f"{type(cause).__name__}: {first_line(cause)}. Move the attention into a module whose "
             f"forward reads none"
-        ) from error
+        ) from cause
     origins = {name: tuple(axes) for name, axes in places.origins.items()}
     captured = looked.captured
     constants = list(captured.constants.values())

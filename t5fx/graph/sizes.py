@@ -54,10 +54,10 @@ def hint(size: int | torch.SymInt) -> int:
     value = size.node.hint
     if value is not None:
         return int(value)
-    try:
-        return int(size.node.shape_env.size_hint(size.node.expr))
-    except RuntimeError:  # as torch calls it: a data-dependent expression
-        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, _UNKNOWN)))
+    environment, expression = size.node.shape_env, size.node.expr
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    values = {symbol: int(known.get(symbol, _UNKNOWN)) for symbol in expression.free_symbols}
+    return int(expression.xreplace(values))
 
 
 def same(a: Size | None, b: Size | None) -> bool:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from t5fx.errors import CaptureError, T5Error
+from t5fx.frontend.capture import first_line
 from t5fx.frontend.copies import duplicate
 from t5fx.frontend.owners import hint
 from t5fx.frontend.record import Recorded
-from t5fx.rewrite.forms import Form, build, constants_of, flatten
+from t5fx.rewrite.forms import Form, Verdict, build, constants_of, flatten
 from t5fx.runtime.owned import call_of, flags_of, unchanged, watched
 from t5fx.runtime.state import Kind, Runtime
 from t5fx.runtime.templates import bare, clean_thread
@@ -26,36 +28,64 @@ def calls_of(
 def make_forms(runtime: Runtime, template: nn.Module, recorded: Recorded, kind: Kind) -> None:
     """Build the forms of each owner's calls; owners that are alike share theirs.
 
-    Where the code knows a size of one from others, an example of one gets a form of its own.
+    Raises `CaptureError` for an owner that cannot be traced by itself.
     """
     made: dict[Any, list[Form]] = {}
     for name, verdict in kind.verdicts.items():
         module = template.get_submodule(name)
-        for args, kwargs in recorded.calls.get(name, []):
-            structure, spec, leaves = flatten(args, kwargs)
-            flags = kind.flags[name] = flags_of(module, watched(module, verdict))
-            alike = (type(module), repr(module), structure, constants_of(leaves), flags, verdict)
-            key = (*alike, tuple(_about(leaf) for leaf in leaves), _tensors(module))
-            forms = made.get(key, [])
-            if not forms:
-                about = (module, structure, leaves, spec, verdict, runtime.config.at(name), name)
-                examples = [_example(leaf) for leaf in leaves]
-                single = any(1 in e.shape for e in examples if isinstance(e, torch.Tensor))
-                for ones in (False, True):
-                    try:
-                        form = build(*about, flags, trusted=True, traced=True, ones=ones)
-                    except Exception:
-                        if ones or not single:
-                            raise
-                        continue  # code that is another one for a size of one than for two
-                    forms.append(form)
-                    given = [examples[i] for i in form.positions]
-                    if form.guards.accept(given, typed=False) is not None:
-                        break
-                if not any(form.own for form in forms):
-                    made[key] = forms
+        flags = kind.flags[name] = flags_of(module, watched(module, verdict))
+        for call in recorded.calls.get(name, []):
+            try:
+                forms = _forms(runtime, module, name, verdict, flags, call, made)
+            except T5Error:
+                raise
+            except Exception as error:
+                raise CaptureError(
+                    f"expected '{name}' ({type(module).__name__}), whose attention is to be "
+                    f"rewritten, to be a module that can be traced by itself, got "
+                    f"{type(error).__name__}: {first_line(error)}; leave it out with "
+                    f"exclude=({name!r},)"
+                ) from error
             for form in forms:
                 runtime.keep_form(name, form)
+
+
+def _forms(
+    runtime: Runtime,
+    module: nn.Module,
+    name: str,
+    verdict: Verdict,
+    flags: tuple[Any, ...],
+    call: tuple[Any, Any],
+    made: dict[Any, list[Form]],
+) -> list[Form]:
+    """The forms of an owner's call, which are in `made` where one of an owner that is alike is.
+
+    Where the code knows a size of one from others, an example of one gets a form of its own.
+    """
+    structure, spec, leaves = flatten(*call)
+    alike = (type(module), repr(module), structure, constants_of(leaves), flags, verdict)
+    key = (*alike, tuple(_about(leaf) for leaf in leaves), _tensors(module))
+    if key in made:
+        return made[key]
+    forms: list[Form] = []
+    about = (module, structure, leaves, spec, verdict, runtime.config.at(name), name)
+    examples = [_example(leaf) for leaf in leaves]
+    single = any(1 in e.shape for e in examples if isinstance(e, torch.Tensor))
+    for ones in (False, True):
+        try:
+            form = build(*about, flags, trusted=True, traced=True, ones=ones)
+        except Exception:
+            if ones or not single:
+                raise
+            continue  # code that is another one for a size of one than for two
+        forms.append(form)
+        given = [examples[i] for i in form.positions]
+        if form.guards.accept(given, typed=False) is not None:
+            break
+    if not any(form.own for form in forms):
+        made[key] = forms
+    return forms
 
 
 def _example(leaf: Any) -> Any:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import t5fx
 from t5fx.errors import CaptureError, RefusedCallError
@@ -171,6 +172,27 @@ def test_items_of_a_batch_have_one_layout_or_are_refused():
         assert (layout.prefix, layout.grid) == (4, (3, 4))
         with pytest.raises(RefusedCallError, match="grid-unknown"):
             lin(*two[:2], torch.arange(6) < torch.tensor([[4], [3]]))
+
+
+def test_a_module_that_cannot_be_traced_by_itself_is_named():
+    """How many rows its table has is a value, of which the module alone has no example."""
+
+    class Rows(Attention):
+        def forward(self, x, rows):
+            return super().forward(x, rows.mean(0)[None, None])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attn = nn.Conv2d(3, 16, 4, 4), Rows()
+
+        def forward(self, images, count):
+            return self.attn(self.embed(images).flatten(2).mT, torch.ones(count.item(), 8))
+
+    example = torch.randn(1, 3, 12, 16), torch.tensor(3)
+    with pytest.raises(CaptureError, match=r"'attn' \(Rows\).*exclude=\('attn',\)") as found:
+        t5fx.linearize(Model(), example, config=CONFIG)
+    assert isinstance(found.value.__cause__, GuardOnDataDependentSymNode)
 
 
 def test_a_module_that_reads_and_attends_says_what_to_do():
