@@ -285,7 +285,7 @@ def _filling(view: View, value: Any, kind: str) -> str:
 
 def _hiding(view: View, node: fx.Node, chain: Chain, mask: fx.Node, kind: str) -> Chain:
     """The chain with a mask of keys. Raises `Refusal` where that is not proved."""
-    dims, kind = chain.dims, kind or ("added" if view.trusts(mask) else "")
+    dims, kind = chain.dims, kind or ("added" if view.trusted else "")
     found = key_mask(view, mask, node, dims.rows, dims.columns, kind, node) if kind else None
     if found is None:
         raise Refusal(*refusal(view, mask))

@@ -42,6 +42,7 @@ from t5fx.runtime.hooks import Origin
 from t5fx.runtime.install import Outcome, install, keep, refuse_foreign, refuse_missing
 from t5fx.runtime.lookup import CONFIG, REPORT, nodes_in
 from t5fx.runtime.make import calls_of, extend, make_forms
+from t5fx.runtime.owned import current_flags
 from t5fx.runtime.places import Looked, Places, verdicts_of
 from t5fx.runtime.state import Kind, Runtime
 from t5fx.runtime.templates import bare, clean_thread
@@ -129,6 +130,10 @@ def _judge(
         layouts=layouts,
         verdicts=verdicts,
         calls={n: calls_of(looked.recorded, n, template.get_submodule(n)) for n in verdicts},
+        flags={
+            name: current_flags(template.get_submodule(name), one, runtime.forms.get(name, ()))
+            for name, one in verdicts.items()
+        },
         arguments=tuple(places.arguments),
         positions={grid: tuple(p for p in listed if is_coarser(grid, p.sides)) for grid in grids},
         lists=tuple(places.lists),
@@ -265,11 +270,19 @@ def _refuse_more(runtime: Runtime, plans: list[Plan]) -> None:
 
 
 def judge_again(
-    runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    runtime: Runtime,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: Kind | None = None,
 ) -> None:
-    """Judge a kind of call that comes up while the model runs. Threads wait for one another."""
+    """Judge a kind of call that comes up while the model runs. Threads wait for one another.
+
+    before: what it was judged to be, which holds no longer.
+    """
     with _JUDGING:
-        if runtime.kind_of(args, kwargs, model.training) is None:
+        found = runtime.kind_of(args, kwargs, model.training)
+        if found is None or found[0] is before:
             outcome = judge(runtime, model, args, kwargs)
             if not runtime.kinds:
                 refuse_missing(model, set(_nodes_of(model)), outcome)

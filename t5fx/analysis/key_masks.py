@@ -79,7 +79,7 @@ def key_mask(
     """
     rank = len(view.shape(like))
     places = rows - rank, columns - rank
-    if view.trusts(mask):
+    if view.trusted:
         return KeyMask(mask, like, *places, kind)
     roles: list[Role] = [axis - rank for axis in range(rank)]
     roles[rows], roles[columns] = "query", "key"

@@ -76,25 +76,9 @@ class View:
         self._shapes: dict[fx.Node, tuple[torch.Tensor, tuple[Size, ...]]] = {}
         #: Masks need no proof here: the graph of the whole model had it.
         self.trusted = False
-        #: But for those that read the module's own tensors: its attributes are not what they were.
-        self.changed = False
         #: Results of the graph that nobody reads, and calls of modules that nobody reads are for
         #: nothing else: another graph had it. None where nothing is known of that.
         self.unread: set[fx.Node] | None = None
-
-    def trusts(self, mask: fx.Node) -> bool:
-        """Whether a mask needs no proof."""
-        return self.trusted and not (self.changed and self._reads_attributes(mask))
-
-    def _reads_attributes(self, node: fx.Node) -> bool:
-        seen, stack = {node}, [node]
-        while stack:
-            current = stack.pop()
-            if current.op == "get_attr":
-                return True
-            stack += [above for above in current.all_input_nodes if above not in seen]
-            seen.update(stack)
-        return False
 
     @cached_property
     def order(self) -> dict[fx.Node, int]:

@@ -150,7 +150,6 @@ def build(
     flags: Any,
     *,
     trusted: bool,
-    changed: bool = False,
     inside: bool = False,
     traced: bool,
     ones: bool = False,
@@ -158,18 +157,15 @@ def build(
     """Trace, match and rewrite one kind of call of a module.
 
     traced: the leaves are those of a trace. ones: sizes of one are constants. trusted: masks need
-    no proof here, the graph of the whole model had it. changed: the attributes of the module are
-    others than in that graph, so that masks which read its own tensors need one. inside: it is for
-    a judged call of the whole model, in which nobody reads the probabilities that the module may
-    return. Raises `RefusedCallError` where the attentions in this call are not those of the
-    verdict.
+    no proof here, the graph of the whole model had it. inside: it is for a judged call of the whole
+    model, in which nobody reads the probabilities that the module may return. Raises
+    `RefusedCallError` where the attentions in this call are not those of the verdict.
     """
     about = [described(leaf, traced=traced, ones=ones) for leaf in leaves]
     result = trace(module, about, spec, verdict.inline)
     view = View(result.graph, module, result.constants)
     settle(view)
     proved = True
-    view.changed = changed
     found = _matches(view, verdict)
     refused = _refused(found, verdict)
     if refused and (trusted or inside):

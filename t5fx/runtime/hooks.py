@@ -31,6 +31,8 @@ class Before:
             assert found is not None
         runtime.check(found[0], args, kwargs)
         runtime.begin(*found)
+        if not torch.compiler.is_compiling():
+            runtime.local.call = (module, args, kwargs)
 
 
 @torch.compiler.disable(

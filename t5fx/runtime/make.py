@@ -13,7 +13,7 @@ from t5fx.frontend.copies import duplicate
 from t5fx.frontend.owners import hint
 from t5fx.frontend.record import Recorded
 from t5fx.rewrite.forms import Form, Verdict, build, constants_of, flatten
-from t5fx.runtime.owned import call_of, flags_of, unchanged, watched
+from t5fx.runtime.owned import call_of, current_flags
 from t5fx.runtime.state import Kind, Runtime
 from t5fx.runtime.templates import bare, clean_thread
 
@@ -33,7 +33,7 @@ def make_forms(runtime: Runtime, template: nn.Module, recorded: Recorded, kind: 
     made: dict[Any, list[Form]] = {}
     for name, verdict in kind.verdicts.items():
         module = template.get_submodule(name)
-        flags = kind.flags[name] = flags_of(module, watched(module, verdict))
+        flags = kind.flags[name]
         for call in recorded.calls.get(name, []):
             try:
                 forms = _forms(runtime, module, name, verdict, flags, call, made)
@@ -115,20 +115,21 @@ def extend(
     leaves: list[Any],
     kind: Kind,
     trusted: bool,
+    inside: bool,
 ) -> None:
-    """Build the form for another kind of call of an owner, on a bare copy of it, and keep it."""
+    """Build the form for another kind of call of an owner, on a bare copy of it, and keep it.
+
+    trusted, inside: as in `t5fx.rewrite.forms.build`.
+    """
     config = runtime.config.at(name)
     verdict = kind.verdicts[name]
-    flags = flags_of(module, watched(module, verdict, runtime.forms.get(name, ())))
-    judged = kind.flags.get(name)
-    inside = runtime.running()[0] is not None
+    flags = current_flags(module, verdict, runtime.forms.get(name, ()))
 
     def work() -> Any:
         template = bare(duplicate(module, share=True))
         return build(
             *(template, structure, leaves, spec, verdict, config, name, flags),
             trusted=trusted,
-            changed=judged is not None and not unchanged(module, judged),
             inside=inside,
             traced=not kind.guards.symbols,
         )

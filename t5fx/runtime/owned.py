@@ -18,7 +18,7 @@ from torch import nn
 from t5fx.errors import RefusedCallError
 from t5fx.frontend.calls import Signature
 from t5fx.rewrite.forms import Form, Verdict, constants_of, fits, flatten
-from t5fx.runtime.state import Runtime
+from t5fx.runtime.state import Kind, Runtime
 from t5fx.wrappers import module_at
 
 #: The attribute under which an owner keeps what it needs beside its tensors.
@@ -132,7 +132,11 @@ def find_form(module: Any, structure: str, leaves: list[Any]) -> Form | None:
         if form.flags == flags and form.serves(structure, constants, leaves):
             kind = runtime.running()[0]
             verdict = None if kind is None else kind.verdicts.get(state.name)
-            if form.proved or (verdict is not None and form.masks == verdict.masks):
+            if form.proved or (
+                verdict is not None
+                and form.masks == verdict.masks
+                and unchanged(module, kind.flags[state.name])
+            ):
                 return form  # type: ignore[no-any-return]
     return None
 
@@ -147,31 +151,45 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
     Raises `RefusedCallError` for a kind of call that no judged call of the model contained.
     """
     state = module.__dict__[STATE]
-    runtime = state.runtime
+    runtime, name = state.runtime, state.name
     kind, _ = runtime.running()
-    described = call_of(module, *pytree.tree_unflatten(leaves, spec))
-    kinds = runtime.kinds[::-1] if kind is None else [kind]
-    for judged in kinds:
-        known = judged.calls.get(state.name, ())
-        if any(s == described[0] and fits(c, described[1]) for s, c in known):
-            runtime.extend(
-                runtime, module, state.name, structure, spec, leaves, judged, kind is not None
-            )
-            return
+    call = call_of(module, *pytree.tree_unflatten(leaves, spec))
+    about = (runtime, module, name, structure, spec, leaves)
     if kind is None:
+        for judged in runtime.kinds[::-1]:
+            if _contains(judged, name, call):
+                runtime.extend(*about, judged, False, False)
+                return
         raise RefusedCallError(
-            f"'{state.name}' was called alone and with arguments of a kind that no call of the "
+            f"'{name}' was called alone and with arguments of a kind that no call of the "
             f"whole model has given it yet, so that it is not known whether its attention may be "
             f"rewritten; call the whole model in this way first, or use t5fx.softmax(model)"
         )
-    if state.name not in kind.verdicts:
+    if name in kind.verdicts:
+        inside = unchanged(module, kind.flags[name])
+        try:
+            runtime.extend(*about, kind, inside and _contains(kind, name, call), inside)
+            return
+        except RefusedCallError:
+            # Unless the module's code is another one than when the call was judged, this is it.
+            again = None if inside else runtime.judged_again()
+            if again is None:
+                raise
+            kind = again
+    if name not in kind.verdicts:
         raise RefusedCallError(
-            f"expected a call that uses the attention of '{state.name}', which was rewritten, got "
+            f"expected a call that uses the attention of '{name}', which was rewritten, got "
             f"one of {runtime.report.model} that runs the module and uses none; use "
             f"t5fx.softmax(model) for it, or linearize again with this call as the example"
         )
-    # The model's code is another one than when it was judged: it must prove itself.
-    runtime.extend(runtime, module, state.name, structure, spec, leaves, kind, False)
+    inside = unchanged(module, kind.flags[name])
+    runtime.extend(*about, kind, inside and _contains(kind, name, call), inside)
+
+
+def _contains(kind: Kind, name: str, call: tuple[str, tuple[Any, ...]]) -> bool:
+    """Whether a judged kind of calls of the model contains such a call of an owner."""
+    known = kind.calls.get(name, ())
+    return any(structure == call[0] and fits(c, call[1]) for structure, c in known)
 
 
 def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
@@ -190,14 +208,19 @@ def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, 
 _OWN = frozenset((*vars(nn.Module()), STATE))
 
 
+def current_flags(module: Any, verdict: Verdict, forms: Sequence[Form] = ()) -> tuple[Any, ...]:
+    """`flags_of` a module, of the attributes that are to be watched now."""
+    return flags_of(module, watched(module, verdict, forms))
+
+
 def watched(
     module: Any, verdict: Verdict, forms: Sequence[Form] = ()
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The attributes that choose the way of a module's code, for it ("") and what runs in it.
 
-    Those that the code names, of the module and of objects that it keeps, and those that are None
-    or a truth value: functions that the code calls read these (`is_causal` in transformers). The
-    names that earlier `forms` have watched stay.
+    Those that the code names, itself or in properties, of the module and of objects that it keeps,
+    and those that are None or a truth value: functions that the code calls read these (`is_causal`
+    in transformers). The names that earlier `forms` have watched stay.
     """
     found: dict[str, set[str]] = {}
     for path in ("", *sorted(verdict.inline)):
@@ -216,7 +239,11 @@ def _watched(module: Any) -> set[str]:
     calls = (getattr(type(o), "__call__", None) for o in objects)  # noqa: B004
     for function in (base.forward, *calls):
         names |= _names(function)
-    return names
+    for kind in {base, *map(type, objects)}:
+        for found in [getattr(kind, name, None) for name in names]:
+            if isinstance(found, property):
+                names |= _names(found.fget)
+    return names - {"forward"}  # an owner has its class's
 
 
 def _names(function: Any) -> set[str]:
@@ -247,8 +274,8 @@ def flags_of(module: Any, known: Any) -> tuple[Any, ...]:
 
 
 def unchanged(module: Any, flags: tuple[Any, ...]) -> bool:
-    """Whether the watched attributes have these values; the train/eval flag may be another one."""
-    return _values(module, flags[0]) == list(flags[2:])
+    """Whether a module has the train/eval flag and the attributes of earlier `flags_of` it."""
+    return flags_of(module, flags[0]) == flags
 
 
 def _values(module: Any, known: Any) -> list[Any]:

@@ -77,10 +77,11 @@ class Kind:
 
     structure, constants, training: what calls of the kind have in common, with `guards`; given:
     the values of layouts that are callables. layouts: by owner, one for each of its attentions;
+    flags: by owner, the values of the attributes that choose its code's way (`owned.flags_of`);
     arguments: formulas of the guards' symbols, for sizes that no module's output shows. positions:
     for each grid that was given, the arguments that list its positions. lists: the arguments that
     tell the sides of grids, which each call has its own of. values: numbers that the code reads
-    from arguments. flags: by owner, its attributes when it was judged.
+    from arguments.
     """
 
     structure: str
@@ -91,11 +92,11 @@ class Kind:
     layouts: Mapping[str, tuple[Layout | None, ...]]
     verdicts: Mapping[str, Verdict]
     calls: Mapping[str, frozenset[tuple[str, tuple[Any, ...]]]]
+    flags: Mapping[str, tuple[Any, ...]]
     arguments: tuple[Callable[..., int], ...] = ()
     positions: Mapping[tuple[int, ...], tuple[Positions, ...]] = field(default_factory=dict)
     lists: tuple[List, ...] = ()
     values: tuple[Value, ...] = ()
-    flags: dict[str, Any] = field(default_factory=dict)
 
 
 class Records(threading.local):
@@ -104,6 +105,8 @@ class Records(threading.local):
     def __init__(self) -> None:
         self.kind: Kind | None = None
         self.sizes: dict[str, torch.Tensor] = {}
+        #: The model and the arguments of the call that is running, until it is over.
+        self.call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         #: The backward pass in which these were found again, or -1.
         self.backward = -1
 
@@ -175,6 +178,28 @@ class Runtime:
     def end(self) -> None:
         """The call is over, with a result or an error."""
         self._set(None, {})
+        if not torch.compiler.is_compiling():
+            self.local.call = None
+
+    def judged_again(self) -> Kind | None:
+        """The kind of the call that is running, judged as the model's code is now.
+
+        None where no call is at hand: in compiled code, or where a backward pass computes again.
+        """
+        if self.local.call is None or self.local.kind is None:
+            return None
+        before, (model, args, kwargs) = self.local.kind, self.local.call
+        self.judge(self, model, args, kwargs, before)
+        found = self.kind_of(args, kwargs, model.training)
+        assert found is not None
+        kind = found[0]
+        if any(kind.layouts.get(owner) != known for owner, known in before.layouts.items()):
+            raise LayoutUnknownError(
+                f"attributes of modules of {self.report.model} were changed after calls like this "
+                f"one were judged, and its attention lies otherwise since: call it once more"
+            )
+        self._set(kind, self.local.sizes)
+        return kind
 
     def _set(self, kind: Kind | None, sizes: dict[str, torch.Tensor]) -> None:
         self.kind, self.sizes = kind, sizes

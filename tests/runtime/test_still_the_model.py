@@ -475,6 +475,57 @@ def test_function_transforms():
         torch.testing.assert_close(found[name], parameter.grad, msg=name)
 
 
+def test_a_call_that_reads_probabilities_since_a_switch_was_turned_is_refused():
+    """As transformers' `set_attn_implementation` turns it, a property of the configuration."""
+
+    class Options:
+        def __init__(self):
+            self.kept = "fused"
+
+        @property
+        def way(self):
+            return self.kept
+
+    class Switched(nn.Module):
+        def __init__(self, options):
+            super().__init__()
+            self.qkv, self.options = nn.Linear(8, 24), options
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+            if self.options.way == "fused":
+                return F.scaled_dot_product_attention(q, k, v).squeeze(1), None
+            weights = ((q @ k.mT) * 8**-0.5).softmax(-1)
+            return weights.matmul(v).squeeze(1), weights
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.options = nn.Conv2d(3, 8, 2, 2), Options()
+            self.attn = Switched(self.options)
+
+        def forward(self, x, probabilities=False):
+            out, weights = self.attn(self.embed(x).flatten(2).mT)
+            return (out, weights) if probabilities else out
+
+    x = torch.randn(1, 3, 8, 8)
+    judged = t5fx.linearize(Model().eval(), (x,), config=ALL)
+    expected = judged(x)
+    assert judged(x, probabilities=True)[1] is None
+    for lin in (copy.deepcopy(judged), judged):
+        lin.options.kept = "eager"
+        with pytest.raises(RefusedCallError, match="probabilities-used"):
+            lin(x, probabilities=True)
+        torch.testing.assert_close(lin(x), expected)
+        with pytest.raises(RefusedCallError, match="probabilities-used"):
+            lin(x, probabilities=True)
+        torch.testing.assert_close(torch.compile(lin, backend="eager", fullgraph=True)(x), expected)
+        lin.options.kept = "fused"
+        out, weights = lin(x, probabilities=True)
+        torch.testing.assert_close(out, expected)
+        assert weights is None
+
+
 # --- parents that go around their children --------------------------------------------------------
 
 
