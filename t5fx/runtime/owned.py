@@ -204,6 +204,9 @@ def call_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, tuple[Any, 
 
 # --- attributes -----------------------------------------------------------------------------------
 
+#: Values that are compared as they are, and what has attributes that are not looked at.
+_PLAIN = (bool, int, float, str)
+_NO_OBJECTS = (torch.Tensor, nn.Module, type, str, bytes, dict, list, tuple)
 #: What every module has.
 _OWN = frozenset((*vars(nn.Module()), STATE))
 
@@ -260,12 +263,11 @@ def _names(function: Any) -> set[str]:
 
 
 def _is_object(value: Any) -> bool:
-    plain = isinstance(value, torch.Tensor | nn.Module | type | str | bytes | dict | list | tuple)
-    return hasattr(value, "__dict__") and not plain
+    return not issubclass(type(value), _NO_OBJECTS) and hasattr(value, "__dict__")
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or issubclass(type(value), _PLAIN)  # isinstance asks the value, slowly
 
 
 def flags_of(module: Any, known: Any) -> tuple[Any, ...]:
