@@ -107,8 +107,8 @@ def explain(
     """Report what `linearize` would do, without doing it.
 
     The arguments are those of `linearize`; sizes are captured static. Of a model that is linearized
-    already, it reports what was done, as `report` does. Raises `CaptureError` if the
-    model cannot be captured. For any model that can be captured it raises no error.
+    already, it reports what was done, as `report` does. Raises `CaptureError` if the model cannot
+    be captured. For any model that can be captured it raises no error.
     """
     config = _config(config)
     arguments, keywords = check_call(model_or_gm, args, kwargs)

@@ -276,7 +276,7 @@ def _rewrite(
     )
     plans = judged()
     if any(e.site.reason in UNPROVED_SIZES and decided(e.match) for e in plans):
-        _fix_sizes(region)
+        _fix_all_sizes(region)
         plans = judged()
     report = Report("this graph", sites=[entry.site for entry in plans])
     report.opaque = [] if plans else opaque_operators(region.view)
@@ -312,7 +312,7 @@ def _rewrite(
     return report, sites
 
 
-def _fix_sizes(region: Region) -> None:
+def _fix_all_sizes(region: Region) -> None:
     """Make constants of the sizes of all inputs, with which more can be proved than with symbols.
 
     Other sizes are then another graph.

@@ -101,8 +101,7 @@ def hint(size: Any, least: int = 1) -> int:
     """The example's size; symbols that are less than `least` in the example are taken for it."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    environment = size.node.shape_env
-    values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    values = size.node.shape_env.backed_var_to_val
     free = size.node.expr.free_symbols
     if any(symbol not in values for symbol in free):
         return int(size)

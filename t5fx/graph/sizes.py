@@ -55,7 +55,7 @@ def hint(size: int | torch.SymInt) -> int:
     if value is not None:
         return int(value)
     environment, expression = size.node.shape_env, size.node.expr
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    known = environment.backed_var_to_val
     values = {symbol: int(known.get(symbol, _UNKNOWN)) for symbol in expression.free_symbols}
     return int(expression.xreplace(values))
 

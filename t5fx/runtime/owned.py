@@ -135,7 +135,7 @@ def find_form(module: Any, structure: str, leaves: list[Any]) -> Form | None:
             if form.proved or (
                 verdict is not None
                 and form.masks == verdict.masks
-                and unchanged(module, kind.flags[state.name])
+                and has_flags(module, kind.flags[state.name])
             ):
                 return form  # type: ignore[no-any-return]
     return None
@@ -166,7 +166,7 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
             f"rewritten; call the whole model in this way first, or use t5fx.softmax(model)"
         )
     if name in kind.verdicts:
-        inside = unchanged(module, kind.flags[name])
+        inside = has_flags(module, kind.flags[name])
         try:
             runtime.extend(*about, kind, inside and _contains(kind, name, call), inside)
             return
@@ -182,7 +182,7 @@ def make_form(module: Any, structure: str, spec: Any, leaves: list[Any]) -> None
             f"one of {runtime.report.model} that runs the module and uses none; use "
             f"t5fx.softmax(model) for it, or linearize again with this call as the example"
         )
-    inside = unchanged(module, kind.flags[name])
+    inside = has_flags(module, kind.flags[name])
     runtime.extend(*about, kind, inside and _contains(kind, name, call), inside)
 
 
@@ -275,7 +275,7 @@ def flags_of(module: Any, known: Any) -> tuple[Any, ...]:
     return (known, module.training, *_values(module, known))
 
 
-def unchanged(module: Any, flags: tuple[Any, ...]) -> bool:
+def has_flags(module: Any, flags: tuple[Any, ...]) -> bool:
     """Whether a module has the train/eval flag and the attributes of earlier `flags_of` it."""
     return flags_of(module, flags[0]) == flags
 
