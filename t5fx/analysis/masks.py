@@ -219,7 +219,7 @@ def _read_by(view: View, node: fx.Node) -> list[fx.Node]:
     name, inputs = view.op(node), view.inputs(node)
     if name in ("to", "type_as", "expand_as", "view_as", "reshape_as"):
         return inputs[:1]
-    return [] if name.endswith("_like") or name.startswith("new_") else inputs
+    return inputs[1:] if name.endswith("_like") or name.startswith("new_") else inputs
 
 
 def _triangle(view: View, node: fx.Node) -> bool:
